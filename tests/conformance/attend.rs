@@ -119,8 +119,10 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     let lse = (c.splits > 1 || b.n() != 3).then_some(&lse);
     let (window, splits) = (c.window, c.splits);
     let p = AttendDense { q: &q, seqs, cache, heads, scale, window, splits, out: &out, lse };
-    let mut outs = reference::attend_dense(&p, &*rig.dev)?;
-    relax(&mut outs, splits);
+    let outs = match (splits, lse) {
+        (2.., Some(lse)) => partials("attend_dense", &b, &out, lse, [splits, heads, d]),
+        _ => reference::attend_dense(&p, &*rig.dev)?,
+    };
     rig.check(t.act, &outs, &|dev| dev.attend_dense(&p))?;
     let Some(lse) = lse.filter(|_| splits > 1) else { return Ok(()) };
     let whole = merged(rig, t, &b, &out, lse, [splits, heads, d])?;
@@ -178,8 +180,10 @@ fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
         out: &out,
         lse: Some(&lse),
     };
-    let mut outs = reference::attend_rows(&p, &*rig.dev)?;
-    relax(&mut outs, c.splits);
+    let outs = match c.splits {
+        1 => reference::attend_rows(&p, &*rig.dev)?,
+        splits => partials("attend_rows", &b, &out, &lse, [splits, heads, d]),
+    };
     rig.check(t.act, &outs, &|dev| dev.attend_rows(&p))?;
     if c.splits == 1 {
         return Ok(());
@@ -190,13 +194,25 @@ fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
     rig.expect(t.act, &outs)
 }
 
-/// Which keys a split takes is the backend's choice: partial results must be finite, partial lse not NaN.
-fn relax(outs: &mut [Output<'_>], splits: usize) {
-    for o in outs.iter_mut().filter(|_| splits > 1) {
-        let far = if o.name == "lse" { f64::INFINITY } else { 1e30 };
-        let written = o.cells.iter_mut().filter(|c| **c != Cell::Keep);
-        written.for_each(|c| *c = Cell::Near(0.0, far));
-    }
+/// Which keys a split takes is the backend's choice: partial results must be finite and partial lse not NaN, for
+/// every row of the batch in every split; the merged result is compared.
+fn partials<'a>(
+    op: &'static str,
+    b: &Batch,
+    out: &'a Tensor,
+    lse: &'a Tensor,
+    [splits, heads, d]: [usize; 3],
+) -> Vec<Output<'a>> {
+    let one = |name, tensor: &'a Tensor, width: usize, far: f64| {
+        let mut cells = vec![Cell::Keep; tensor.len()];
+        for split in cells.chunks_exact_mut(b.rows * width).take(splits) {
+            for s in &b.seqs {
+                split[s.q_start * width..(s.q_start + s.q_len) * width].fill(Cell::Near(0.0, far));
+            }
+        }
+        Output { op, name, tensor, cells, exact: false }
+    };
+    vec![one("out", out, heads * d, 1e30), one("lse", lse, heads, f64::INFINITY)]
 }
 
 /// Merges partial results on the device (checked by itself) into f32 `out` and `lse`.

@@ -47,7 +47,10 @@ pub fn cases(c: &mut Cases) {
         accumulate: false,
         wide: true,
     };
-    c.add("linear", vocab.name(), move |rig, t| linear(rig, t, vocab));
+    // 28 million weights: for the two dtypes that models are run in most.
+    if c.types.w != DType::F16 {
+        c.add("linear", vocab.name(), move |rig, t| linear(rig, t, vocab));
+    }
     for (d, heads, per, rows, norm) in [
         (64, 9, 3, 1, false),
         (64, 3, 1, 130, false),
@@ -208,8 +211,9 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
 
 fn swiglu(rig: &mut Rig, t: Types, rows: usize, ffn: usize) -> Outcome {
     let mut values = rig.normal(rows * 2 * ffn, 2.0);
-    // Far ends of the sigmoid: no overflow to NaN.
+    // Far ends of the sigmoid: no overflow to NaN. The factor keeps one value from ruling the tensor's norm.
     (values[0], values[1]) = (-200.0, 200.0);
+    values[ffn + 1] = 0.01;
     let x = rig.input(t.act, &values)?;
     let out = rig.output(t.act, rows * ffn)?;
     let p = SwiGlu { x: &x, out: &out, rows, ffn };
