@@ -1,1 +1,3 @@
+//! Long-context language models with sparse attention over a tiered KV cache.
 
+pub mod model;
