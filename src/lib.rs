@@ -8,7 +8,5 @@
 
 pub mod backend;
 pub mod kv;
-pub mod select;
-//! Long-context language models with sparse attention over a tiered KV cache.
-
 pub mod model;
+pub mod select;

@@ -3,7 +3,7 @@
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, KvAppend, KeyStats, Merge, Pool, Result, Tensor,
+    AttendDense, AttendRows, Backend, DType, KeyStats, KvAppend, Merge, Pool, Result, Tensor,
 };
 use crate::kv::KvCache;
 use crate::select::{
@@ -92,9 +92,8 @@ impl Attention {
         let scratch = (rows > 0)
             .then(|| -> Result<Scratch> {
                 let stride = shape.capacity.next_multiple_of(64);
-                let scores = |rows: usize| {
-                    b.alloc(DType::F32, shape.slots * rows * stride, "token scores")
-                };
+                let scores =
+                    |rows: usize| b.alloc(DType::F32, shape.slots * rows * stride, "token scores");
                 Ok(Scratch {
                     scores: scores(rows)?,
                     head_scores: softmax.then(|| scores(shape.heads)).transpose()?,
@@ -329,10 +328,7 @@ fn download_f32(b: &dyn Backend, t: &Tensor) -> Result<Vec<f32>> {
     Ok(match t.dtype() {
         DType::F16 => pairs().map(|u| half::f16::from_bits(u).to_f32()).collect(),
         DType::BF16 => pairs().map(|u| half::bf16::from_bits(u).to_f32()).collect(),
-        _ => bytes
-            .chunks_exact(4)
-            .map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]))
-            .collect(),
+        _ => bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
     })
 }
 

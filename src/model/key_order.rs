@@ -22,10 +22,7 @@ impl KeyOrder {
     /// The checkpoint's own order.
     pub fn identity(c: &ModelConfig) -> Self {
         let head: Vec<u16> = (0..c.head_dim as u16 / 2).collect();
-        KeyOrder {
-            model: String::new(),
-            pairs: vec![vec![head; c.n_kv_heads]; c.n_layers],
-        }
+        KeyOrder { model: String::new(), pairs: vec![vec![head; c.n_kv_heads]; c.n_layers] }
     }
 
     /// Pairs sorted by falling energy `sum_tokens |k_pair|^2`, ties to the smaller pair.
@@ -46,9 +43,8 @@ impl KeyOrder {
         let is_permutation = |h: &Vec<u16>| {
             let mut seen = vec![false; c.head_dim / 2];
             h.len() == seen.len()
-                && h.iter().all(|&p| {
-                    seen.get_mut(p as usize).is_some_and(|s| !std::mem::replace(s, true))
-                })
+                && h.iter()
+                    .all(|&p| seen.get_mut(p as usize).is_some_and(|s| !std::mem::replace(s, true)))
         };
         self.pairs.len() == c.n_layers
             && self.pairs.iter().all(|l| l.len() == c.n_kv_heads && l.iter().all(is_permutation))
@@ -114,7 +110,6 @@ pub fn source_rows(c: &ModelConfig, order: &KeyOrder, layer: usize, heads: usize
         })
         .collect()
 }
-
 
 #[cfg(test)]
 mod tests {

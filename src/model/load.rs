@@ -111,7 +111,9 @@ impl<'a> Loader<'a> {
             match order {
                 None => self.checkpoint.read_rows(w, start..start + n, &mut self.rows)?,
                 Some(order) => {
-                    for (row, &from) in self.rows.chunks_exact_mut(cols).zip(&order[start..start + n]) {
+                    for (row, &from) in
+                        self.rows.chunks_exact_mut(cols).zip(&order[start..start + n])
+                    {
                         self.checkpoint.read_rows(w, from..from + 1, row)?;
                     }
                 }
@@ -148,7 +150,8 @@ impl<'a> Loader<'a> {
     pub fn key_ordered(&mut self, l: usize, order: &KeyOrder, w: &LayerWeights) -> Result<()> {
         let c = self.checkpoint.config().clone();
         let width = |heads: usize| heads * c.head_dim;
-        let (q, k) = (source_rows(&c, order, l, c.n_heads), source_rows(&c, order, l, c.n_kv_heads));
+        let (q, k) =
+            (source_rows(&c, order, l, c.n_heads), source_rows(&c, order, l, c.n_kv_heads));
         self.put(Weight::Layer(l, L::Q), &w.qkv, 0, Some(&q))?;
         self.put(Weight::Layer(l, L::K), &w.qkv, width(c.n_heads), Some(&k))?;
         if let Some(bias) = &w.qkv_bias {

@@ -21,8 +21,8 @@ mod weights_gguf;
 mod weights_hf;
 mod workspace;
 
-pub use chat::{ChatTemplate, Message};
 pub use attention::{Attention, LayerAudit};
+pub use chat::{ChatTemplate, Message};
 pub use config::{Arch, ModelConfig, RopeScaling};
 pub use decoder::{Decoder, DecoderLimits};
 pub use error::ModelError;

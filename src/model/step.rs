@@ -129,16 +129,11 @@ impl Step {
             rows: members.iter().map(|&i| first_row[i] + seqs[i].tokens.len()).max().unwrap_or(0),
         };
 
-        let mut words = Words(Vec::with_capacity(Step::words(
-            rows,
-            seqs.len(),
-            page_words,
-            thresholds.len(),
-        )));
+        let mut words =
+            Words(Vec::with_capacity(Step::words(rows, seqs.len(), page_words, thresholds.len())));
         let tokens = words.section(order.iter().flat_map(|&i| seqs[i].tokens.iter().copied()));
-        let positions = words.section(
-            order.iter().flat_map(|&i| seqs[i].cached as u32..seqs[i].kv_len() as u32),
-        );
+        let positions = words
+            .section(order.iter().flat_map(|&i| seqs[i].cached as u32..seqs[i].kv_len() as u32));
         let meta_start = words.section(order.iter().flat_map(record)).0;
         // The prefill records follow the decode records; on a device that binds at 256-byte offsets they need
         // their own aligned copy.
