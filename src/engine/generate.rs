@@ -1,0 +1,469 @@
+//! Generation: a scheduler over requests, and an iterator for one of them.
+
+use super::{AuditSummary, Engine, EngineError, Sampler, Sampling, SeqId, StopFilter, WantLogits, Work};
+use crate::model::{EncodeOptions, Message, Tokenizer};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// What to continue.
+#[derive(Clone, Debug)]
+pub enum Prompt {
+    /// Text as it is.
+    Text(String),
+    /// A conversation, put through the model's chat template.
+    Chat(Vec<Message>),
+    /// Tokens as they are.
+    Tokens(Vec<u32>),
+}
+
+/// One thing to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub prompt: Prompt,
+    pub max_tokens: usize,
+    pub sampling: Sampling,
+    /// Text that ends the answer; it is not part of it.
+    pub stop: Vec<String>,
+    /// Tokens that end the answer besides the model's own.
+    pub stop_tokens: Vec<u32>,
+    /// Set by the caller to stop after the current step.
+    pub cancel: Arc<AtomicBool>,
+}
+
+impl Request {
+    fn new(prompt: Prompt) -> Self {
+        Request {
+            prompt,
+            max_tokens: 256,
+            sampling: Sampling::default(),
+            stop: Vec::new(),
+            stop_tokens: Vec::new(),
+            cancel: Arc::default(),
+        }
+    }
+    /// Continues a text.
+    pub fn text(text: impl Into<String>) -> Self {
+        Request::new(Prompt::Text(text.into()))
+    }
+    /// Asks one question through the chat template.
+    pub fn chat(question: impl Into<String>) -> Self {
+        Request::new(Prompt::Chat(vec![Message::new("user", question)]))
+    }
+    /// Continues tokens.
+    pub fn tokens(tokens: Vec<u32>) -> Self {
+        Request::new(Prompt::Tokens(tokens))
+    }
+    /// Longest answer in tokens (256 by default).
+    pub fn max_tokens(mut self, n: usize) -> Self {
+        self.max_tokens = n;
+        self
+    }
+    /// How tokens are drawn (greedy by default).
+    pub fn sampling(mut self, s: Sampling) -> Self {
+        self.sampling = s;
+        self
+    }
+
+    /// The prompt's tokens.
+    ///
+    /// # Errors
+    /// [`EngineError::Model`] from the tokenizer or the template, [`EngineError::EmptyPrompt`].
+    pub fn encode(&self, engine: &Engine) -> Result<Vec<u32>, EngineError> {
+        let t: &Tokenizer = engine.tokenizer();
+        let tokens = match &self.prompt {
+            Prompt::Text(text) => t.encode(text, t.adds_bos())?,
+            Prompt::Tokens(tokens) => tokens.clone(),
+            Prompt::Chat(messages) => {
+                let template = engine.template().ok_or(crate::model::ModelError::NoTemplate)?;
+                let text = template.render(messages, true)?;
+                // Templates write the special tokens themselves.
+                t.encode_with(&text, EncodeOptions { add_bos: false, parse_special: true })?
+            }
+        };
+        if tokens.is_empty() { Err(EngineError::EmptyPrompt) } else { Ok(tokens) }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// The model ended it.
+    Eos,
+    /// A stop string or stop token.
+    Stop,
+    /// `max_tokens`.
+    Length,
+    /// The context is full.
+    Context,
+    /// The caller cancelled.
+    Cancelled,
+}
+
+/// A piece of an answer.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// The token behind it.
+    pub token: u32,
+    /// Text that became complete with it; may be empty.
+    pub text: String,
+}
+
+/// Measurements of one request.
+#[derive(Clone, Debug, Default, serde::Serialize)]
+pub struct Stats {
+    pub prompt_tokens: usize,
+    pub generated_tokens: usize,
+    /// Seconds from the first prompt step to the first token.
+    pub prefill_seconds: f64,
+    /// Seconds of the decode steps.
+    pub decode_seconds: f64,
+    /// KV bytes that the last decode step read under the plan, and what dense attention would have read.
+    pub kv_bytes: u64,
+    pub kv_bytes_dense: u64,
+    pub finish: Option<Finish>,
+}
+
+/// What happened to a request in a step.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Prompt tokens cached so far.
+    Prefilled { request: usize, done: usize, of: usize },
+    /// A token was drawn.
+    Piece { request: usize, piece: Piece },
+    /// The request ended; text that was still held back.
+    Finished { request: usize, text: String, stats: Stats },
+}
+
+struct Running {
+    request: usize,
+    seq: SeqId,
+    prompt: Vec<u32>,
+    fed: usize,
+    /// Drawn, not yet fed.
+    next: Option<u32>,
+    spec: Request,
+    sampler: Sampler,
+    stop: StopFilter,
+    pending: Vec<u32>,
+    shown: usize,
+    started: Instant,
+    stats: Stats,
+}
+
+/// Runs requests together: every step decodes one token of each running request and prefills a chunk of one that
+/// waits.
+pub struct Scheduler<'e> {
+    engine: &'e mut Engine,
+    waiting: VecDeque<(usize, Request, Vec<u32>)>,
+    running: Vec<Running>,
+    submitted: usize,
+}
+
+impl std::fmt::Debug for Scheduler<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Scheduler").field("waiting", &self.waiting.len()).finish_non_exhaustive()
+    }
+}
+
+impl<'e> Scheduler<'e> {
+    /// No request yet.
+    pub fn new(engine: &'e mut Engine) -> Self {
+        Scheduler { engine, waiting: VecDeque::new(), running: Vec::new(), submitted: 0 }
+    }
+
+    /// The engine behind it.
+    pub fn engine(&mut self) -> &mut Engine {
+        self.engine
+    }
+
+    /// Queues a request; returns its number in events.
+    ///
+    /// # Errors
+    /// From [`Request::encode`]; [`EngineError::ContextTooLong`] when prompt and one token do not fit.
+    pub fn submit(&mut self, request: Request) -> Result<usize, EngineError> {
+        let tokens = request.encode(self.engine)?;
+        if tokens.len() >= self.engine.context() {
+            return Err(self.engine.too_long(tokens.len(), 1));
+        }
+        let id = self.submitted;
+        self.submitted += 1;
+        self.waiting.push_back((id, request, tokens));
+        Ok(id)
+    }
+
+    /// Nothing is queued or running.
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty()
+    }
+
+    /// Runs one step and says what happened.
+    ///
+    /// # Errors
+    /// As [`Engine::step`]; running requests are then closed.
+    pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
+        let mut events = Vec::new();
+        self.retire_cancelled(&mut events);
+        self.admit()?;
+        if self.running.is_empty() {
+            return Ok(events);
+        }
+        let result = self.run(&mut events);
+        if result.is_err() {
+            for r in self.running.drain(..) {
+                self.engine.close(r.seq);
+            }
+        }
+        result.map(|()| events)
+    }
+
+    fn retire_cancelled(&mut self, events: &mut Vec<Event>) {
+        let cancelled = |r: &Request| r.cancel.load(Ordering::Relaxed);
+        while let Some(i) = self.running.iter().position(|r| cancelled(&r.spec)) {
+            events.push(self.finish(i, Finish::Cancelled));
+        }
+        self.waiting.retain(|(request, spec, tokens)| {
+            if cancelled(spec) {
+                let stats = Stats {
+                    prompt_tokens: tokens.len(),
+                    finish: Some(Finish::Cancelled),
+                    ..Stats::default()
+                };
+                events.push(Event::Finished { request: *request, text: String::new(), stats });
+            }
+            !cancelled(spec)
+        });
+    }
+
+    fn admit(&mut self) -> Result<(), EngineError> {
+        while !self.waiting.is_empty() {
+            let seq = match self.engine.open_sequence() {
+                Ok(seq) => seq,
+                Err(EngineError::NoSlot(_)) => break,
+                Err(e) => return Err(e),
+            };
+            let Some((request, spec, prompt)) = self.waiting.pop_front() else { break };
+            self.running.push(Running {
+                request,
+                seq,
+                sampler: Sampler::new(spec.sampling),
+                stop: StopFilter::new(&spec.stop),
+                stats: Stats { prompt_tokens: prompt.len(), ..Stats::default() },
+                prompt,
+                fed: 0,
+                next: None,
+                spec,
+                pending: Vec::new(),
+                shown: 0,
+                started: Instant::now(),
+            });
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
+        let chunk = self.engine.chunk();
+        let mut work = Vec::new();
+        let mut owner = Vec::new();
+        let mut prefilling = false;
+        for (i, r) in self.running.iter().enumerate() {
+            if let Some(token) = &r.next {
+                let tokens = std::slice::from_ref(token);
+                work.push(Work { seq: r.seq, tokens, decode: true, logits: WantLogits::Last });
+                owner.push(i);
+            } else if !prefilling {
+                prefilling = true;
+                let end = (r.fed + chunk).min(r.prompt.len());
+                let last = end == r.prompt.len();
+                let logits = if last { WantLogits::Last } else { WantLogits::None };
+                let tokens = &r.prompt[r.fed..end];
+                work.push(Work { seq: r.seq, tokens, decode: false, logits });
+                owner.push(i);
+            }
+        }
+        let t = Instant::now();
+        let mut logits: Vec<Option<Vec<f32>>> = vec![None; work.len()];
+        self.engine.step(&work, |w, _, l| logits[w] = Some(l.to_vec()))?;
+        let seconds = t.elapsed().as_secs_f64();
+        let fed: Vec<(usize, usize, bool)> =
+            owner.iter().zip(&work).map(|(&i, w)| (i, w.tokens.len(), w.decode)).collect();
+        drop(work);
+        let mut finished = Vec::new();
+        for ((i, n, decode), logits) in fed.into_iter().zip(logits) {
+            let r = &mut self.running[i];
+            if decode {
+                r.stats.decode_seconds += seconds;
+            } else {
+                r.fed += n;
+                let (request, done, of) = (r.request, r.fed, r.prompt.len());
+                events.push(Event::Prefilled { request, done, of });
+                if logits.is_some() {
+                    r.stats.prefill_seconds = r.started.elapsed().as_secs_f64();
+                }
+            }
+            if let Some(logits) = logits
+                && let Some(why) = self.draw(i, &logits, events)
+            {
+                finished.push((i, why));
+            }
+        }
+        for (i, why) in finished.into_iter().rev() {
+            events.push(self.finish(i, why));
+        }
+        Ok(())
+    }
+
+    /// Draws the next token of running request `i`; says why the request ends, if it does.
+    fn draw(&mut self, i: usize, logits: &[f32], events: &mut Vec<Event>) -> Option<Finish> {
+        let r = &mut self.running[i];
+        if r.spec.max_tokens == 0 {
+            return Some(Finish::Length);
+        }
+        let token = r.sampler.sample(logits);
+        if self.engine.checkpoint.config().eos.contains(&token) {
+            return Some(Finish::Eos);
+        }
+        if r.spec.stop_tokens.contains(&token) {
+            return Some(Finish::Stop);
+        }
+        r.stats.generated_tokens += 1;
+        r.pending.push(token);
+        // Decoding all of the answer keeps multi-byte characters whole; only complete text is shown.
+        let text = self.engine.tokenizer.decode(&r.pending);
+        let complete = if text.ends_with('\u{fffd}') { r.shown } else { text.len() };
+        let new = text.get(r.shown..complete).unwrap_or_default();
+        let (shown, stopped) = r.stop.push(new);
+        r.shown = complete;
+        events.push(Event::Piece { request: r.request, piece: Piece { token, text: shown } });
+        if stopped {
+            return Some(Finish::Stop);
+        }
+        r.next = Some(token);
+        if r.stats.generated_tokens >= r.spec.max_tokens {
+            return Some(Finish::Length);
+        }
+        let cached = r.prompt.len() + r.stats.generated_tokens - 1;
+        (cached >= self.engine.context()).then_some(Finish::Context)
+    }
+
+    fn finish(&mut self, i: usize, why: Finish) -> Event {
+        let mut r = self.running.remove(i);
+        let n = self.engine.cached(r.seq).unwrap_or(0);
+        let s = *self.engine.cache().shape();
+        r.stats.kv_bytes = self.engine.bytes_read(n);
+        r.stats.kv_bytes_dense = crate::select::Plan::dense(s.n_layers).bytes_read(
+            n,
+            s.kv_heads,
+            s.head_dim,
+            s.dtype.bytes(),
+        );
+        r.stats.finish = Some(why);
+        self.engine.close(r.seq);
+        let text = if why == Finish::Stop { String::new() } else { r.stop.finish() };
+        Event::Finished { request: r.request, text, stats: r.stats }
+    }
+}
+
+impl Drop for Scheduler<'_> {
+    fn drop(&mut self) {
+        for r in self.running.drain(..) {
+            self.engine.close(r.seq);
+        }
+    }
+}
+
+/// The answer to one request, token by token.
+#[derive(Debug)]
+pub struct Generation<'e> {
+    scheduler: Scheduler<'e>,
+    ready: VecDeque<Piece>,
+    stats: Option<Stats>,
+    failed: bool,
+    on_prefill: Option<PrefillHook>,
+}
+
+struct PrefillHook(Box<dyn FnMut(usize, usize)>);
+
+impl std::fmt::Debug for PrefillHook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PrefillHook")
+    }
+}
+
+impl Engine {
+    /// Generates an answer; iterate over the result for its pieces.
+    ///
+    /// # Errors
+    /// As [`Scheduler::submit`].
+    pub fn generate(&mut self, request: Request) -> Result<Generation<'_>, EngineError> {
+        let mut scheduler = Scheduler::new(self);
+        scheduler.submit(request)?;
+        Ok(Generation {
+            scheduler,
+            ready: VecDeque::new(),
+            stats: None,
+            failed: false,
+            on_prefill: None,
+        })
+    }
+}
+
+impl Generation<'_> {
+    /// Hears of prompt tokens cached (done, of).
+    pub fn on_prefill(mut self, f: impl FnMut(usize, usize) + 'static) -> Self {
+        self.on_prefill = Some(PrefillHook(Box::new(f)));
+        self
+    }
+
+    /// Measurements, once the answer has ended.
+    pub fn stats(&self) -> Option<&Stats> {
+        self.stats.as_ref()
+    }
+
+    /// Audit results so far (taken from the engine).
+    pub fn audit(&mut self) -> AuditSummary {
+        AuditSummary::new(&self.scheduler.engine().take_audits())
+    }
+}
+
+impl Iterator for Generation<'_> {
+    type Item = Result<Piece, EngineError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Some(Ok(piece));
+            }
+            if self.stats.is_some() || self.failed {
+                return None;
+            }
+            let events = match self.scheduler.step() {
+                Ok(events) => events,
+                Err(e) => {
+                    self.failed = true;
+                    return Some(Err(e));
+                }
+            };
+            for event in events {
+                match event {
+                    Event::Prefilled { done, of, .. } => {
+                        if let Some(hook) = &mut self.on_prefill {
+                            (hook.0)(done, of);
+                        }
+                    }
+                    Event::Piece { piece, .. } => self.ready.push_back(piece),
+                    Event::Finished { text, stats, .. } => {
+                        if let Some(last) = self.ready.back_mut() {
+                            last.text.push_str(&text);
+                        } else if !text.is_empty() {
+                            self.ready.push_back(Piece { token: 0, text });
+                        }
+                        self.stats = Some(stats);
+                    }
+                }
+            }
+        }
+    }
+}

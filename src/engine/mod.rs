@@ -1,0 +1,30 @@
+//! Sequences, steps, sampling and generation.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), longsight::engine::EngineError> {
+//! use longsight::engine::{Engine, Request};
+//!
+//! let mut engine = Engine::builder().model("smollm2").device("auto").build()?;
+//! for piece in engine.generate(Request::chat("Name three rivers."))? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod audit;
+mod builder;
+mod calibrate;
+mod error;
+mod generate;
+mod sampling;
+mod sequences;
+mod stop;
+
+pub use audit::{AuditConfig, AuditSummary, LayerSummary};
+pub use builder::{EngineBuilder, Progress};
+pub use error::EngineError;
+pub use generate::{Event, Finish, Generation, Piece, Prompt, Request, Scheduler, Stats};
+pub use sampling::{Sampler, Sampling};
+pub use sequences::{Engine, SeqId, WantLogits, Work};
+pub use stop::StopFilter;
