@@ -1,6 +1,6 @@
 //! Building an engine: model, device, dtypes, method, sizes.
 
-use super::calibrate::{calibrated_order, cache_dir};
+use super::calibrate::{cache_dir, calibrated_order};
 use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape, pages_for};
@@ -203,11 +203,11 @@ impl<'a> EngineBuilder<'a> {
         let order = known.filter(|_| order_wanted).unwrap_or_else(|| KeyOrder::identity(&config));
         let mut progress = self.progress;
         let mut on_load = |done, all| progress(Progress::Load(done, all));
-        let mut decoder =
-            Decoder::load(backend, &checkpoint, dtype, order, limits, &mut on_load)?;
+        let mut decoder = Decoder::load(backend, &checkpoint, dtype, order, limits, &mut on_load)?;
         if measure {
             let mut on = |done, all| progress(Progress::Calibrate(done, all));
-            let order = calibrated_order(&mut decoder, &tokenizer, kv_dtype, &fingerprint, &mut on)?;
+            let order =
+                calibrated_order(&mut decoder, &tokenizer, kv_dtype, &fingerprint, &mut on)?;
             if let Some(path) = &saved
                 && let Err(e) = order.save(path)
             {
@@ -225,8 +225,7 @@ impl<'a> EngineBuilder<'a> {
                 head_dim: config.head_dim,
                 lead,
                 dtype: kv_dtype,
-                n_pages: pages_for(self.kv_tokens.unwrap_or(limits.context * limits.seqs))
-                    .max(1),
+                n_pages: pages_for(self.kv_tokens.unwrap_or(limits.context * limits.seqs)).max(1),
                 slots: limits.seqs,
                 int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
                 key_stats: plans.iter().any(Plan::key_stats),
@@ -236,7 +235,7 @@ impl<'a> EngineBuilder<'a> {
         let attention = Attention::new(&**decoder.backend(), plan, shape, self.custom.as_ref())?;
         Ok(Engine {
             checkpoint,
-            tokenizer,
+            tokenizer: Arc::new(tokenizer),
             template,
             decoder,
             cache,
@@ -265,7 +264,9 @@ impl<'a> EngineBuilder<'a> {
             )));
         }
         if self.sequences == 0 || self.chunk == 0 {
-            return Err(EngineError::BadOption("give at least one sequence and one token a step".into()));
+            return Err(EngineError::BadOption(
+                "give at least one sequence and one token a step".into(),
+            ));
         }
         let context = context.next_multiple_of(64);
         let chunk = self.chunk.min(context);

@@ -1,7 +1,9 @@
 //! Generation: a scheduler over requests, and an iterator for one of them.
 
-use super::{AuditSummary, Engine, EngineError, Sampler, Sampling, SeqId, StopFilter, WantLogits, Work};
-use crate::model::{EncodeOptions, Message, Tokenizer};
+use super::{
+    AuditSummary, Engine, EngineError, Sampler, Sampling, SeqId, StopFilter, WantLogits, Work,
+};
+use crate::model::{DecodeStream, EncodeOptions, Message, Tokenizer};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -147,8 +149,7 @@ struct Running {
     spec: Request,
     sampler: Sampler,
     stop: StopFilter,
-    pending: Vec<u32>,
-    shown: usize,
+    text: DecodeStream<Arc<Tokenizer>>,
     started: Instant,
     stats: Stats,
 }
@@ -255,8 +256,7 @@ impl<'e> Scheduler<'e> {
                 fed: 0,
                 next: None,
                 spec,
-                pending: Vec::new(),
-                shown: 0,
+                text: DecodeStream::new(self.engine.tokenizer.clone()),
                 started: Instant::now(),
             });
         }
@@ -329,13 +329,7 @@ impl<'e> Scheduler<'e> {
             return Some(Finish::Stop);
         }
         r.stats.generated_tokens += 1;
-        r.pending.push(token);
-        // Decoding all of the answer keeps multi-byte characters whole; only complete text is shown.
-        let text = self.engine.tokenizer.decode(&r.pending);
-        let complete = if text.ends_with('\u{fffd}') { r.shown } else { text.len() };
-        let new = text.get(r.shown..complete).unwrap_or_default();
-        let (shown, stopped) = r.stop.push(new);
-        r.shown = complete;
+        let (shown, stopped) = r.stop.push(&r.text.push(token));
         events.push(Event::Piece { request: r.request, piece: Piece { token, text: shown } });
         if stopped {
             return Some(Finish::Stop);
@@ -361,7 +355,10 @@ impl<'e> Scheduler<'e> {
         );
         r.stats.finish = Some(why);
         self.engine.close(r.seq);
-        let text = if why == Finish::Stop { String::new() } else { r.stop.finish() };
+        let text = match why {
+            Finish::Stop => String::new(),
+            _ => r.stop.finish() + &r.text.finish(),
+        };
         Event::Finished { request: r.request, text, stats: r.stats }
     }
 }

@@ -3,10 +3,9 @@
 use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
-use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, StepSeq, Tokenizer,
-};
+use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, StepSeq, Tokenizer};
 use crate::select::{Plan, Role, SelectorFactory};
+use std::sync::Arc;
 
 /// An open sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,7 +40,7 @@ pub enum WantLogits {
 /// A model on a device with a KV cache and a method.
 pub struct Engine {
     pub(super) checkpoint: Checkpoint,
-    pub(super) tokenizer: Tokenizer,
+    pub(super) tokenizer: Arc<Tokenizer>,
     pub(super) template: Option<ChatTemplate>,
     pub(super) decoder: Decoder,
     pub(super) cache: KvCache,
@@ -135,10 +134,8 @@ impl Engine {
         let c = self.decoder.config();
         plan.check(&self.fingerprint, c.n_layers, c.head_dim)?;
         let s = *self.cache.shape();
-        let missing = |what| crate::select::SelectError::MissingSummary {
-            method: plan.method.clone(),
-            what,
-        };
+        let missing =
+            |what| crate::select::SelectError::MissingSummary { method: plan.method.clone(), what };
         if plan.int8_dims() > s.int8_dims {
             return Err(missing("the int8 key copy").into());
         }
@@ -236,17 +233,6 @@ impl Engine {
             }
         }
         self.make_room(&*b, work)?;
-        let mut seqs = Vec::with_capacity(work.len());
-        for w in work {
-            let s = self.sequence(w.seq)?;
-            seqs.push(StepSeq {
-                tokens: w.tokens,
-                cached: s.table.tokens() - w.tokens.len(),
-                pages: s.table.pages(),
-                slot: w.seq.0,
-                decode: w.decode.then_some(s.decode_steps),
-            });
-        }
         self.attention.audit_layers = match self.audit {
             Some(a) if work.iter().any(|w| w.decode) => {
                 let layers = &self.attention.plan().layers;
@@ -256,6 +242,18 @@ impl Engine {
             }
             _ => Vec::new(),
         };
+        let mut seqs = Vec::with_capacity(work.len());
+        for w in work {
+            let id = w.seq.0;
+            let s = self.sequences[id].as_ref().ok_or(EngineError::NoSequence(id))?;
+            seqs.push(StepSeq {
+                tokens: w.tokens,
+                cached: s.table.tokens() - w.tokens.len(),
+                pages: s.table.pages(),
+                slot: w.seq.0,
+                decode: w.decode.then_some(s.decode_steps),
+            });
+        }
         let step = self.decoder.forward(&seqs, &self.cache, &mut self.attention)?;
         for w in work.iter().filter(|w| w.decode) {
             if let Some(s) = self.sequences[w.seq.0].as_mut() {
@@ -356,7 +354,11 @@ impl Engine {
         let most = self.decoder.config().max_context;
         EngineError::ContextTooLong {
             tokens,
-            room: if kept > 0 { format!(" and {kept} are kept for the answer") } else { String::new() },
+            room: if kept > 0 {
+                format!(" and {kept} are kept for the answer")
+            } else {
+                String::new()
+            },
             limit: self.context(),
             hint: if self.context() >= most {
                 " (the most this model was trained for)".into()
