@@ -105,7 +105,8 @@ pub struct MethodOptions {
 }
 
 fn parse_serde<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
-    serde_json::from_value(serde_json::Value::String(s.replace('-', "_"))).map_err(|e| e.to_string())
+    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
+        .map_err(|e| e.to_string())
 }
 
 impl MethodOptions {

@@ -34,12 +34,11 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let print = checkpoint.fingerprint();
     let plan = match &a.method.plan {
         Some(path) => read_plan(path)?,
-        None => a.method.options.apply(a.method.method.clone()).plan(
-            &print,
-            &c.windows,
-            c.head_dim,
-            context,
-        )?,
+        None => a
+            .method
+            .options
+            .apply(a.method.method.clone())
+            .plan(&print, &c.windows, c.head_dim, context)?,
     };
     plan.check(&print, c.n_layers, c.head_dim)?;
     if let Some(path) = &a.save {
@@ -83,7 +82,10 @@ fn describe(l: &LayerPlan) -> String {
         Scorer::None => "no scores".into(),
         Scorer::Exact => "exact logits".into(),
         Scorer::Sorted { dims, int8 } => {
-            format!("leading {dims} dimensions of sorted keys{}", if *int8 { " in int8" } else { "" })
+            format!(
+                "leading {dims} dimensions of sorted keys{}",
+                if *int8 { " in int8" } else { "" }
+            )
         }
         Scorer::Dims { dims, metric, unit, refresh, slice } => {
             let when = match refresh {
@@ -93,7 +95,9 @@ fn describe(l: &LayerPlan) -> String {
                     format!("chosen every {every} steps, layers in turn")
                 }
                 crate::backend::Refresh::Adaptive { beta, max, .. } => {
-                    format!("chosen when coverage falls below {beta} of the best, or after {max} steps")
+                    format!(
+                        "chosen when coverage falls below {beta} of the best, or after {max} steps"
+                    )
                 }
             };
             let from = if *slice { "compact slice" } else { "read from the keys" };

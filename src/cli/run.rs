@@ -73,10 +73,9 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
         .file
         .as_ref()
         .map(|p| {
-            let bytes =
-                std::fs::read(p).with_context(|| format!("cannot read the text {}", p.display()))?;
-            String::from_utf8(bytes)
-                .with_context(|| format!("{} is not UTF-8 text", p.display()))
+            let bytes = std::fs::read(p)
+                .with_context(|| format!("cannot read the text {}", p.display()))?;
+            String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", p.display()))
         })
         .transpose()?;
     let mut parts: Vec<String> = file.into_iter().collect();
@@ -161,7 +160,11 @@ pub fn statistics(a: &Answer, method: &str) -> String {
     )];
     // The first token comes with the prefill.
     let steps = s.generated_tokens.saturating_sub(1);
-    parts.push(format!("{} answer tokens, {:.1}/s", s.generated_tokens, rate(steps, s.decode_seconds)));
+    parts.push(format!(
+        "{} answer tokens, {:.1}/s",
+        s.generated_tokens,
+        rate(steps, s.decode_seconds)
+    ));
     if s.kv_bytes < s.kv_bytes_dense {
         parts.push(format!(
             "{method}: {} of KV a token instead of {} ({:.0} %)",

@@ -37,7 +37,9 @@ pub fn build_progress() -> impl FnMut(Progress) {
             let new = match p {
                 Progress::Fetch(..) => bytes_bar(what, all),
                 Progress::Load(..) => bar(what, "parameters", all.unwrap_or(0)),
-                Progress::Calibrate(..) => bar(what, "tokens of the built-in text", all.unwrap_or(0)),
+                Progress::Calibrate(..) => {
+                    bar(what, "tokens of the built-in text", all.unwrap_or(0))
+                }
             };
             current = Some((what, new));
         }

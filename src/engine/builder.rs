@@ -1,12 +1,12 @@
 //! Building an engine: model, device, dtypes, method, sizes.
 
-use super::calibrate::{cache_dir, calibrated_order};
+use super::calibrate::calibrated_order;
 use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape, pages_for};
 use crate::model::{
     Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, KeyOrder, ModelConfig, ModelError,
-    Quant, Tokenizer, Weight, resolve,
+    Quant, Tokenizer, Weight, cache_dir, resolve,
 };
 use crate::select::{MethodSpec, Plan, SelectorFactory};
 use std::path::PathBuf;
@@ -246,6 +246,7 @@ impl<'a> EngineBuilder<'a> {
             fingerprint,
             notes,
             sequences: (0..limits.seqs).map(|_| None).collect(),
+            kept: Vec::new(),
             decode_steps: 0,
         })
     }

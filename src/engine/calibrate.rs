@@ -5,17 +5,11 @@ use crate::backend::DType;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{Attention, Decoder, KeyOrder, StepSeq, Tokenizer, pair_energies};
 use crate::select::Plan;
-use std::path::PathBuf;
 
 /// The opening of Sense and Sensibility (public domain).
 const TEXT: &str = include_str!("../../assets/calibration.txt");
 /// Tokens read at most.
 const TOKENS: usize = 2048;
-
-/// Where derived files are kept: `$LONGSIGHT_CACHE`, or the user's cache folder.
-pub fn cache_dir() -> Option<PathBuf> {
-    crate::model::cache_dir().ok()
-}
 
 /// Reads the built-in text with the decoder (in checkpoint order) and sorts each KV head's pairs by key energy.
 pub fn calibrated_order(

@@ -26,6 +26,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Tokens that end the answer besides the model's own.
     pub stop_tokens: Vec<u32>,
+    /// Keep the cached tokens after the answer: a later prompt that starts the same way reuses them.
+    pub keep: bool,
     /// Set by the caller to stop after the current step.
     pub cancel: Arc<AtomicBool>,
 }
@@ -38,6 +40,7 @@ impl Request {
             sampling: Sampling::default(),
             stop: Vec::new(),
             stop_tokens: Vec::new(),
+            keep: false,
             cancel: Arc::default(),
         }
     }
@@ -113,6 +116,8 @@ pub struct Piece {
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Stats {
     pub prompt_tokens: usize,
+    /// Prompt tokens that were still cached from an earlier request.
+    pub reused_tokens: usize,
     pub generated_tokens: usize,
     /// Seconds from the first prompt step to the first token.
     pub prefill_seconds: f64,

@@ -15,6 +15,8 @@ struct Running {
     seq: SeqId,
     prompt: Vec<u32>,
     fed: usize,
+    /// Answer tokens that are in the cache.
+    fed_answer: Vec<u32>,
     /// Drawn, not yet fed.
     next: Option<u32>,
     spec: Request,
@@ -111,8 +113,8 @@ impl<'e> Scheduler<'e> {
 
     fn admit(&mut self) -> Result<(), EngineError> {
         while !self.waiting.is_empty() {
-            let seq = match self.engine.open_sequence() {
-                Ok(seq) => seq,
+            let (seq, reused) = match self.engine.open_for(&self.waiting[0].2) {
+                Ok(opened) => opened,
                 Err(EngineError::NoSlot(_)) => break,
                 Err(e) => return Err(e),
             };
@@ -122,9 +124,14 @@ impl<'e> Scheduler<'e> {
                 seq,
                 sampler: Sampler::new(spec.sampling),
                 stop: StopFilter::new(&spec.stop),
-                stats: Stats { prompt_tokens: prompt.len(), ..Stats::default() },
+                stats: Stats {
+                    prompt_tokens: prompt.len(),
+                    reused_tokens: reused,
+                    ..Stats::default()
+                },
                 prompt,
-                fed: 0,
+                fed: reused,
+                fed_answer: Vec::new(),
                 next: None,
                 spec,
                 text: DecodeStream::new(self.engine.tokenizer.clone()),
@@ -166,6 +173,7 @@ impl<'e> Scheduler<'e> {
             let r = &mut self.running[i];
             if decode {
                 r.stats.decode_seconds += seconds;
+                r.fed_answer.extend(r.next);
             } else {
                 r.fed += n;
                 let (request, done, of) = (r.request, r.fed, r.prompt.len());
@@ -225,7 +233,13 @@ impl<'e> Scheduler<'e> {
             s.dtype.bytes(),
         );
         r.stats.finish = Some(why);
-        self.engine.close(r.seq);
+        if r.spec.keep && n > 0 {
+            r.prompt.truncate(r.fed);
+            r.prompt.append(&mut r.fed_answer);
+            self.engine.kept.push((r.seq, r.prompt));
+        } else {
+            self.engine.close(r.seq);
+        }
         let text = match why {
             Finish::Stop => String::new(),
             _ => r.stop.finish() + &r.text.finish(),
