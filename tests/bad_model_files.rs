@@ -2,75 +2,18 @@
 //! allocation that the file's size does not justify.
 
 mod common;
+#[path = "common/spoil.rs"]
+mod spoil;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::Path;
 
-use common::gguf_file::{self, Meta, Tensor};
 use common::tiny::Tiny;
 use longsight::model::quant::Quant;
-use longsight::model::{Arch, ChatTemplate, Checkpoint, ModelError, Tokenizer};
+use longsight::model::{Arch, Checkpoint};
 use serde_json::{Value, json};
-
-/// Remembers the largest allocation asked for.
-struct Watching;
-static LARGEST: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system allocator unchanged; only the size is noted.
-unsafe impl GlobalAlloc for Watching {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        LARGEST.fetch_max(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        LARGEST.fetch_max(size, Ordering::Relaxed);
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.realloc(ptr, layout, size) }
-    }
-}
-
-#[global_allocator]
-static WATCHING: Watching = Watching;
-
-/// The files here have at most half a megabyte.
-const SANE: usize = 32 << 20;
-
-/// Opens a model and uses everything in it.
-fn load(path: &Path) -> Result<(), ModelError> {
-    let checkpoint = Checkpoint::open(path)?;
-    for weight in longsight::model::Weight::all(checkpoint.config()) {
-        checkpoint.read(weight)?;
-    }
-    checkpoint.fingerprint();
-    let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
-    let ids = tokenizer.encode("some text, \u{e9}\u{1f600}", true)?;
-    tokenizer.decode(&ids);
-    match ChatTemplate::for_checkpoint(&checkpoint, &tokenizer) {
-        Ok(_) | Err(ModelError::NoTemplate | ModelError::Template { .. }) => Ok(()),
-        Err(e) => Err(e),
-    }
-}
-
-/// The error's message: a sentence that names `file`.
-fn complaint(path: &Path, file: &str) -> String {
-    let message = load(path).expect_err("a bad file was accepted").to_string();
-    assert!(message.contains(file), "{message:?} does not name {file}");
-    assert!(message.contains(' ') && message.len() > 30, "{message:?}");
-    message
-}
+use spoil::{Bench, assert_sane_allocations, complaint, load};
 
 /// A file whose bytes can be changed in place.
 struct Patch {
@@ -106,31 +49,6 @@ impl Patch {
             .windows(text.len())
             .position(|w| w == text.as_bytes());
         found.unwrap()
-    }
-}
-
-struct Bench {
-    dir: tempfile::TempDir,
-}
-
-impl Bench {
-    fn new() -> Bench {
-        Bench {
-            dir: tempfile::tempdir().unwrap(),
-        }
-    }
-
-    fn folder(&self) -> PathBuf {
-        let path = self.dir.path().join("tiny-folder");
-        Tiny::new(Arch::Qwen2, false, 5).write_hf(&path, Quant::BF16, 1);
-        path
-    }
-
-    /// A GGUF file, and where its tensor data begins.
-    fn gguf(&self) -> (PathBuf, usize) {
-        let path = self.dir.path().join("tiny.gguf");
-        let start = Tiny::new(Arch::Llama, false, 5).write_gguf(&path, Quant::Q8_0);
-        (path, start)
     }
 }
 
@@ -249,8 +167,7 @@ fn flipped_header_bits_never_panic() {
         }
         assert!(refused > 500, "{name}: only {refused} flips were refused");
     }
-    let largest = LARGEST.load(Ordering::Relaxed);
-    assert!(largest < SANE, "{largest} bytes were allocated at once");
+    assert_sane_allocations();
 }
 
 #[test]
@@ -289,7 +206,7 @@ fn lying_gguf_counts_and_offsets_are_refused() {
     });
     assert!(message.contains("23"), "{message}");
     load(&gguf).unwrap();
-    assert!(LARGEST.load(Ordering::Relaxed) < SANE);
+    assert_sane_allocations();
 }
 
 /// Writes a safetensors header over the folder's weights.
@@ -352,167 +269,4 @@ fn an_index_cannot_point_outside_its_folder() {
     }
     fs::write(folder.join(index), "{}").unwrap();
     complaint(&folder, index);
-}
-
-#[test]
-fn wrong_configurations_are_refused() {
-    let bench = Bench::new();
-    let folder = bench.folder();
-    let good: Value =
-        serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
-    let huge = u64::MAX;
-    for (key, values) in [
-        (
-            "num_hidden_layers",
-            vec![
-                json!(0),
-                json!(-1),
-                json!(huge),
-                json!(1u64 << 32),
-                json!("2"),
-            ],
-        ),
-        (
-            "hidden_size",
-            vec![json!(0), json!(huge), json!(1.5), json!(null)],
-        ),
-        (
-            "num_attention_heads",
-            vec![json!(0), json!(3), json!(huge), json!(1u64 << 19)],
-        ),
-        (
-            "num_key_value_heads",
-            vec![json!(0), json!(3), json!(8), json!(huge)],
-        ),
-        ("head_dim", vec![json!(0), json!(15), json!(huge)]),
-        ("intermediate_size", vec![json!(0), json!(huge)]),
-        ("vocab_size", vec![json!(0), json!(huge), json!(100)]),
-        ("max_position_embeddings", vec![json!(0), json!(huge)]),
-        (
-            "rms_norm_eps",
-            vec![json!(0), json!(-1e-5), json!(2.0), json!("x")],
-        ),
-        ("rope_theta", vec![json!(0), json!(-1.0), json!("x")]),
-        (
-            "eos_token_id",
-            vec![json!(260), json!(-1), json!([258, "x"])],
-        ),
-        ("hidden_act", vec![json!("gelu")]),
-        ("quantization_config", vec![json!({"bits": 4})]),
-        (
-            "rope_scaling",
-            vec![
-                json!({"rope_type": "yarn", "factor": 4.0}),
-                json!({"rope_type": "linear"}),
-                json!({"rope_type": "linear", "factor": 0.0}),
-                json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
-                   "high_freq_factor": 1.0, "original_max_position_embeddings": 8192}),
-            ],
-        ),
-    ] {
-        for value in values {
-            let mut config = good.clone();
-            config[key] = value;
-            fs::write(folder.join("config.json"), config.to_string()).unwrap();
-            complaint(&folder, "config.json");
-        }
-    }
-    let mut config = good.clone();
-    config["model_type"] = json!("mamba2");
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    assert!(complaint(&folder, "config.json").contains("mamba2"));
-    // Consistent numbers that are not those of the weights.
-    for (key, value) in [
-        ("intermediate_size", 128),
-        ("vocab_size", 512),
-        ("head_dim", 32),
-    ] {
-        let mut config = good.clone();
-        config[key] = json!(value);
-        fs::write(folder.join("config.json"), config.to_string()).unwrap();
-        assert!(complaint(&folder, "tiny-folder").contains("shape"), "{key}");
-    }
-    assert!(LARGEST.load(Ordering::Relaxed) < SANE);
-}
-
-/// A GGUF file with one metadata value replaced, or removed where there is no new one.
-fn gguf_with(path: &Path, key: &str, value: Option<Meta>) {
-    let tiny = Tiny::new(Arch::Llama, false, 5);
-    let mut metadata = tiny.gguf_metadata();
-    let at = metadata.iter().position(|(k, _)| *k == key).unwrap();
-    match value {
-        Some(value) => metadata[at].1 = value,
-        None => drop(metadata.remove(at)),
-    }
-    gguf_file::write(path, &metadata, &tiny.gguf_tensors(Quant::F32));
-}
-
-#[test]
-fn wrong_gguf_metadata_is_refused() {
-    let bench = Bench::new();
-    let path = bench.dir.path().join("tiny.gguf");
-    for (key, value) in [
-        ("general.architecture", Some(Meta::Str("mamba".into()))),
-        ("general.architecture", Some(Meta::U32(1))),
-        ("general.architecture", None),
-        ("llama.block_count", None),
-        ("llama.block_count", Some(Meta::U32(u32::MAX))),
-        ("llama.block_count", Some(Meta::U32(3))),
-        ("llama.block_count", Some(Meta::Str("2".into()))),
-        ("llama.attention.head_count", Some(Meta::U32(0))),
-        ("llama.attention.head_count_kv", Some(Meta::U32(3))),
-        ("llama.attention.key_length", Some(Meta::U32(17))),
-        ("llama.embedding_length", Some(Meta::U32(32))),
-        ("llama.context_length", Some(Meta::U32(0))),
-        ("llama.rope.freq_base", Some(Meta::F32(f32::NAN))),
-        (
-            "llama.attention.layer_norm_rms_epsilon",
-            Some(Meta::F32(f32::INFINITY)),
-        ),
-        ("tokenizer.ggml.eos_token_id", Some(Meta::U32(1000))),
-        ("tokenizer.ggml.model", None),
-        ("tokenizer.ggml.model", Some(Meta::Str("bert".into()))),
-        ("tokenizer.ggml.tokens", None),
-        ("tokenizer.ggml.tokens", Some(Meta::Strs(vec!["a".into()]))),
-        ("tokenizer.ggml.pre", Some(Meta::Str("no-such".into()))),
-        ("tokenizer.ggml.merges", None),
-        ("tokenizer.ggml.merges", Some(Meta::Strs(vec!["ab".into()]))),
-        (
-            "tokenizer.ggml.merges",
-            Some(Meta::Strs(vec!["a zzz".into()])),
-        ),
-        ("tokenizer.ggml.token_type", Some(Meta::I32s(vec![1, 1]))),
-    ] {
-        gguf_with(&path, key, value);
-        complaint(&path, "tiny.gguf");
-    }
-}
-
-#[test]
-fn wrong_tensor_tables_are_refused() {
-    let bench = Bench::new();
-    let path = bench.dir.path().join("tiny.gguf");
-    let tiny = Tiny::new(Arch::Llama, false, 5);
-    let write = |change: &dyn Fn(&mut Vec<Tensor>)| {
-        let mut tensors = tiny.gguf_tensors(Quant::F32);
-        change(&mut tensors);
-        gguf_file::write(&path, &tiny.gguf_metadata(), &tensors);
-        complaint(&path, "tiny.gguf")
-    };
-    let message = write(&|t| drop(t.remove(3)));
-    assert!(message.contains("blk.0"), "{message}");
-    let message = write(&|t| t[1].dims = vec![8, 8]);
-    assert!(message.contains("[8, 8]"), "{message}");
-    write(&|t| t[3].dims.reverse());
-    write(&|t| t[2].dims = vec![4, 4, 4, 64]);
-    write(&|t| t[3].name = t[2].name.clone());
-    write(&|t| t[3].name = "blk.0.attn_output.bias".into());
-    write(&|t| {
-        t.push(Tensor {
-            name: "blk.0.attn_sinks.weight".into(),
-            dims: vec![4],
-            quant: Quant::F32,
-            bytes: vec![0; 16],
-        });
-    });
 }

@@ -7,6 +7,7 @@ mod config_hf;
 pub mod error;
 pub mod fetch;
 pub mod gguf;
+mod gguf_cursor;
 pub mod mapped;
 pub mod quant;
 pub mod tokenizer;
