@@ -44,10 +44,7 @@ impl Patch {
     }
 
     fn find(&self, text: &str) -> usize {
-        let found = self
-            .bytes
-            .windows(text.len())
-            .position(|w| w == text.as_bytes());
+        let found = self.bytes.windows(text.len()).position(|w| w == text.as_bytes());
         found.unwrap()
     }
 }
@@ -98,10 +95,9 @@ fn truncated_files_are_refused_at_every_length() {
         let bytes = fs::read(&weights).unwrap();
         u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize
     };
-    for (open, file, name, header) in [
-        (&folder, &weights, "model.safetensors", header),
-        (&gguf, &gguf, "tiny.gguf", data),
-    ] {
+    for (open, file, name, header) in
+        [(&folder, &weights, "model.safetensors", header), (&gguf, &gguf, "tiny.gguf", data)]
+    {
         let whole = fs::metadata(file).unwrap().len() as usize;
         let within = (0..header).step_by(17);
         let beyond = (header..whole).step_by(4099).chain([whole - 1]);
@@ -132,18 +128,8 @@ fn flipped_header_bits_never_panic() {
     let (gguf, data) = bench.gguf();
     let cases = [
         (&gguf, gguf.clone(), "tiny.gguf", data),
-        (
-            &folder,
-            folder.join("config.json"),
-            "config.json",
-            usize::MAX,
-        ),
-        (
-            &folder,
-            folder.join("model.safetensors"),
-            "model.safetensors",
-            8192,
-        ),
+        (&folder, folder.join("config.json"), "config.json", usize::MAX),
+        (&folder, folder.join("model.safetensors"), "model.safetensors", 8192),
     ];
     for (open, file, name, end) in cases {
         let mut patch = Patch::new(&file);
@@ -198,12 +184,8 @@ fn lying_gguf_counts_and_offsets_are_refused() {
     for value in [u64::MAX, u64::MAX - 31, 1 << 40, 1] {
         lie(&mut patch, entry + 24, value);
     }
-    patch.with(entry, &u32::MAX.to_le_bytes(), || {
-        complaint(&gguf, "tiny.gguf")
-    });
-    let message = patch.with(entry + 20, &23u32.to_le_bytes(), || {
-        complaint(&gguf, "tiny.gguf")
-    });
+    patch.with(entry, &u32::MAX.to_le_bytes(), || complaint(&gguf, "tiny.gguf"));
+    let message = patch.with(entry + 20, &23u32.to_le_bytes(), || complaint(&gguf, "tiny.gguf"));
     assert!(message.contains("23"), "{message}");
     load(&gguf).unwrap();
     assert_sane_allocations();

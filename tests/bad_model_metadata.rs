@@ -24,39 +24,18 @@ fn wrong_configurations_are_refused() {
     for (key, values) in [
         (
             "num_hidden_layers",
-            vec![
-                json!(0),
-                json!(-1),
-                json!(huge),
-                json!(1u64 << 32),
-                json!("2"),
-            ],
+            vec![json!(0), json!(-1), json!(huge), json!(1u64 << 32), json!("2")],
         ),
-        (
-            "hidden_size",
-            vec![json!(0), json!(huge), json!(1.5), json!(null)],
-        ),
-        (
-            "num_attention_heads",
-            vec![json!(0), json!(3), json!(huge), json!(1u64 << 19)],
-        ),
-        (
-            "num_key_value_heads",
-            vec![json!(0), json!(3), json!(8), json!(huge)],
-        ),
+        ("hidden_size", vec![json!(0), json!(huge), json!(1.5), json!(null)]),
+        ("num_attention_heads", vec![json!(0), json!(3), json!(huge), json!(1u64 << 19)]),
+        ("num_key_value_heads", vec![json!(0), json!(3), json!(8), json!(huge)]),
         ("head_dim", vec![json!(0), json!(15), json!(huge)]),
         ("intermediate_size", vec![json!(0), json!(huge)]),
         ("vocab_size", vec![json!(0), json!(huge), json!(100)]),
         ("max_position_embeddings", vec![json!(0), json!(huge)]),
-        (
-            "rms_norm_eps",
-            vec![json!(0), json!(-1e-5), json!(2.0), json!("x")],
-        ),
+        ("rms_norm_eps", vec![json!(0), json!(-1e-5), json!(2.0), json!("x")]),
         ("rope_theta", vec![json!(0), json!(-1.0), json!("x")]),
-        (
-            "eos_token_id",
-            vec![json!(260), json!(-1), json!([258, "x"])],
-        ),
+        ("eos_token_id", vec![json!(260), json!(-1), json!([258, "x"])]),
         ("hidden_act", vec![json!("gelu")]),
         ("quantization_config", vec![json!({"bits": 4})]),
         (
@@ -82,11 +61,7 @@ fn wrong_configurations_are_refused() {
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     assert!(complaint(&folder, "config.json").contains("mamba2"));
     // Consistent numbers that are not those of the weights.
-    for (key, value) in [
-        ("intermediate_size", 128),
-        ("vocab_size", 512),
-        ("head_dim", 32),
-    ] {
+    for (key, value) in [("intermediate_size", 128), ("vocab_size", 512), ("head_dim", 32)] {
         let mut config = good.clone();
         config[key] = json!(value);
         fs::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -125,10 +100,7 @@ fn wrong_gguf_metadata_is_refused() {
         ("llama.embedding_length", Some(Meta::U32(32))),
         ("llama.context_length", Some(Meta::U32(0))),
         ("llama.rope.freq_base", Some(Meta::F32(f32::NAN))),
-        (
-            "llama.attention.layer_norm_rms_epsilon",
-            Some(Meta::F32(f32::INFINITY)),
-        ),
+        ("llama.attention.layer_norm_rms_epsilon", Some(Meta::F32(f32::INFINITY))),
         ("tokenizer.ggml.eos_token_id", Some(Meta::U32(1000))),
         ("tokenizer.ggml.model", None),
         ("tokenizer.ggml.model", Some(Meta::Str("bert".into()))),
@@ -137,10 +109,7 @@ fn wrong_gguf_metadata_is_refused() {
         ("tokenizer.ggml.pre", Some(Meta::Str("no-such".into()))),
         ("tokenizer.ggml.merges", None),
         ("tokenizer.ggml.merges", Some(Meta::Strs(vec!["ab".into()]))),
-        (
-            "tokenizer.ggml.merges",
-            Some(Meta::Strs(vec!["a zzz".into()])),
-        ),
+        ("tokenizer.ggml.merges", Some(Meta::Strs(vec!["a zzz".into()]))),
         ("tokenizer.ggml.token_type", Some(Meta::I32s(vec![1, 1]))),
     ] {
         gguf_with(&path, key, value);

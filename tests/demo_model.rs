@@ -21,17 +21,11 @@ fn its_configuration_is_known() {
     let checkpoint = Checkpoint::open(model()).unwrap();
     let c = checkpoint.config();
     assert_eq!(c.arch, Arch::Llama);
-    assert_eq!(
-        (c.n_layers, c.hidden, c.ffn, c.vocab),
-        (30, 576, 1536, 49_152)
-    );
+    assert_eq!((c.n_layers, c.hidden, c.ffn, c.vocab), (30, 576, 1536, 49_152));
     assert_eq!((c.n_heads, c.n_kv_heads, c.head_dim), (9, 3, 64));
     assert_eq!((c.rope_theta, c.norm_eps), (100_000.0, 1e-5));
     assert_eq!(c.rope_scaling, RopeScaling::None);
-    assert_eq!(
-        (c.max_context, c.bos, &c.eos[..]),
-        (8192, Some(1), &[2][..])
-    );
+    assert_eq!((c.max_context, c.bos, &c.eos[..]), (8192, Some(1), &[2][..]));
     assert!(c.tie_embeddings && !c.qkv_bias && !c.qk_norm);
     // 210 matrices in Q4_1, the embedding in Q8_0, 61 norms in F32.
     assert_eq!(checkpoint.bytes_total(), 66_355_200 + 30_081_024 + 140_544);
@@ -46,20 +40,11 @@ fn its_weights_are_read_right() {
     let q = checkpoint.read(Weight::Layer(3, LayerWeight::Q)).unwrap();
     let close = |got: &[f32], want: &[f64]| {
         for (g, w) in got.iter().zip(want) {
-            assert!(
-                (f64::from(*g) - w).abs() < 1e-7,
-                "{got:?} instead of {want:?}"
-            );
+            assert!((f64::from(*g) - w).abs() < 1e-7, "{got:?} instead of {want:?}");
         }
     };
-    close(
-        &q[..4],
-        &[0.07791138, 0.15280151, -0.109313965, -0.034423828],
-    );
-    close(
-        &q[576 * 33..576 * 33 + 4],
-        &[-0.054656982, 0.22494507, 0.08514404, -0.101257324],
-    );
+    close(&q[..4], &[0.07791138, 0.15280151, -0.109313965, -0.034423828]);
+    close(&q[576 * 33..576 * 33 + 4], &[-0.054656982, 0.22494507, 0.08514404, -0.101257324]);
     let embedding = checkpoint.read(Weight::Output).unwrap();
     let sum: f64 = embedding.iter().map(|x| f64::from(*x)).sum();
     assert!((sum + 15_353.044).abs() < 0.01, "{sum}");
@@ -80,15 +65,8 @@ fn its_tokenizer_agrees_with_the_reference() {
     };
     for case in &cases {
         let text = case["text"].as_str().unwrap();
-        assert_eq!(
-            tokenizer.encode(text, false).unwrap(),
-            ids(&case["ids"]),
-            "{text:?}"
-        );
-        let options = EncodeOptions {
-            add_bos: false,
-            parse_special: true,
-        };
+        assert_eq!(tokenizer.encode(text, false).unwrap(), ids(&case["ids"]), "{text:?}");
+        let options = EncodeOptions { add_bos: false, parse_special: true };
         let parsed = tokenizer.encode_with(text, options).unwrap();
         assert_eq!(parsed, ids(&case["ids_special"]), "{text:?}");
         let decoded = case["decoded"].as_str().unwrap();
@@ -117,9 +95,7 @@ fn its_chat_template_renders() {
          Face<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     );
     assert_eq!(
-        template
-            .render(&[Message::new("system", "Be brief."), user], false)
-            .unwrap(),
+        template.render(&[Message::new("system", "Be brief."), user], false).unwrap(),
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
     );
 }

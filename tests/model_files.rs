@@ -137,10 +137,7 @@ fn rotary_factors_of_gguf_files_divide_the_frequencies() {
     });
     gguf_file::write(&path, &tiny.gguf_metadata(), &tensors);
     let checkpoint = Checkpoint::open(&path).unwrap();
-    assert_eq!(
-        checkpoint.config().rope_scaling,
-        RopeScaling::Factors(factors.clone())
-    );
+    assert_eq!(checkpoint.config().rope_scaling, RopeScaling::Factors(factors.clone()));
     let plain = tiny.config.inv_freq();
     for (i, f) in checkpoint.config().inv_freq().into_iter().enumerate() {
         assert_eq!(f, plain[i] / factors[i]);
@@ -183,13 +180,7 @@ fn tokenizer_and_template_come_from_either_format() {
         assert_eq!(tokenizer.encode(text, false).unwrap(), bytes);
         assert_eq!(tokenizer.decode(&bytes), text);
         let parsed = tokenizer
-            .encode_with(
-                text,
-                EncodeOptions {
-                    add_bos: true,
-                    parse_special: true,
-                },
-            )
+            .encode_with(text, EncodeOptions { add_bos: true, parse_special: true })
             .unwrap();
         assert_eq!(parsed[0], 256);
         assert_eq!(parsed[parsed.len() - 1], 258);
@@ -197,10 +188,7 @@ fn tokenizer_and_template_come_from_either_format() {
 
         let template = ChatTemplate::for_checkpoint(&checkpoint, &tokenizer).unwrap();
         let prompt = template.render(&[Message::new("user", "hi")], true);
-        assert_eq!(
-            prompt.unwrap(),
-            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-        );
+        assert_eq!(prompt.unwrap(), "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
     }
 }
 
@@ -211,10 +199,7 @@ fn streams_hold_back_incomplete_characters() {
     Tiny::new(Arch::Llama, true, 3).write_hf(&folder, Quant::F32, 1);
     let tokenizer = Tokenizer::from_folder(&folder).unwrap();
     let mut stream = tokenizer.decode_stream();
-    let pieces: Vec<String> = "x\u{20ac}!"
-        .bytes()
-        .map(|b| stream.push(b.into()))
-        .collect();
+    let pieces: Vec<String> = "x\u{20ac}!".bytes().map(|b| stream.push(b.into())).collect();
     assert_eq!(pieces, ["x", "", "", "\u{20ac}", "!"]);
     assert_eq!(stream.finish(), "");
     // A broken character becomes U+FFFD as soon as it is known to be broken, or at the end.
@@ -235,19 +220,8 @@ fn sentence_piece_vocabularies_are_read_from_gguf() {
     types.extend([6; 256]);
     let first = tokens.len() as u32;
     // In order of preference, as SentencePiece sorts them: score = -rank.
-    let pieces = [
-        "ll",
-        "he",
-        "\u{2581}he",
-        "llo",
-        "hell",
-        "\u{2581}hello",
-        "\u{2581}",
-        "h",
-        "e",
-        "l",
-        "o",
-    ];
+    let pieces =
+        ["ll", "he", "\u{2581}he", "llo", "hell", "\u{2581}hello", "\u{2581}", "h", "e", "l", "o"];
     tokens.extend(pieces.map(String::from));
     types.extend([1; 11]);
     let scores: Vec<f32> = (0..tokens.len()).map(|i| -(i as f32)).collect();
@@ -269,10 +243,7 @@ fn sentence_piece_vocabularies_are_read_from_gguf() {
     let space = "\u{2581}";
     assert!(tokenizer.adds_bos());
     // ll, he, <space>he, llo, then <space>he + llo.
-    assert_eq!(
-        tokenizer.encode("hello", true).unwrap(),
-        [1, id("\u{2581}hello")]
-    );
+    assert_eq!(tokenizer.encode("hello", true).unwrap(), [1, id("\u{2581}hello")]);
     // "ell": ll merges first, so "he" + "ll" joins to "hell" only without a space before it.
     assert_eq!(
         tokenizer.encode("o hell", false).unwrap(),

@@ -22,10 +22,7 @@ pub struct Message {
 
 impl Message {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 }
 
@@ -52,11 +49,7 @@ impl ChatTemplate {
         };
         let spelled = |id: Option<u32>| id.and_then(|id| tokenizer.token(id)).unwrap_or_default();
         let eos = tokenizer.eos().or(checkpoint.config().eos.first().copied());
-        Self::new(
-            source.ok_or(ModelError::NoTemplate)?,
-            &spelled(tokenizer.bos()),
-            &spelled(eos),
-        )
+        Self::new(source.ok_or(ModelError::NoTemplate)?, &spelled(tokenizer.bos()), &spelled(eos))
     }
 
     /// Compiles a template; `bos` and `eos` become its variables `bos_token` and `eos_token`.
@@ -84,11 +77,7 @@ impl ChatTemplate {
         });
         env.add_filter("tojson", tojson);
         env.add_template_owned(NAME, source).map_err(failure)?;
-        Ok(Self {
-            env,
-            bos: bos.to_owned(),
-            eos: eos.to_owned(),
-        })
+        Ok(Self { env, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
     /// The prompt for a conversation. With `add_generation_prompt` it ends where the assistant's
@@ -121,10 +110,9 @@ fn source_in_folder(folder: &std::path::Path) -> Result<Option<String>> {
     };
     let template = match &config["chat_template"] {
         // A list of named templates; the default one is for conversations.
-        serde_json::Value::Array(list) => list
-            .iter()
-            .find(|t| t["name"] == "default")
-            .map(|t| &t["template"]),
+        serde_json::Value::Array(list) => {
+            list.iter().find(|t| t["name"] == "default").map(|t| &t["template"])
+        }
         single => Some(single),
     };
     Ok(template.and_then(|t| t.as_str()).map(str::to_owned))
@@ -203,15 +191,8 @@ const MONTHS: [&str; 12] = [
     "November",
     "December",
 ];
-const DAYS: [&str; 7] = [
-    "Sunday",
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-];
+const DAYS: [&str; 7] =
+    ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
 /// The usual `strftime` fields of a time in seconds since 1970, UTC.
 fn strftime(format: &str, seconds: u64) -> String {
@@ -219,10 +200,8 @@ fn strftime(format: &str, seconds: u64) -> String {
     let clock = seconds % 86_400;
     let (hour, minute, second) = (clock / 3600, clock / 60 % 60, clock % 60);
     let (year, month, day) = civil(days);
-    let (month_name, day_name) = (
-        MONTHS[(month - 1) as usize],
-        DAYS[(days + 4).rem_euclid(7) as usize],
-    );
+    let (month_name, day_name) =
+        (MONTHS[(month - 1) as usize], DAYS[(days + 4).rem_euclid(7) as usize]);
     let mut out = String::new();
     let mut chars = format.chars();
     while let Some(c) = chars.next() {
@@ -272,10 +251,7 @@ mod tests {
     use super::*;
 
     fn messages() -> Vec<Message> {
-        vec![
-            Message::new("user", "Hi <&> there"),
-            Message::new("assistant", "Yes?"),
-        ]
+        vec![Message::new("user", "Hi <&> there"), Message::new("assistant", "Yes?")]
     }
 
     #[test]

@@ -281,12 +281,8 @@ mod tests {
         json["rope_theta"] = json!(100_000.0);
         json["head_dim"] = json!(64);
         let plain = read(json.clone()).inv_freq();
-        for (i, want) in [
-            (0, 1.0),
-            (1, 0.697_830_56),
-            (16, 0.003_162_277_9),
-            (31, 1.433_012_7e-5),
-        ] {
+        for (i, want) in [(0, 1.0), (1, 0.697_830_56), (16, 0.003_162_277_9), (31, 1.433_012_7e-5)]
+        {
             assert_close(plain[i], want);
         }
         // The newer spelling, with the base inside.

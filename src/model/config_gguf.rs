@@ -30,23 +30,14 @@ impl Keys<'_> {
             let same = list.iter().all(|v| *v == first);
             same.then(|| u64::try_from(first).ok()).flatten()
         });
-        value
-            .and_then(|v| usize::try_from(v).ok())
-            .map(Some)
-            .ok_or_else(|| {
-                ModelError::corrupt(
-                    self.gguf.path(),
-                    format!("its {key} is not a single number"),
-                )
-            })
+        value.and_then(|v| usize::try_from(v).ok()).map(Some).ok_or_else(|| {
+            ModelError::corrupt(self.gguf.path(), format!("its {key} is not a single number"))
+        })
     }
 
     fn need_uint(&self, key: &str) -> Result<usize> {
         self.uint(key)?.ok_or_else(|| {
-            ModelError::corrupt(
-                self.gguf.path(),
-                format!("it does not say {}", self.key(key)),
-            )
+            ModelError::corrupt(self.gguf.path(), format!("it does not say {}", self.key(key)))
         })
     }
 
@@ -103,11 +94,7 @@ impl ModelConfig {
             ));
         }
         // A padded embedding may have more rows than the tokenizer has tokens.
-        let rows = gguf
-            .tensors()
-            .get("token_embd.weight")
-            .and_then(|t| t.dims.get(1))
-            .copied();
+        let rows = gguf.tensors().get("token_embd.weight").and_then(|t| t.dims.get(1)).copied();
         let vocab = rows
             .or(k.uint("vocab_size")?)
             .or(gguf.array_len("tokenizer.ggml.tokens"))
@@ -161,26 +148,18 @@ fn scaling(k: &Keys<'_>) -> Result<RopeScaling> {
         let n: usize = tensor.dims.iter().product();
         // Longer than any head: the lie is refused before anything is allocated for it.
         if n > 1 << 16 {
-            return Err(ModelError::corrupt(
-                path,
-                format!("its {ROPE_FREQS} has {n} elements"),
-            ));
+            return Err(ModelError::corrupt(path, format!("its {ROPE_FREQS} has {n} elements")));
         }
         let mut factors = vec![0.0; n];
-        tensor
-            .quant
-            .dequantize(&k.gguf.bytes()[tensor.bytes.clone()], &mut factors);
+        tensor.quant.dequantize(&k.gguf.bytes()[tensor.bytes.clone()], &mut factors);
         return Ok(RopeScaling::Factors(factors));
     }
     let kind = k.gguf.string(&k.key("rope.scaling.type"));
     match kind.unwrap_or("none") {
         "none" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear {
-            factor: k.float("rope.scaling.factor").unwrap_or(1.0),
-        }),
-        other => Err(ModelError::unsupported(
-            path,
-            format!("rotary scaling of the kind {other}"),
-        )),
+        "linear" => {
+            Ok(RopeScaling::Linear { factor: k.float("rope.scaling.factor").unwrap_or(1.0) })
+        }
+        other => Err(ModelError::unsupported(path, format!("rotary scaling of the kind {other}"))),
     }
 }

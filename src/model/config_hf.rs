@@ -147,15 +147,8 @@ impl ModelConfig {
 }
 
 fn architecture(f: &Fields<'_>) -> Result<Arch> {
-    let listed = f
-        .get("architectures")
-        .and_then(|a| a.get(0))
-        .and_then(Value::as_str);
-    let name = f
-        .get("model_type")
-        .and_then(Value::as_str)
-        .or(listed)
-        .unwrap_or("unnamed");
+    let listed = f.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
+    let name = f.get("model_type").and_then(Value::as_str).or(listed).unwrap_or("unnamed");
     match name {
         "llama" | "LlamaForCausalLM" => Ok(Arch::Llama),
         "mistral" | "MistralForCausalLM" => Ok(Arch::Mistral),
@@ -206,9 +199,7 @@ fn rotary(f: &Fields<'_>) -> Result<(f64, RopeScaling)> {
     let kind = s.get("rope_type").or_else(|| s.get("type"));
     let scaling = match kind.and_then(Value::as_str).unwrap_or("default") {
         "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear {
-            factor: s.need_float("factor")?,
-        },
+        "linear" => RopeScaling::Linear { factor: s.need_float("factor")? },
         "llama3" => RopeScaling::Llama3 {
             factor: s.need_float("factor")?,
             low_freq_factor: s.need_float("low_freq_factor")?,
@@ -254,7 +245,5 @@ fn windows(f: &Fields<'_>, arch: Arch, n_layers: usize) -> Result<Vec<Option<usi
         Arch::Qwen2 | Arch::Qwen3 => f.uint("max_window_layers")?.unwrap_or(28),
         _ => 0,
     };
-    Ok((0..n_layers)
-        .map(|l| if l >= first { width } else { None })
-        .collect())
+    Ok((0..n_layers).map(|l| if l >= first { width } else { None }).collect())
 }

@@ -32,23 +32,14 @@ pub enum ModelError {
          configuration and weights belong to different models, fetch both again",
         .path.display()
     )]
-    ShapeMismatch {
-        path: PathBuf,
-        name: String,
-        expected: Vec<usize>,
-        found: Vec<usize>,
-    },
+    ShapeMismatch { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
 
     #[error(
         "tensor {name} of {} is stored as {dtype}, which is not read here; use a checkpoint in F32, F16 or BF16, \
          or a GGUF in one of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K",
         .path.display()
     )]
-    UnsupportedType {
-        path: PathBuf,
-        name: String,
-        dtype: String,
-    },
+    UnsupportedType { path: PathBuf, name: String, dtype: String },
 
     #[error("{} asks for {what}, which is not implemented; use a checkpoint without it", .path.display())]
     Unsupported { path: PathBuf, what: String },
@@ -69,11 +60,7 @@ pub enum ModelError {
     Fetch { name: String, what: String },
 
     #[error("cannot {action} {}: {source}; check the path and its permissions", .path.display())]
-    Io {
-        path: PathBuf,
-        action: &'static str,
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, action: &'static str, source: std::io::Error },
 
     /// A caller's mistake, not a file's: rows outside a tensor, a buffer of the wrong length.
     #[error("wrong request for {name}: {what}")]
@@ -82,38 +69,23 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn corrupt(path: &Path, what: impl Into<String>) -> Self {
-        ModelError::Corrupt {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        ModelError::Corrupt { path: path.to_owned(), what: what.into() }
     }
 
     pub(crate) fn truncated(path: &Path, what: impl Into<String>) -> Self {
-        ModelError::Truncated {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        ModelError::Truncated { path: path.to_owned(), what: what.into() }
     }
 
     pub(crate) fn unsupported(path: &Path, what: impl Into<String>) -> Self {
-        ModelError::Unsupported {
-            path: path.to_owned(),
-            what: what.into(),
-        }
+        ModelError::Unsupported { path: path.to_owned(), what: what.into() }
     }
 
     /// `Missing` for a file that is not there, `Io` for everything else.
     pub(crate) fn io(path: &Path, action: &'static str, source: std::io::Error) -> Self {
         if source.kind() == std::io::ErrorKind::NotFound {
-            return ModelError::Missing {
-                path: path.to_owned(),
-            };
+            return ModelError::Missing { path: path.to_owned() };
         }
-        ModelError::Io {
-            path: path.to_owned(),
-            action,
-            source,
-        }
+        ModelError::Io { path: path.to_owned(), action, source }
     }
 }
 

@@ -43,11 +43,7 @@ impl Gguf {
     pub fn open(path: &Path) -> Result<Self> {
         let file = Mapped::open(path)?;
         let (metadata, tensors) = read_header(path, file.bytes())?;
-        Ok(Self {
-            file,
-            metadata,
-            tensors,
-        })
+        Ok(Self { file, metadata, tensors })
     }
 
     /// Where the file lies.
@@ -150,11 +146,8 @@ impl Gguf {
     fn array(&self, key: &str) -> Option<(Cursor<'_>, Kind, usize)> {
         match self.metadata.get(key)? {
             Value::Array { kind, count, at } => {
-                let cursor = Cursor {
-                    path: self.path(),
-                    bytes: &self.bytes()[..at.end],
-                    at: at.start,
-                };
+                let cursor =
+                    Cursor { path: self.path(), bytes: &self.bytes()[..at.end], at: at.start };
                 Some((cursor, *kind, *count))
             }
             _ => None,
@@ -167,10 +160,7 @@ type Header = (HashMap<String, Value>, HashMap<String, TensorEntry>);
 fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
     let mut cursor = Cursor { path, bytes, at: 0 };
     if &cursor.array::<4>("magic number")? != b"GGUF" {
-        return Err(ModelError::corrupt(
-            path,
-            "it does not begin with the letters GGUF",
-        ));
+        return Err(ModelError::corrupt(path, "it does not begin with the letters GGUF"));
     }
     let version = cursor.u32("version")?;
     if !(2..=3).contains(&version) {
@@ -197,10 +187,7 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
         None => 32,
         Some(Value::Unsigned(a)) if a.is_power_of_two() && *a <= 1 << 20 => *a as usize,
         Some(_) => {
-            return Err(ModelError::corrupt(
-                path,
-                "its alignment is not a power of two",
-            ));
+            return Err(ModelError::corrupt(path, "its alignment is not a power of two"));
         }
     };
 
@@ -208,18 +195,12 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<Header> {
     for _ in 0..n_tensors {
         entries.push(read_tensor_entry(&mut cursor)?);
     }
-    let data = cursor
-        .at
-        .checked_next_multiple_of(alignment)
-        .unwrap_or(usize::MAX);
+    let data = cursor.at.checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
     let mut tensors = HashMap::with_capacity(entries.len());
     for (name, entry, offset) in entries {
         let entry = place(path, bytes.len(), &name, entry, data, offset, alignment)?;
         if tensors.contains_key(&name) {
-            return Err(ModelError::corrupt(
-                path,
-                format!("it has the tensor {name} twice"),
-            ));
+            return Err(ModelError::corrupt(path, format!("it has the tensor {name} twice")));
         }
         tensors.insert(name, entry);
     }
@@ -241,12 +222,9 @@ fn read_tensor_entry(cursor: &mut Cursor<'_>) -> Result<(String, TensorEntry, u6
     let mut elements = 1usize;
     for _ in 0..n_dims {
         let dim = usize::try_from(cursor.u64("tensor table")?).unwrap_or(usize::MAX);
-        elements = elements
-            .checked_mul(dim)
-            .filter(|&n| n > 0)
-            .ok_or_else(|| {
-                ModelError::corrupt(path, format!("the tensor {name} has impossible dimensions"))
-            })?;
+        elements = elements.checked_mul(dim).filter(|&n| n > 0).ok_or_else(|| {
+            ModelError::corrupt(path, format!("the tensor {name} has impossible dimensions"))
+        })?;
         dims.push(dim);
     }
     let type_id = cursor.u32("tensor table")?;
@@ -257,23 +235,14 @@ fn read_tensor_entry(cursor: &mut Cursor<'_>) -> Result<(String, TensorEntry, u6
         dtype: format!("GGUF type number {type_id}"),
     })?;
     // Rows are whole blocks; so is then the tensor.
-    let length = quant
-        .bytes_for(dims[0])
-        .and_then(|_| quant.bytes_for(elements))
-        .ok_or_else(|| {
+    let length =
+        quant.bytes_for(dims[0]).and_then(|_| quant.bytes_for(elements)).ok_or_else(|| {
             ModelError::corrupt(
                 path,
-                format!(
-                    "rows of the tensor {name} are not whole {} blocks",
-                    quant.name()
-                ),
+                format!("rows of the tensor {name} are not whole {} blocks", quant.name()),
             )
         })?;
-    let entry = TensorEntry {
-        dims,
-        quant,
-        bytes: 0..length,
-    };
+    let entry = TensorEntry { dims, quant, bytes: 0..length };
     Ok((name, entry, offset))
 }
 

@@ -30,9 +30,8 @@ pub(super) enum Kind {
 impl Kind {
     fn from_id(id: u32) -> Option<Kind> {
         use Kind::*;
-        const KINDS: [Kind; 13] = [
-            U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64,
-        ];
+        const KINDS: [Kind; 13] =
+            [U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64];
         KINDS.get(usize::try_from(id).ok()?).copied()
     }
 
@@ -57,11 +56,7 @@ pub(super) enum Value {
     F64(f64),
     Bool(bool),
     String(String),
-    Array {
-        kind: Kind,
-        count: usize,
-        at: Range<usize>,
-    },
+    Array { kind: Kind, count: usize, at: Range<usize> },
 }
 
 /// A position in the file that never runs past its end.

@@ -19,9 +19,7 @@ impl Mapped {
     /// Maps `path`. Empty files and folders are errors.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| ModelError::io(path, "open", e))?;
-        let meta = file
-            .metadata()
-            .map_err(|e| ModelError::io(path, "inspect", e))?;
+        let meta = file.metadata().map_err(|e| ModelError::io(path, "inspect", e))?;
         if !meta.is_file() {
             return Err(ModelError::corrupt(path, "it is not a regular file"));
         }
@@ -32,10 +30,7 @@ impl Mapped {
         // whose bounds were checked against the mapped length. What remains is the usual rule of
         // mapped files: nobody may shorten a model file while it is in use.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| ModelError::io(path, "map", e))?;
-        Ok(Self {
-            path: path.to_owned(),
-            map,
-        })
+        Ok(Self { path: path.to_owned(), map })
     }
 
     /// The whole file.
@@ -64,10 +59,7 @@ pub(crate) fn read_side_file(path: &Path) -> Result<Option<Vec<u8>>> {
         .read_to_end(&mut bytes)
         .map_err(|e| ModelError::io(path, "read", e))?;
     if bytes.len() as u64 > MAX_SIDE_FILE {
-        return Err(ModelError::corrupt(
-            path,
-            "it is far too large for a side file",
-        ));
+        return Err(ModelError::corrupt(path, "it is far too large for a side file"));
     }
     if bytes.is_empty() {
         return Err(ModelError::truncated(path, "first byte (it is empty)"));

@@ -126,9 +126,8 @@ impl Quant {
             Quant::Q5_K => q5_k,
             Quant::Q6_K => q6_k,
         };
-        for (b, o) in bytes
-            .chunks_exact(self.block_bytes())
-            .zip(out.chunks_exact_mut(self.block_len()))
+        for (b, o) in
+            bytes.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(self.block_len()))
         {
             block(b, o);
         }
@@ -212,11 +211,7 @@ fn scale_min(packed: &[u8], j: usize) -> (f32, f32) {
 /// `y = d scale q - dmin min`. A run of 32 bytes holds two groups: low nibbles, then high ones.
 fn q4_k(b: &[u8], out: &mut [f32]) {
     let (d, dmin, packed) = (half_at(b, 0), half_at(b, 2), &b[4..16]);
-    for (pair, (qs, o)) in b[16..144]
-        .chunks_exact(32)
-        .zip(out.chunks_exact_mut(64))
-        .enumerate()
-    {
+    for (pair, (qs, o)) in b[16..144].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
         let (s0, m0) = scale_min(packed, 2 * pair);
         let (s1, m1) = scale_min(packed, 2 * pair + 1);
         for (l, &q) in qs.iter().enumerate() {
@@ -230,11 +225,7 @@ fn q4_k(b: &[u8], out: &mut [f32]) {
 /// element `l` of group `g`.
 fn q5_k(b: &[u8], out: &mut [f32]) {
     let (d, dmin, packed, high) = (half_at(b, 0), half_at(b, 2), &b[4..16], &b[16..48]);
-    for (pair, (qs, o)) in b[48..176]
-        .chunks_exact(32)
-        .zip(out.chunks_exact_mut(64))
-        .enumerate()
-    {
+    for (pair, (qs, o)) in b[48..176].chunks_exact(32).zip(out.chunks_exact_mut(64)).enumerate() {
         let (s0, m0) = scale_min(packed, 2 * pair);
         let (s1, m1) = scale_min(packed, 2 * pair + 1);
         for (l, (&q, &h)) in qs.iter().zip(high).enumerate() {

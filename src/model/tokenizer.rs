@@ -84,15 +84,10 @@ impl Tokenizer {
     pub fn from_folder(folder: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let Some(bytes) = read_side_file(&path)? else {
-            return Err(ModelError::MissingTokenizer {
-                path: folder.to_owned(),
-            });
+            return Err(ModelError::MissingTokenizer { path: folder.to_owned() });
         };
-        let inner =
-            tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| ModelError::Tokenizer {
-                path: path.clone(),
-                what: e.to_string(),
-            })?;
+        let inner = tokenizers::Tokenizer::from_bytes(bytes)
+            .map_err(|e| ModelError::Tokenizer { path: path.clone(), what: e.to_string() })?;
         let config = read_json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         // A special token is a string or an object with its content.
         let named = |key: &str| {
@@ -116,32 +111,20 @@ impl Tokenizer {
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let (json, extras) = tokenizer_gguf::describe(gguf)?;
         let inner = tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| {
-            ModelError::Tokenizer {
-                path: gguf.path().to_owned(),
-                what: e.to_string(),
-            }
+            ModelError::Tokenizer { path: gguf.path().to_owned(), what: e.to_string() }
         })?;
         Self::build(gguf.path(), inner, extras)
     }
 
     fn build(path: &Path, mut inner: tokenizers::Tokenizer, extras: Extras) -> Result<Self> {
-        let fault = |what: String| ModelError::Tokenizer {
-            path: path.to_owned(),
-            what,
-        };
-        inner
-            .with_truncation(None)
-            .map_err(|e| fault(e.to_string()))?;
+        let fault = |what: String| ModelError::Tokenizer { path: path.to_owned(), what };
+        inner.with_truncation(None).map_err(|e| fault(e.to_string()))?;
         inner.with_padding(None);
         let spelling = spelling(&inner).ok_or_else(|| {
             fault("its decoder is neither byte-level nor SentencePiece".to_owned())
         })?;
         let added_tokens = inner.get_added_tokens_decoder();
-        let special = added_tokens
-            .iter()
-            .filter(|(_, t)| t.special)
-            .map(|(&id, _)| id)
-            .collect();
+        let special = added_tokens.iter().filter(|(_, t)| t.special).map(|(&id, _)| id).collect();
         let top = inner.get_vocab(true).into_values().max();
         let Some(top) = top else {
             return Err(fault("its vocabulary is empty".to_owned()));
@@ -174,13 +157,7 @@ impl Tokenizer {
     /// `Tokenizer`. Characters that the vocabulary cannot spell are dropped, as the reference
     /// implementation does, not reported.
     pub fn encode(&self, text: &str, add_bos: bool) -> Result<Vec<u32>> {
-        self.encode_with(
-            text,
-            EncodeOptions {
-                add_bos,
-                parse_special: false,
-            },
-        )
+        self.encode_with(text, EncodeOptions { add_bos, parse_special: false })
     }
 
     /// Token ids of a text.
@@ -197,9 +174,7 @@ impl Tokenizer {
                 literal
             })
         };
-        let encoding = tokenizer
-            .encode_fast(text, false)
-            .map_err(|e| self.fault(e.to_string()))?;
+        let encoding = tokenizer.encode_fast(text, false).map_err(|e| self.fault(e.to_string()))?;
         let mut ids = Vec::with_capacity(encoding.len() + 1);
         if options.add_bos {
             ids.extend(self.bos);
@@ -211,9 +186,7 @@ impl Tokenizer {
     /// The text of `ids`, special tokens left out. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let mut bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).collect();
-        let strip = Spelling::Pieces {
-            strip_first_space: true,
-        };
+        let strip = Spelling::Pieces { strip_first_space: true };
         if self.spelling == strip && bytes.first() == Some(&b' ') {
             bytes.remove(0);
         }
@@ -222,10 +195,7 @@ impl Tokenizer {
 
     /// A decoder for ids that arrive one by one, after a prompt.
     pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream {
-            tokenizer: self,
-            pending: Vec::new(),
-        }
+        DecodeStream { tokenizer: self, pending: Vec::new() }
     }
 
     /// The bytes a token stands for: none for special tokens and ids outside the vocabulary,
@@ -288,10 +258,7 @@ impl Tokenizer {
     }
 
     fn fault(&self, what: String) -> ModelError {
-        ModelError::Tokenizer {
-            path: self.path.clone(),
-            what,
-        }
+        ModelError::Tokenizer { path: self.path.clone(), what }
     }
 }
 
@@ -356,9 +323,7 @@ fn spelling(tokenizer: &tokenizers::Tokenizer) -> Option<Spelling> {
     }
     let stripped = find("Strip").is_some_and(|s| s["start"].as_u64().unwrap_or(0) > 0)
         || metaspace.is_some_and(|s| s["prepend_scheme"] != "never");
-    Some(Spelling::Pieces {
-        strip_first_space: stripped,
-    })
+    Some(Spelling::Pieces { strip_first_space: stripped })
 }
 
 /// GPT-2's table: printable Latin-1 characters stand for themselves, the other 68 bytes for the
@@ -367,9 +332,7 @@ fn byte_of_char(c: char) -> Option<u8> {
     let printable = |b: u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
     match u32::from(c) {
         code @ 0..=255 => Some(code as u8).filter(|&b| printable(b)),
-        code @ 256..=323 => (0..=255u8)
-            .filter(|&b| !printable(b))
-            .nth((code - 256) as usize),
+        code @ 256..=323 => (0..=255u8).filter(|&b| !printable(b)).nth((code - 256) as usize),
         _ => None,
     }
 }

@@ -39,9 +39,7 @@ impl Vocabulary<'_> {
 
     fn special_id(&self, key: &str) -> Option<u32> {
         let id = self.gguf.uint(&format!("tokenizer.ggml.{key}_token_id"))?;
-        u32::try_from(id)
-            .ok()
-            .filter(|&id| (id as usize) < self.tokens.len())
+        u32::try_from(id).ok().filter(|&id| (id as usize) < self.tokens.len())
     }
 
     /// Token to id; the first of equal spellings wins.
@@ -85,17 +83,12 @@ impl Vocabulary<'_> {
 }
 
 fn fault(gguf: &Gguf, what: impl Into<String>) -> ModelError {
-    ModelError::Tokenizer {
-        path: gguf.path().to_owned(),
-        what: what.into(),
-    }
+    ModelError::Tokenizer { path: gguf.path().to_owned(), what: what.into() }
 }
 
 /// A `tokenizer.json` that encodes as the file's tokenizer does, and the special tokens.
 pub(super) fn describe(gguf: &Gguf) -> Result<(Value, Extras)> {
-    let missing = || ModelError::MissingTokenizer {
-        path: gguf.path().to_owned(),
-    };
+    let missing = || ModelError::MissingTokenizer { path: gguf.path().to_owned() };
     let model = gguf.string("tokenizer.ggml.model").ok_or_else(missing)?;
     let tokens = gguf.strings(TOKENS).ok_or_else(missing)?;
     let types = match gguf.ints("tokenizer.ggml.token_type") {
@@ -105,18 +98,14 @@ pub(super) fn describe(gguf: &Gguf) -> Result<(Value, Extras)> {
         }
         None => vec![1; tokens.len()],
     };
-    let v = Vocabulary {
-        gguf,
-        tokens,
-        types,
-    };
+    let v = Vocabulary { gguf, tokens, types };
     let (mut json, adds_bos) = match model {
         "gpt2" => byte_level(&v)?,
         "llama" => sentence_piece(&v)?,
         other => {
-            return Err(v.fault(format!(
-                "its kind {other:?} is not read here (gpt2 and llama are)"
-            )));
+            return Err(
+                v.fault(format!("its kind {other:?} is not read here (gpt2 and llama are)"))
+            );
         }
     };
     json["version"] = "1.0".into();
@@ -127,10 +116,7 @@ pub(super) fn describe(gguf: &Gguf) -> Result<(Value, Extras)> {
     let extras = Extras {
         bos: v.special_id("bos"),
         eos: v.special_id("eos"),
-        adds_bos: Some(
-            gguf.flag("tokenizer.ggml.add_bos_token")
-                .unwrap_or(adds_bos),
-        ),
+        adds_bos: Some(gguf.flag("tokenizer.ggml.add_bos_token").unwrap_or(adds_bos)),
     };
     Ok((json, extras))
 }
@@ -152,10 +138,7 @@ fn byte_level(v: &Vocabulary<'_>) -> Result<(Value, bool)> {
     let qwen = matches!(pre, "qwen2" | "deepseek-r1-qwen");
     let pre_tokenizer = match pre {
         "gpt-2" => bytes(true),
-        "smollm" => sequence(
-            json!({"type": "Digits", "individual_digits": true}),
-            bytes(true),
-        ),
+        "smollm" => sequence(json!({"type": "Digits", "individual_digits": true}), bytes(true)),
         _ if qwen => sequence(split(""), bytes(false)),
         _ if llama3 => sequence(split("{1,3}"), bytes(false)),
         other => {
@@ -181,10 +164,7 @@ fn byte_level(v: &Vocabulary<'_>) -> Result<(Value, bool)> {
 
 /// SentencePiece BPE: spaces become U+2581, unknown characters fall back to bytes.
 fn sentence_piece(v: &Vocabulary<'_>) -> Result<(Value, bool)> {
-    let prefix = v
-        .gguf
-        .flag("tokenizer.ggml.add_space_prefix")
-        .unwrap_or(true);
+    let prefix = v.gguf.flag("tokenizer.ggml.add_space_prefix").unwrap_or(true);
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": SPACE});
     let normalizer = if prefix {
         let prepend = json!({"type": "Prepend", "prepend": SPACE});
@@ -247,8 +227,5 @@ fn merges_from_scores(v: &Vocabulary<'_>) -> Result<Vec<Value>> {
     }
     // Stable: pieces of equal score stay in vocabulary order.
     merges.sort_by(|a, b| b.0.total_cmp(&a.0));
-    Ok(merges
-        .into_iter()
-        .map(|(_, _, _, left, right)| json!([left, right]))
-        .collect())
+    Ok(merges.into_iter().map(|(_, _, _, left, right)| json!([left, right])).collect())
 }

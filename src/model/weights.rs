@@ -123,11 +123,7 @@ impl Weight {
             .flat_map(|l| LayerWeight::ALL.map(|w| Weight::Layer(l, w)))
             .filter(|w| w.expected_shape(c).is_some());
         let output = (!c.tie_embeddings).then_some(Weight::Output);
-        [Weight::Embed]
-            .into_iter()
-            .chain(layers)
-            .chain([Weight::OutputNorm])
-            .chain(output)
+        [Weight::Embed].into_iter().chain(layers).chain([Weight::OutputNorm]).chain(output)
     }
 }
 
@@ -203,12 +199,7 @@ impl Checkpoint {
         if let (true, Some(embed)) = (config.tie_embeddings, places.get(&Weight::Embed).cloned()) {
             places.insert(Weight::Output, embed);
         }
-        Ok(Self {
-            path: path.to_owned(),
-            config,
-            files,
-            places,
-        })
+        Ok(Self { path: path.to_owned(), config, files, places })
     }
 
     /// What the model looks like.
@@ -260,19 +251,13 @@ impl Checkpoint {
     pub fn read_rows(&self, weight: Weight, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         let place = self.place(weight)?;
         let [n_rows, cols] = place.shape;
-        let request = |what: String| ModelError::Request {
-            name: weight.to_string(),
-            what,
-        };
+        let request = |what: String| ModelError::Request { name: weight.to_string(), what };
         if rows.start > rows.end || rows.end > n_rows {
             return Err(request(format!("rows {rows:?} of {n_rows}")));
         }
         let wanted = (rows.end - rows.start) * cols;
         if out.len() != wanted {
-            return Err(request(format!(
-                "a buffer of {} elements for {wanted}",
-                out.len()
-            )));
+            return Err(request(format!("a buffer of {} elements for {wanted}", out.len())));
         }
         if wanted == 0 {
             return Ok(());
@@ -324,10 +309,7 @@ impl Checkpoint {
     /// the files lie and of the model's display name.
     pub fn fingerprint(&self) -> String {
         let mut hash = Sha256::new();
-        let config = ModelConfig {
-            name: String::new(),
-            ..self.config.clone()
-        };
+        let config = ModelConfig { name: String::new(), ..self.config.clone() };
         hash.update(serde_json::to_string(&config).unwrap_or_default());
         for weight in Weight::all(&self.config) {
             let Some(place) = self.places.get(&weight) else {
@@ -342,12 +324,10 @@ impl Checkpoint {
     }
 
     fn place(&self, weight: Weight) -> Result<&Place> {
-        self.places
-            .get(&weight)
-            .ok_or_else(|| ModelError::MissingTensor {
-                path: self.path.clone(),
-                name: weight.to_string(),
-            })
+        self.places.get(&weight).ok_or_else(|| ModelError::MissingTensor {
+            path: self.path.clone(),
+            name: weight.to_string(),
+        })
     }
 
     fn file(&self, index: usize) -> &[u8] {

@@ -89,15 +89,10 @@ fn refuse_leftovers(gguf: &Gguf, config: &ModelConfig, known: usize) -> Result<(
     if gguf.tensors().len() == known {
         return Ok(());
     }
-    let names: std::collections::HashSet<String> = Weight::all(config)
-        .chain([Weight::Output])
-        .map(name_of)
-        .collect();
-    let mut unknown: Vec<&String> = gguf
-        .tensors()
-        .keys()
-        .filter(|n| !names.contains(*n) && *n != ROPE_FREQS)
-        .collect();
+    let names: std::collections::HashSet<String> =
+        Weight::all(config).chain([Weight::Output]).map(name_of).collect();
+    let mut unknown: Vec<&String> =
+        gguf.tensors().keys().filter(|n| !names.contains(*n) && *n != ROPE_FREQS).collect();
     unknown.sort();
     match unknown.first() {
         None => Ok(()),

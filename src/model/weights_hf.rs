@@ -46,16 +46,13 @@ type Opened = (ModelConfig, Vec<Mapped>, HashMap<Weight, (String, Place)>);
 /// Configuration, mapped shards, and the places of the weights they have.
 pub(super) fn open(folder: &Path) -> Result<Opened> {
     let config_path = folder.join("config.json");
-    let json = read_json(&config_path)?.ok_or_else(|| ModelError::Missing {
-        path: config_path.clone(),
-    })?;
+    let json = read_json(&config_path)?
+        .ok_or_else(|| ModelError::Missing { path: config_path.clone() })?;
     let generation = read_json(&folder.join("generation_config.json"))?;
     let mut config = ModelConfig::from_hf(&config_path, &json, generation.as_ref())?;
     if config.name.is_empty() {
-        config.name = folder
-            .file_name()
-            .map(|n| n.to_string_lossy().into_owned())
-            .unwrap_or_default();
+        config.name =
+            folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     }
 
     let names: HashMap<String, Weight> = Weight::all(&config).map(|w| (name_of(w), w)).collect();
@@ -90,9 +87,7 @@ fn shard_names(folder: &Path) -> Result<BTreeSet<String>> {
         return Ok(BTreeSet::from([single.to_owned()]));
     }
     let Some(index) = read_json(&index_path)? else {
-        return Err(ModelError::Missing {
-            path: folder.join(single),
-        });
+        return Err(ModelError::Missing { path: folder.join(single) });
     };
     let map = index.get("weight_map").and_then(|m| m.as_object());
     let map = map
@@ -103,10 +98,7 @@ fn shard_names(folder: &Path) -> Result<BTreeSet<String>> {
         let name = file.as_str().unwrap_or_default();
         // A shard is a plain file of this folder; anything else could name any file at all.
         let mut parts = Path::new(name).components();
-        if !matches!(
-            (parts.next(), parts.next()),
-            (Some(Component::Normal(_)), None)
-        ) {
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
             return Err(ModelError::corrupt(
                 &index_path,
                 format!("it names {file} as a file with weights"),
@@ -167,9 +159,7 @@ fn place(shard: &Mapped, file: usize, data: usize, name: &str, info: &TensorInfo
             ));
         }
     };
-    let size = shape[0]
-        .checked_mul(shape[1])
-        .and_then(|n| quant.bytes_for(n));
+    let size = shape[0].checked_mul(shape[1]).and_then(|n| quant.bytes_for(n));
     let (start, end) = info.data_offsets;
     if end < start || size != Some(end - start) {
         return Err(ModelError::corrupt(
@@ -178,13 +168,9 @@ fn place(shard: &Mapped, file: usize, data: usize, name: &str, info: &TensorInfo
         ));
     }
     match (data.checked_add(start), data.checked_add(end)) {
-        (Some(start), Some(end)) if end <= shard.bytes().len() => Ok(Place {
-            file,
-            quant,
-            shape,
-            bytes: start..end,
-            interleaved: None,
-        }),
+        (Some(start), Some(end)) if end <= shard.bytes().len() => {
+            Ok(Place { file, quant, shape, bytes: start..end, interleaved: None })
+        }
         _ => Err(ModelError::truncated(path, format!("tensor {name}"))),
     }
 }
@@ -197,8 +183,5 @@ fn refuse_leftover(path: &Path, name: &str, config: &ModelConfig) -> Result<()> 
     if harmless {
         return Ok(());
     }
-    Err(ModelError::unsupported(
-        path,
-        format!("a tensor {name}, unknown in its architecture"),
-    ))
+    Err(ModelError::unsupported(path, format!("a tensor {name}, unknown in its architecture")))
 }

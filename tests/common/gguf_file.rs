@@ -26,9 +26,7 @@ pub struct Tensor {
 const ALIGNMENT: usize = 32;
 
 fn ggml_id(quant: Quant) -> u32 {
-    (0..64)
-        .find(|&id| Quant::from_ggml(id) == Some(quant))
-        .unwrap()
+    (0..64).find(|&id| Quant::from_ggml(id) == Some(quant)).unwrap()
 }
 
 fn put_str(out: &mut Vec<u8>, s: &str) {
@@ -89,9 +87,7 @@ pub fn encode(metadata: &[(&str, Meta)], tensors: &[Tensor]) -> (Vec<u8>, usize)
     for t in tensors {
         put_str(&mut out, &t.name);
         out.extend((t.dims.len() as u32).to_le_bytes());
-        t.dims
-            .iter()
-            .for_each(|&d| out.extend((d as u64).to_le_bytes()));
+        t.dims.iter().for_each(|&d| out.extend((d as u64).to_le_bytes()));
         out.extend(ggml_id(t.quant).to_le_bytes());
         out.extend((offset as u64).to_le_bytes());
         offset += t.bytes.len().next_multiple_of(ALIGNMENT);

@@ -73,9 +73,7 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Bench {
-        Bench {
-            dir: tempfile::tempdir().unwrap(),
-        }
+        Bench { dir: tempfile::tempdir().unwrap() }
     }
 
     pub fn folder(&self) -> PathBuf {

@@ -23,9 +23,7 @@ pub struct Tiny {
 
 /// Reproducible numbers in -1..1 (a 64-bit linear congruential generator).
 fn noise(state: &mut u64) -> f32 {
-    *state = state
-        .wrapping_mul(6_364_136_223_846_793_005)
-        .wrapping_add(1_442_695_040_888_963_407);
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     ((*state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
 }
 
@@ -67,11 +65,7 @@ impl Tiny {
                             | LayerWeight::KNorm
                     )
             );
-            let scale = if is_norm {
-                0.1
-            } else {
-                1.5 / (cols as f32).sqrt()
-            };
+            let scale = if is_norm { 0.1 } else { 1.5 / (cols as f32).sqrt() };
             let offset = if is_norm { 1.0 } else { 0.0 };
             let values = (0..rows * cols).map(|_| offset + scale * noise(&mut state));
             weights.push((weight, values.collect()));
@@ -105,11 +99,7 @@ impl Tiny {
                 let start = data.len();
                 data.extend(encode(dtype, values));
                 let [rows, cols] = weight.expected_shape(&self.config).unwrap();
-                let shape = if rows == 1 {
-                    json!([cols])
-                } else {
-                    json!([rows, cols])
-                };
+                let shape = if rows == 1 { json!([cols]) } else { json!([rows, cols]) };
                 let tensor = hf_name(*weight);
                 header.insert(
                     tensor.clone(),
@@ -125,10 +115,7 @@ impl Tiny {
             std::fs::write(dir.join(name), file).unwrap();
         }
         if shards > 1 {
-            write(
-                "model.safetensors.index.json",
-                &json!({"weight_map": weight_map}),
-            );
+            write("model.safetensors.index.json", &json!({"weight_map": weight_map}));
         }
     }
 
@@ -168,10 +155,7 @@ impl Tiny {
             (key("attention.head_count_kv"), size(c.n_kv_heads)),
             (key("attention.key_length"), size(c.head_dim)),
             (key("rope.freq_base"), Meta::F32(c.rope_theta as f32)),
-            (
-                key("attention.layer_norm_rms_epsilon"),
-                Meta::F32(c.norm_eps as f32),
-            ),
+            (key("attention.layer_norm_rms_epsilon"), Meta::F32(c.norm_eps as f32)),
             (key("context_length"), size(c.max_context)),
             ("tokenizer.ggml.model", Meta::Str("gpt2".into())),
             ("tokenizer.ggml.pre", Meta::Str("gpt-2".into())),
@@ -200,11 +184,7 @@ impl Tiny {
                 let quant = if rows == 1 { Quant::F32 } else { dtype };
                 Tensor {
                     name: gguf_name(*weight),
-                    dims: if rows == 1 {
-                        vec![cols]
-                    } else {
-                        vec![cols, rows]
-                    },
+                    dims: if rows == 1 { vec![cols] } else { vec![cols, rows] },
                     quant,
                     bytes: encode(quant, &values),
                 }
@@ -231,12 +211,8 @@ fn encode(dtype: Quant, values: &[f32]) -> Vec<u8> {
     let mut out = Vec::new();
     match dtype {
         Quant::F32 => values.iter().for_each(|v| out.extend(v.to_le_bytes())),
-        Quant::F16 => values
-            .iter()
-            .for_each(|v| out.extend(f16::from_f32(*v).to_le_bytes())),
-        Quant::BF16 => values
-            .iter()
-            .for_each(|v| out.extend(bf16::from_f32(*v).to_le_bytes())),
+        Quant::F16 => values.iter().for_each(|v| out.extend(f16::from_f32(*v).to_le_bytes())),
+        Quant::BF16 => values.iter().for_each(|v| out.extend(bf16::from_f32(*v).to_le_bytes())),
         Quant::Q8_0 => {
             for block in values.chunks_exact(32) {
                 let largest = block.iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -279,11 +255,8 @@ pub fn tokens() -> Vec<String> {
 }
 
 fn tokenizer_json() -> Value {
-    let vocab: Map<String, Value> = tokens()
-        .into_iter()
-        .enumerate()
-        .map(|(i, t)| (t, i.into()))
-        .collect();
+    let vocab: Map<String, Value> =
+        tokens().into_iter().enumerate().map(|(i, t)| (t, i.into())).collect();
     let added: Vec<Value> = SPECIAL
         .iter()
         .enumerate()

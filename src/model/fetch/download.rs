@@ -32,10 +32,9 @@ pub(super) fn download(
         .timeout_read(Duration::from_secs(60))
         .build();
     let failed = |what: String| ModelError::Fetch {
-        name: target.file_name().map_or_else(
-            || target.display().to_string(),
-            |n| n.to_string_lossy().into_owned(),
-        ),
+        name: target
+            .file_name()
+            .map_or_else(|| target.display().to_string(), |n| n.to_string_lossy().into_owned()),
         what,
     };
     let mut last = String::new();
@@ -92,15 +91,10 @@ fn attempt(
         // The server does not resume: begin again.
         have = 0;
     }
-    let length = response
-        .header("Content-Length")
-        .and_then(|l| l.parse::<u64>().ok());
+    let length = response.header("Content-Length").and_then(|l| l.parse::<u64>().ok());
     let total = length.and_then(|l| l.checked_add(have));
-    let mut file = OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(part)
-        .map_err(on_disk("write"))?;
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(part).map_err(on_disk("write"))?;
     file.set_len(have).map_err(on_disk("write"))?;
     progress(have, total);
     let mut body = response.into_reader();

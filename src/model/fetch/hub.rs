@@ -24,19 +24,13 @@ const INDEX: &str = "model.safetensors.index.json";
 pub(super) fn fetch(id: &HubId, progress: Progress<'_>) -> Result<PathBuf> {
     // Without either the client's cache location would be a panic.
     if std::env::var_os("HF_HOME").is_none() && dirs::home_dir().is_none() {
-        return Err(failed(
-            id,
-            "no home folder is known to keep it in; set HF_HOME to one",
-        ));
+        return Err(failed(id, "no home folder is known to keep it in; set HF_HOME to one"));
     }
     fetch_with(id, ApiBuilder::from_env(), Cache::from_env(), progress)
 }
 
 fn failed(id: &HubId, what: impl Into<String>) -> ModelError {
-    ModelError::Fetch {
-        name: id.repo.clone(),
-        what: what.into(),
-    }
+    ModelError::Fetch { name: id.repo.clone(), what: what.into() }
 }
 
 fn fetch_with(
@@ -74,22 +68,16 @@ impl Repo<'_> {
         if let Some(path) = self.cached.get(file) {
             return Ok(path);
         }
-        let report = Report {
-            progress: self.progress,
-            done: 0,
-            total: None,
-        };
-        self.remote
-            .download_with_progress(file, report)
-            .map_err(|e| {
-                failed(
-                    self.id,
-                    format!(
-                        "{file} does not come from the hub ({e}); check the name and the network, \
+        let report = Report { progress: self.progress, done: 0, total: None };
+        self.remote.download_with_progress(file, report).map_err(|e| {
+            failed(
+                self.id,
+                format!(
+                    "{file} does not come from the hub ({e}); check the name and the network, \
                          or download the model and give its path"
-                    ),
-                )
-            })
+                ),
+            )
+        })
     }
 
     fn folder(&self) -> Result<PathBuf> {
@@ -108,18 +96,13 @@ impl Repo<'_> {
         let listed: Vec<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
         let weights = [WEIGHTS, INDEX].into_iter().find(|w| listed.contains(w));
         let Some(weights) = weights else {
-            let gguf: Vec<&str> = (listed.iter().copied())
-                .filter(|f| f.ends_with(".gguf"))
-                .collect();
+            let gguf: Vec<&str> =
+                (listed.iter().copied()).filter(|f| f.ends_with(".gguf")).collect();
             let what = if gguf.is_empty() {
                 "the repository has neither safetensors nor GGUF files; choose another".to_owned()
             } else {
                 let repo = &self.id.repo;
-                format!(
-                    "name one of its files, such as {repo}:{} ({})",
-                    gguf[0],
-                    gguf.join(", ")
-                )
+                format!("name one of its files, such as {repo}:{} ({})", gguf[0], gguf.join(", "))
             };
             return Err(failed(self.id, what));
         };

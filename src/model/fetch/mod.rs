@@ -40,9 +40,7 @@ pub fn resolve(name: &str, progress: Progress<'_>) -> Result<PathBuf> {
     }
     match HubId::parse(name) {
         Some(id) => fetch_hub(&id, progress),
-        None => Err(ModelError::Missing {
-            path: path.to_owned(),
-        }),
+        None => Err(ModelError::Missing { path: path.to_owned() }),
     }
 }
 
@@ -66,12 +64,10 @@ fn cache_dir(name: &str) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("LONGSIGHT_CACHE").filter(|d| !d.is_empty()) {
         return Ok(dir.into());
     }
-    dirs::cache_dir()
-        .map(|d| d.join("longsight"))
-        .ok_or_else(|| ModelError::Fetch {
-            name: name.to_owned(),
-            what: "no cache folder is known for this user; set LONGSIGHT_CACHE to one".to_owned(),
-        })
+    dirs::cache_dir().map(|d| d.join("longsight")).ok_or_else(|| ModelError::Fetch {
+        name: name.to_owned(),
+        what: "no cache folder is known for this user; set LONGSIGHT_CACHE to one".to_owned(),
+    })
 }
 
 /// A repository on a model hub, or one file of it.
@@ -92,8 +88,7 @@ impl HubId {
         let word = |w: &str| {
             !w.is_empty()
                 && !w.starts_with('.')
-                && w.chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+                && w.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         if !word(org) || !word(model) {
             return None;
@@ -103,27 +98,17 @@ impl HubId {
             Some(file) if !file.ends_with(".gguf") || !stays_inside(file) => return None,
             _ => {}
         }
-        Some(HubId {
-            repo: repo.to_owned(),
-            file: file.map(str::to_owned),
-        })
+        Some(HubId { repo: repo.to_owned(), file: file.map(str::to_owned) })
     }
 }
 
 /// Whether a relative file name cannot leave its folder.
 fn stays_inside(file: &str) -> bool {
-    !file.contains('\\')
-        && Path::new(file)
-            .components()
-            .all(|c| matches!(c, Component::Normal(_)))
+    !file.contains('\\') && Path::new(file).components().all(|c| matches!(c, Component::Normal(_)))
 }
 
 fn disk(path: &Path, action: &'static str, source: std::io::Error) -> ModelError {
-    ModelError::Io {
-        path: path.to_owned(),
-        action,
-        source,
-    }
+    ModelError::Io { path: path.to_owned(), action, source }
 }
 
 /// The file's SHA-256 in hex.
@@ -174,16 +159,10 @@ mod tests {
     #[test]
     fn hub_ids_are_told_from_paths() {
         let id = |repo: &str, file: Option<&str>| {
-            Some(HubId {
-                repo: repo.into(),
-                file: file.map(Into::into),
-            })
+            Some(HubId { repo: repo.into(), file: file.map(Into::into) })
         };
         assert_eq!(HubId::parse("Qwen/Qwen3-0.6B"), id("Qwen/Qwen3-0.6B", None));
-        assert_eq!(
-            HubId::parse("a/b:sub/q4.gguf"),
-            id("a/b", Some("sub/q4.gguf"))
-        );
+        assert_eq!(HubId::parse("a/b:sub/q4.gguf"), id("a/b", Some("sub/q4.gguf")));
         for path in [
             "model.gguf",
             "./models/x",
