@@ -1,3 +1,14 @@
-//! Long-context language models with sparse attention over a tiered KV cache.
+//! Longsight runs long-context language models with sparse attention over a tiered KV cache, on any GPU.
+//!
+//! Layers, each importing only those below: `cli`, `eval`, `bench` | `engine` | `model` | `select`, `kv` |
+//! `backend`. See `DESIGN.md`.
 
+#![warn(missing_debug_implementations)]
+#![forbid(unsafe_op_in_unsafe_fn)]
+
+pub mod backend;
+pub mod cli;
+pub mod engine;
+pub mod kv;
 pub mod model;
+pub mod select;

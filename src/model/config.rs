@@ -147,6 +147,14 @@ impl ModelConfig {
         Ok(self)
     }
 
+    /// Parameters of all matrices, a tied embedding counted once.
+    pub fn parameters(&self) -> u64 {
+        let width = (self.n_heads + self.n_kv_heads) * 2 * self.head_dim;
+        let layer = self.hidden * (width + 3 * self.ffn);
+        let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
+        (self.n_layers * layer + embed) as u64
+    }
+
     /// Query heads per KV head.
     pub fn group(&self) -> usize {
         self.n_heads / self.n_kv_heads

@@ -36,7 +36,7 @@ pub fn resolve(name: &str, progress: Progress<'_>) -> Result<PathBuf> {
         return Ok(path.to_owned());
     }
     if name == demo::NAME {
-        return demo::fetch(&cache_dir(name)?, progress);
+        return demo::fetch(&cache_dir_for(name)?, progress);
     }
     match HubId::parse(name) {
         Some(id) => fetch_hub(&id, progress),
@@ -59,12 +59,16 @@ fn fetch_hub(id: &HubId, _progress: Progress<'_>) -> Result<PathBuf> {
     })
 }
 
-/// Where fetched models are kept.
-fn cache_dir(name: &str) -> Result<PathBuf> {
-    if let Some(dir) = std::env::var_os("LONGSIGHT_CACHE").filter(|d| !d.is_empty()) {
-        return Ok(dir.into());
+/// Where fetched models and files derived from models are kept: `$LONGSIGHT_CACHE`, or the user's cache folder.
+pub fn cache_dir() -> Option<PathBuf> {
+    match std::env::var_os("LONGSIGHT_CACHE").filter(|d| !d.is_empty()) {
+        Some(dir) => Some(dir.into()),
+        None => dirs::cache_dir().map(|d| d.join("longsight")),
     }
-    dirs::cache_dir().map(|d| d.join("longsight")).ok_or_else(|| ModelError::Fetch {
+}
+
+fn cache_dir_for(name: &str) -> Result<PathBuf> {
+    cache_dir().ok_or_else(|| ModelError::Fetch {
         name: name.to_owned(),
         what: "no cache folder is known for this user; set LONGSIGHT_CACHE to one".to_owned(),
     })

@@ -1,0 +1,133 @@
+//! The backend trait: device memory and the ops that the engine is built from.
+//!
+//! An op takes device tensors and a parameter struct with named fields, records itself on the backend's
+//! stream in call order, and returns. Nothing is read back unless [`Backend::download`] or
+//! [`Backend::sync`] is called. Backends know neither models nor methods. One op has one name: the trait
+//! method, `src/backend/cpu/<op>.rs`, `shaders/<op>.wgsl`, `kernels/<op>.cu` and the conformance group.
+
+mod caps;
+pub mod cpu;
+// pub mod cuda;
+mod error;
+mod open;
+pub mod ops;
+pub mod reference;
+mod tensor;
+// pub mod wgpu;
+
+pub use caps::{Bandwidth, Capabilities, Topology};
+pub use error::{BackendError, Result};
+pub use open::{is_software, open, open_all};
+pub use ops::*;
+pub use tensor::{DType, DeviceBuffer, Tensor};
+
+/// Byte alignment of every tensor passed to an op, inside its buffer.
+pub const ALIGN: usize = 256;
+
+/// Tokens of one KV page.
+pub const PAGE: usize = 64;
+
+/// A device that runs the ops. Object safe: the model and the engine hold `Arc<dyn Backend>`.
+///
+/// Ops run in call order; a later op sees the writes of an earlier one. Output tensors must not overlap
+/// inputs unless an op says that it works in place. Every op checks its arguments (`check` of its
+/// parameter struct) and answers [`BackendError::BadArgument`] instead of reading out of bounds.
+///
+/// Byte offsets of the tensors passed to ops are multiples of [`ALIGN`] inside their buffers; backends may
+/// rely on it. What lies beside a tensor, in rows and pages that no sequence owns, behind `kv_len` or between
+/// strides is unspecified (it may be NaN): it must not reach a result, and it is never written. Conversions to a
+/// narrower float round to nearest, ties to even. Every op gives the same bits when run again on the same
+/// inputs. Every sequence of a call has at least one row.
+pub trait Backend: Send + Sync {
+    /// `cpu`, `wgpu` or `cuda`.
+    fn name(&self) -> &'static str;
+    /// What the device is and can do.
+    fn caps(&self) -> &Capabilities;
+
+    /// Allocates `len` elements, zero-filled. `what` names the buffer in errors. The buffer itself is aligned to
+    /// at least [`ALIGN`] bytes.
+    fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Tensor>;
+    /// Copies host bytes into `dst` (exactly `dst.bytes()`); ordered with the ops around it.
+    fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()>;
+    /// Waits for all recorded ops, then copies `src` into `out` (exactly `src.bytes()`).
+    fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()>;
+    /// Copies `src` to `dst` on the device; same dtype and length, no overlap ([`check_copy`]).
+    fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()>;
+    /// Sets every byte of `dst` to zero.
+    fn zero(&self, dst: &Tensor) -> Result<()>;
+    /// Waits until everything recorded has run. A lost device is reported here.
+    fn sync(&self) -> Result<()>;
+    /// Free device memory in bytes now, where the device can tell.
+    fn free_memory(&self) -> Option<u64>;
+    /// Measures host-to-device and device-read bandwidth (takes about a second).
+    fn bandwidth(&self) -> Result<Bandwidth>;
+    /// Runs `f` and returns the device time of what it recorded, in milliseconds.
+    fn time(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        self.sync()?;
+        let t = std::time::Instant::now();
+        f()?;
+        self.sync()?;
+        Ok(t.elapsed().as_secs_f64() * 1e3)
+    }
+    /// How many splits of the KV range `attend_dense` (decode) or `attend_rows` should use so that
+    /// `groups` independent (sequence, KV head) pairs over `tokens` keys each fill the device.
+    fn splits(&self, groups: usize, tokens: usize) -> usize {
+        let _ = (groups, tokens);
+        1
+    }
+
+    /// Token embedding; see [`Embed`].
+    fn embed(&self, p: &Embed<'_>) -> Result<()>;
+    /// Row gather; see [`GatherRows`].
+    fn gather_rows(&self, p: &GatherRows<'_>) -> Result<()>;
+    /// RMS normalisation; see [`RmsNorm`].
+    fn rms_norm(&self, p: &RmsNorm<'_>) -> Result<()>;
+    /// Matrix product with a weight; see [`Linear`].
+    fn linear(&self, p: &Linear<'_>) -> Result<()>;
+    /// Rotary embedding, with an optional per-head norm before it; see [`Rope`].
+    fn rope(&self, p: &Rope<'_>) -> Result<()>;
+    /// SwiGLU activation; see [`SwiGlu`].
+    fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()>;
+
+    /// Appends new keys and values to the pages and their summaries; see [`KvAppend`].
+    fn kv_append(&self, p: &KvAppend<'_>) -> Result<()>;
+    /// Running key statistics of the appended tokens; see [`KeyStats`].
+    fn key_stats(&self, p: &KeyStats<'_>) -> Result<()>;
+    /// Chooses key dimensions by the query; see [`SelectDims`].
+    fn select_dims(&self, p: &SelectDims<'_>) -> Result<()>;
+    /// Rewrites changed columns of the compact slice; see [`RebuildSlice`].
+    fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()>;
+
+    /// Partial logits on few key dimensions; see [`ScoreDims`].
+    fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
+    /// Pools per-query-head logits over a GQA group after a softmax; see [`PoolScores`].
+    fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
+    /// Forces sink and recent tokens into the selection; see [`Force`].
+    fn force(&self, p: &Force<'_>) -> Result<()>;
+    /// Exact deterministic top-k; see [`TopK`].
+    fn top_k(&self, p: &TopK<'_>) -> Result<()>;
+
+    /// Causal attention over all cached tokens; see [`AttendDense`].
+    fn attend_dense(&self, p: &AttendDense<'_>) -> Result<()>;
+    /// Attention over listed tokens; see [`AttendRows`].
+    fn attend_rows(&self, p: &AttendRows<'_>) -> Result<()>;
+    /// Merges split results by log-sum-exp; see [`Merge`].
+    fn merge(&self, p: &Merge<'_>) -> Result<()>;
+}
+
+/// Arguments of [`Backend::copy`] fit together: same dtype and length, no overlap.
+pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
+    const OP: &str = "copy";
+    ops::is(OP, "dst", dst, src.dtype())?;
+    ops::ensure(OP, src.len() == dst.len(), || {
+        format!("{} elements into {}", src.len(), dst.len())
+    })?;
+    ops::apart(OP, "dst", dst, "src", src)
+}
+
+/// `bytes` of host memory match the tensor that [`Backend::upload`] or [`Backend::download`] names.
+pub fn check_host(op: &'static str, t: &Tensor, bytes: usize) -> Result<()> {
+    ops::ensure(op, t.bytes() == bytes, || {
+        format!("{bytes} bytes on the host, {} on the device", t.bytes())
+    })
+}

@@ -1,0 +1,152 @@
+//! Attention and the merge of its splits.
+
+use super::score::check_heads;
+use super::{KvPool, Seqs, ensure, float, holds, is};
+use crate::backend::{DType, Result, Tensor};
+
+/// Causal softmax attention of every row over its sequence's cached tokens.
+///
+/// Row at position `p` attends to `j <= p`, and to `j > p - window` where a window is set:
+/// `out = sum_j softmax_j(scale * q . K[j]) V[j]`, `lse = log sum_j exp(scale * q . K[j])`.
+///
+/// With `splits > 1` the keys are cut into that many contiguous ranges (page aligned; which ranges is the
+/// backend's choice): `out` is then f32 `[splits, rows, heads, head_dim]` of per-split results and `lse`
+/// (required) f32 `[splits, rows, heads]`, -infinity where a split is empty (its `out` is then ignored by
+/// [`Merge`], but finite). Rows outside the group's sequences are left alone, in every split. With `splits == 1`
+/// the layout is that of the final result. `lse` is a natural logarithm.
+#[derive(Debug)]
+pub struct AttendDense<'a> {
+    /// act `[rows, heads, head_dim]`.
+    pub q: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub cache: KvPool<'a>,
+    pub heads: usize,
+    /// Logit scale, `1 / sqrt(head_dim)` in all supported models.
+    pub scale: f32,
+    /// Sliding window in tokens.
+    pub window: Option<usize>,
+    pub splits: usize,
+    /// act or f32 `[rows, heads, head_dim]`, or f32 partials.
+    pub out: &'a Tensor,
+    /// f32 `[rows, heads]`, or partials.
+    pub lse: Option<&'a Tensor>,
+}
+
+impl AttendDense<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "attend_dense";
+        self.seqs.check(OP)?;
+        self.cache.check(OP)?;
+        let d = self.cache.head_dim;
+        check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
+        ensure(OP, self.window != Some(0), || "a window holds at least one token".into())?;
+        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+    }
+}
+
+/// Decode attention over listed tokens: as [`AttendDense`] with `j` running over
+/// `indices[s, row, ..counts[s, row]]`, where `row` is the KV head (or the query head, see `rows_per_seq`).
+///
+/// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index from `kv_len` on
+/// is skipped. An empty list gives zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
+/// pieces, which ones is the backend's choice.
+#[derive(Debug)]
+pub struct AttendRows<'a> {
+    /// act `[rows, heads, head_dim]`.
+    pub q: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub cache: KvPool<'a>,
+    pub heads: usize,
+    /// Logit scale.
+    pub scale: f32,
+    /// u32 `[n, rows_per_seq, k]`.
+    pub indices: &'a Tensor,
+    /// u32 `[n, rows_per_seq]`.
+    pub counts: &'a Tensor,
+    pub k: usize,
+    /// `kv_heads` (one list for a GQA group) or `heads`.
+    pub rows_per_seq: usize,
+    pub splits: usize,
+    /// act or f32 `[rows, heads, head_dim]`, or f32 partials `[splits, rows, heads, head_dim]`.
+    pub out: &'a Tensor,
+    /// f32 `[rows, heads]`, or partials `[splits, rows, heads]`.
+    pub lse: Option<&'a Tensor>,
+}
+
+impl AttendRows<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "attend_rows";
+        self.seqs.check_decode(OP)?;
+        self.cache.check(OP)?;
+        let d = self.cache.head_dim;
+        check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
+        let r = self.rows_per_seq;
+        ensure(OP, r == self.cache.kv_heads || r == self.heads, || {
+            format!("{r} lists a sequence: one per KV head or one per query head")
+        })?;
+        is(OP, "indices", self.indices, DType::U32)?;
+        is(OP, "counts", self.counts, DType::U32)?;
+        holds(OP, "indices", self.indices, self.seqs.n * r * self.k)?;
+        holds(OP, "counts", self.counts, self.seqs.n * r)?;
+        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+    }
+}
+
+/// Merges split results: with `m = max_s lse_s`, `w_s = exp(lse_s - m)`,
+/// `out = sum_s w_s part_s / sum_s w_s`, `lse = m + log sum_s w_s`; zeros and -infinity when all are empty.
+/// Only rows of the group's sequences are written. `splits == 1` converts.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// f32 `[splits, rows, heads, head_dim]`.
+    pub part: &'a Tensor,
+    /// f32 `[splits, rows, heads]`.
+    pub part_lse: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub splits: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+    /// act or f32 `[rows, heads, head_dim]`.
+    pub out: &'a Tensor,
+    /// f32 `[rows, heads]`.
+    pub lse: Option<&'a Tensor>,
+}
+
+impl Merge<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "merge";
+        self.seqs.check(OP)?;
+        let n = self.seqs.rows * self.heads;
+        is(OP, "part", self.part, DType::F32)?;
+        is(OP, "part_lse", self.part_lse, DType::F32)?;
+        holds(OP, "part", self.part, self.splits * n * self.head_dim)?;
+        holds(OP, "part_lse", self.part_lse, self.splits * n)?;
+        check_out(OP, self.out, self.lse, 1, self.seqs.rows, self.heads, self.head_dim)
+    }
+}
+
+fn check_out(
+    op: &'static str,
+    out: &Tensor,
+    lse: Option<&Tensor>,
+    splits: usize,
+    rows: usize,
+    heads: usize,
+    d: usize,
+) -> Result<()> {
+    ensure(op, splits >= 1, || "splits must be at least 1".into())?;
+    float(op, "out", out)?;
+    ensure(op, splits == 1 || (out.dtype() == DType::F32 && lse.is_some()), || {
+        "split results are f32 and need lse".into()
+    })?;
+    holds(op, "out", out, splits * rows * heads * d)?;
+    match lse {
+        Some(l) => {
+            is(op, "lse", l, DType::F32)?;
+            holds(op, "lse", l, splits * rows * heads)
+        }
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,227 @@
+//! The paged KV cache as ops see it, and the ops that write it.
+
+use super::{ensure, float, holds, is};
+use crate::backend::{DType, PAGE, Result, Tensor};
+
+/// u32 words of one sequence's record in [`Seqs::meta`].
+pub const META_WORDS: usize = 8;
+
+/// Word indices of one sequence's record in [`Seqs::meta`].
+#[derive(Clone, Copy, Debug)]
+pub struct Meta;
+
+impl Meta {
+    /// First row of the sequence in the ragged batch.
+    pub const Q_START: usize = 0;
+    /// Rows of the sequence in this step (1 when decoding).
+    pub const Q_LEN: usize = 1;
+    /// Cached tokens including this step's.
+    pub const KV_LEN: usize = 2;
+    /// Start of the sequence's page list in [`Seqs::pages`].
+    pub const PAGES: usize = 3;
+    /// Slot of the sequence's private state (dimension sets, slices, statistics).
+    pub const SLOT: usize = 4;
+    /// Decode steps since the prefill ended (0 at the first).
+    pub const STEP: usize = 5;
+}
+
+/// The sequences of a step (or a group of them), on the device.
+///
+/// Row `i` of sequence `s` sits at position `kv_len - q_len + i`. Token `j` of a sequence lives in page
+/// `pages[meta.PAGES + j / 64]`, row `j % 64`.
+#[derive(Debug, Clone, Copy)]
+pub struct Seqs<'a> {
+    /// u32 `[n, META_WORDS]`.
+    pub meta: &'a Tensor,
+    /// u32 page lists.
+    pub pages: &'a Tensor,
+    /// Number of sequences.
+    pub n: usize,
+    /// Upper bound of `kv_len` over the sequences (sizes launches, never indexes).
+    pub max_kv: usize,
+    /// Upper bound of `q_len` over the sequences.
+    pub max_q: usize,
+    /// Rows of the whole ragged batch (`q_start + q_len` of every sequence stays below).
+    pub rows: usize,
+}
+
+impl Seqs<'_> {
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
+        is(op, "meta", self.meta, DType::U32)?;
+        is(op, "pages", self.pages, DType::U32)?;
+        holds(op, "meta", self.meta, self.n * META_WORDS)
+    }
+    pub(crate) fn check_decode(&self, op: &'static str) -> Result<()> {
+        self.check(op)?;
+        ensure(op, self.max_q <= 1, || format!("decode only, but max_q = {}", self.max_q))
+    }
+}
+
+/// One layer's K and V pages.
+///
+/// V: `[n_pages, kv_heads, 64, head_dim]`. K: per (page, head) a tile of `64 * head_dim` elements: first the
+/// leading dimensions `[64, lead]`, then the rest `[64, head_dim - lead]`, so that scores on the leading
+/// dimensions of sorted keys read one contiguous piece. `lead == head_dim` is the plain row layout.
+/// Keys are stored after the rotary embedding, pairs interleaved.
+#[derive(Debug, Clone, Copy)]
+pub struct KvPool<'a> {
+    /// kv dtype.
+    pub k: &'a Tensor,
+    /// Same dtype and size as `k`.
+    pub v: &'a Tensor,
+    pub n_pages: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Leading dimensions stored as their own piece; a multiple of 8, or `head_dim`.
+    pub lead: usize,
+}
+
+impl KvPool<'_> {
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
+        float(op, "k", self.k)?;
+        is(op, "v", self.v, self.k.dtype())?;
+        let d = self.head_dim;
+        ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
+            format!("head_dim = {d} must be a multiple of 8, at most 256")
+        })?;
+        ensure(op, self.lead > 0 && self.lead <= d && self.lead.is_multiple_of(8), || {
+            format!("lead = {} of head_dim = {d}", self.lead)
+        })?;
+        let need = self.n_pages * self.kv_heads * PAGE * d;
+        holds(op, "k", self.k, need)?;
+        holds(op, "v", self.v, need)
+    }
+
+    /// Offset of dimension `i` of row `row` inside a K tile.
+    #[inline]
+    pub const fn k_offset(lead: usize, head_dim: usize, row: usize, i: usize) -> usize {
+        if i < lead { row * lead + i } else { PAGE * lead + row * (head_dim - lead) + (i - lead) }
+    }
+}
+
+/// int8 copy of the leading dimensions of every cached key, symmetric per token and KV head.
+///
+/// `key[i] ~ data[i] * scale` with `scale = max_i |key[i]| / 127` over the leading `dims` dimensions
+/// and `data[i]` rounded to nearest, ties to even (scale 0 and data 0 for a zero row). `key` is the key as the
+/// page holds it, after rounding to the kv dtype. Rows with values that are not finite have unspecified entries.
+#[derive(Debug, Clone, Copy)]
+pub struct Int8Keys<'a> {
+    /// i8 `[n_pages, kv_heads, 64, dims]`.
+    pub data: &'a Tensor,
+    /// f32 `[n_pages, kv_heads, 64]`.
+    pub scale: &'a Tensor,
+    /// Leading dimensions kept; a multiple of 8.
+    pub dims: usize,
+}
+
+/// Compact key slice (SparCas, layout A): the chosen dimensions of every key of a sequence.
+#[derive(Debug, Clone, Copy)]
+pub struct CompactSlice<'a> {
+    /// kv dtype `[slots, kv_heads, capacity, n_dims]`.
+    pub data: &'a Tensor,
+    /// u32 `[slots, kv_heads, n_dims]`: the dimension that each column holds.
+    pub dims: &'a Tensor,
+    /// Columns; a multiple of 8.
+    pub n_dims: usize,
+    /// Tokens a slot has room for.
+    pub capacity: usize,
+    pub slots: usize,
+}
+
+impl CompactSlice<'_> {
+    pub(crate) fn check(&self, op: &'static str, pool: &KvPool<'_>) -> Result<()> {
+        is(op, "slice", self.data, pool.k.dtype())?;
+        is(op, "dims", self.dims, DType::U32)?;
+        check_dims(op, self.n_dims, pool.head_dim)?;
+        holds(op, "slice", self.data, self.slots * pool.kv_heads * self.capacity * self.n_dims)?;
+        holds(op, "dims", self.dims, self.slots * pool.kv_heads * self.n_dims)
+    }
+}
+
+pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<()> {
+    ensure(op, n > 0 && n <= head_dim && n.is_multiple_of(8), || {
+        format!("{n} dimensions of {head_dim}: must be a multiple of 8")
+    })
+}
+
+/// Writes the step's keys and values of every sequence into its pages and into the given summaries.
+///
+/// With `slice`, the chosen dimensions of the new keys are appended to the compact slice of the sequence's
+/// slot (sparcas.md 1.3: nothing is ever stale in rows). A sequence whose `kv_len` exceeds the slice's
+/// capacity is not written to the slice. Entries hold the key as the page holds it.
+#[derive(Debug)]
+pub struct KvAppend<'a> {
+    /// act, row `r`, KV head `h`, dimension `i` at `r * k_stride + h * head_dim + i` (after [`Rope`](super::Rope)).
+    pub k: &'a Tensor,
+    pub k_stride: usize,
+    /// act, like `k`.
+    pub v: &'a Tensor,
+    pub v_stride: usize,
+    pub seqs: Seqs<'a>,
+    pub pool: KvPool<'a>,
+    pub int8: Option<Int8Keys<'a>>,
+    pub slice: Option<CompactSlice<'a>>,
+}
+
+impl KvAppend<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "kv_append";
+        float(OP, "k", self.k)?;
+        is(OP, "v", self.v, self.k.dtype())?;
+        self.seqs.check(OP)?;
+        self.pool.check(OP)?;
+        let width = self.pool.kv_heads * self.pool.head_dim;
+        if self.seqs.rows > 0 {
+            holds(OP, "k", self.k, (self.seqs.rows - 1) * self.k_stride + width)?;
+            holds(OP, "v", self.v, (self.seqs.rows - 1) * self.v_stride + width)?;
+        }
+        if let Some(q) = &self.int8 {
+            check_int8(OP, q, &self.pool)?;
+        }
+        if let Some(s) = &self.slice {
+            s.check(OP, &self.pool)?;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check_int8(op: &'static str, q: &Int8Keys<'_>, pool: &KvPool<'_>) -> Result<()> {
+    is(op, "int8 keys", q.data, DType::I8)?;
+    is(op, "int8 scales", q.scale, DType::F32)?;
+    check_dims(op, q.dims, pool.head_dim)?;
+    let rows = pool.n_pages * pool.kv_heads * PAGE;
+    holds(op, "int8 keys", q.data, rows * q.dims)?;
+    holds(op, "int8 scales", q.scale, rows)
+}
+
+/// f32 elements of [`KeyStats::stats`] per slot and KV head.
+pub const fn key_stats_len(head_dim: usize) -> usize {
+    3 * head_dim
+}
+
+/// Adds the step's new keys to running sums (sparcas.md 1.7): the `sigma` of the `*_qk` metrics.
+///
+/// Per (slot, KV head): `sum[head_dim]`, `sum of squares[head_dim]` per coordinate, then
+/// `sum[head_dim / 2]`, `sum of squares[head_dim / 2]` of the rotary pair norms. Keys are read back from the
+/// pages (dtype kv). A sequence with `kv_len == q_len` starts from zero. The count is `kv_len`.
+#[derive(Debug)]
+pub struct KeyStats<'a> {
+    pub seqs: Seqs<'a>,
+    pub pool: KvPool<'a>,
+    /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`.
+    pub stats: &'a Tensor,
+    pub slots: usize,
+}
+
+impl KeyStats<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "key_stats";
+        self.seqs.check(OP)?;
+        self.pool.check(OP)?;
+        is(OP, "stats", self.stats, DType::F32)?;
+        let len = key_stats_len(self.pool.head_dim);
+        holds(OP, "stats", self.stats, self.slots * self.pool.kv_heads * len)
+    }
+}

@@ -1,0 +1,388 @@
+//! Choosing key dimensions, scoring tokens on them, and exact top-k.
+
+use super::kv::{check_dims, check_int8};
+use super::{CompactSlice, Int8Keys, KvPool, Seqs, ensure, float, holds, is, key_stats_len};
+use crate::backend::{DType, PAGE, Result, Tensor};
+
+/// u32 words of [`SelectDims::state`] per (slot, KV head).
+pub const DIM_STATE_WORDS: usize = 4;
+/// u32 words of [`SelectDims::changed`] per (slot, KV head): a bit mask over columns.
+pub const CHANGED_WORDS: usize = 8;
+
+/// Importance of a key dimension (sparcas.md 1.7). Sums run over the query heads of the KV head's group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DimMetric {
+    /// `sum_h |q_{h,i}|`: the published rule.
+    AbsQ,
+    /// `sum_h sqrt(q_{h,2p}^2 + q_{h,2p+1}^2)` for both coordinates of pair `p`.
+    PairNorm,
+    /// `sum_h |q_{h,i}| * sigma_{k,i}` with the running deviation of the key coordinate.
+    AbsQk,
+    /// `sum_h n_{h,p} * (sigma_{k,p} + mean_{k,p})` with the pair norm's running deviation and mean.
+    PairQk,
+}
+
+impl DimMetric {
+    /// Needs [`KeyStats`](super::KeyStats).
+    pub const fn needs_stats(self) -> bool {
+        matches!(self, DimMetric::AbsQk | DimMetric::PairQk)
+    }
+}
+
+/// When the dimension set of a (sequence, KV head) is chosen anew (sparcas.md 1.3, 1.8).
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refresh {
+    /// At decode steps with `(step + phase) % every == 0` and at the first one. `every = 0`: first only.
+    Every {
+        /// U.
+        every: u32,
+        /// Stagger of the layer: `layer * U / layers`.
+        phase: u32,
+    },
+    /// When coverage falls: `rho < beta * rho_best`, at least `min` and at most `max` steps after the last.
+    Adaptive {
+        /// beta, 0.9 by default.
+        beta: f32,
+        /// Fewest steps between two choices.
+        min: u32,
+        /// Most steps between two choices.
+        max: u32,
+    },
+}
+
+/// Chooses `n_dims` key dimensions per (sequence, KV head) from the current query (decode).
+///
+/// Importance `a_i` by `metric`; `unit` consecutive dimensions are summed and chosen together (1, or 2 for the
+/// pair metrics, or groups of 8 or 16); the `n_dims / unit` best units, ties to the smaller index. Surviving
+/// dimensions keep their columns, new ones fill the freed columns in ascending order (all columns ascending at
+/// the first choice). `rho = sum_{i in D} a_i / sum a_i`, `rho_best` the same for a fresh choice; both are 1 when
+/// every `a_i` is 0. [`Refresh::Adaptive`] compares the set held before the call; `coverage` reports the set held
+/// after it (so a fresh choice gives rho = rho_best). Means and deviations are over `kv_len` keys,
+/// `sigma = sqrt(max(0, mean of squares - squared mean))`.
+///
+/// State words: 0 = chosen before (1) or not (0); 1 = step of the last choice; 2 = choices so far;
+/// 3 = dimensions replaced so far (the first choice replaces none). `changed` is rewritten each call: the columns
+/// whose dimension changed (bit `c % 32` of word `c / 32`; all `n_dims` columns at the first choice, none where the
+/// set was kept). Slots that no sequence of the call has are left alone. Steps since the last choice are
+/// `meta.STEP - state[1]`, wrapping.
+#[derive(Debug)]
+pub struct SelectDims<'a> {
+    /// act `[rows, heads, head_dim]`.
+    pub q: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`, for the `*_qk` metrics.
+    pub stats: Option<&'a Tensor>,
+    /// u32 `[slots, kv_heads, n_dims]`, in and out.
+    pub dims: &'a Tensor,
+    /// u32 `[slots, kv_heads, DIM_STATE_WORDS]`, in and out.
+    pub state: &'a Tensor,
+    /// u32 `[slots, kv_heads, CHANGED_WORDS]`, out.
+    pub changed: &'a Tensor,
+    /// f32 `[slots, kv_heads, 2]`: rho and rho_best of this step's query, out.
+    pub coverage: &'a Tensor,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub slots: usize,
+    pub n_dims: usize,
+    pub unit: usize,
+    pub metric: DimMetric,
+    pub refresh: Refresh,
+}
+
+impl SelectDims<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "select_dims";
+        self.seqs.check_decode(OP)?;
+        check_heads(OP, self.q, self.seqs.rows, self.heads, self.kv_heads, self.head_dim)?;
+        check_dims(OP, self.n_dims, self.head_dim)?;
+        let per = self.slots * self.kv_heads;
+        ensure(
+            OP,
+            matches!(self.unit, 1 | 2 | 8 | 16)
+                && self.n_dims.is_multiple_of(self.unit)
+                && self.head_dim.is_multiple_of(self.unit),
+            || format!("unit {} of {} dimensions", self.unit, self.n_dims),
+        )?;
+        let pair = matches!(self.metric, DimMetric::PairNorm | DimMetric::PairQk);
+        ensure(OP, !pair || self.unit >= 2, || "pair metrics choose units of 2 or more".into())?;
+        is(OP, "dims", self.dims, DType::U32)?;
+        is(OP, "state", self.state, DType::U32)?;
+        is(OP, "changed", self.changed, DType::U32)?;
+        is(OP, "coverage", self.coverage, DType::F32)?;
+        holds(OP, "dims", self.dims, per * self.n_dims)?;
+        holds(OP, "state", self.state, per * DIM_STATE_WORDS)?;
+        holds(OP, "changed", self.changed, per * CHANGED_WORDS)?;
+        holds(OP, "coverage", self.coverage, per * 2)?;
+        match self.stats {
+            Some(s) => {
+                is(OP, "stats", s, DType::F32)?;
+                holds(OP, "stats", s, per * key_stats_len(self.head_dim))
+            }
+            None => ensure(OP, !self.metric.needs_stats(), || "this metric needs stats".into()),
+        }
+    }
+}
+
+/// Rewrites the columns of the compact slice that [`SelectDims`] marked, for all `kv_len` tokens. Other columns and
+/// rows are left alone.
+#[derive(Debug)]
+pub struct RebuildSlice<'a> {
+    pub seqs: Seqs<'a>,
+    pub pool: KvPool<'a>,
+    pub slice: CompactSlice<'a>,
+    /// u32 `[slots, kv_heads, CHANGED_WORDS]`.
+    pub changed: &'a Tensor,
+}
+
+impl RebuildSlice<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "rebuild_slice";
+        self.seqs.check_decode(OP)?;
+        self.pool.check(OP)?;
+        self.slice.check(OP, &self.pool)?;
+        ensure(OP, self.seqs.max_kv <= self.slice.capacity, || {
+            format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.slice.capacity)
+        })?;
+        is(OP, "changed", self.changed, DType::U32)?;
+        holds(OP, "changed", self.changed, self.slice.slots * self.pool.kv_heads * CHANGED_WORDS)
+    }
+}
+
+/// Where [`ScoreDims`] reads the chosen dimensions of the keys.
+#[derive(Debug, Clone, Copy)]
+pub enum ScoreSource<'a> {
+    /// The leading `n` dimensions of the K tiles (sorted keys). `n == head_dim` gives exact logits.
+    Lead {
+        /// Dimensions read; a multiple of 8.
+        n: usize,
+    },
+    /// The leading `n` dimensions of the int8 copy.
+    Int8 {
+        /// The copy.
+        keys: Int8Keys<'a>,
+        /// Dimensions read; a multiple of 8, at most `keys.dims`.
+        n: usize,
+    },
+    /// The compact slice of the sequence's slot.
+    Slice(CompactSlice<'a>),
+    /// Listed dimensions, read from the K tiles themselves (query-chosen groups, U = 1).
+    Gather {
+        /// u32 `[slots, kv_heads, n]`.
+        dims: &'a Tensor,
+        /// Dimensions read; a multiple of 8.
+        n: usize,
+    },
+}
+
+/// How per-head partial logits become one score per KV head (sparcas.md 1.5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Pool {
+    /// Sum of the group's scaled logits.
+    SumLogit,
+    /// Largest of the group's scaled logits.
+    MaxLogit,
+    /// Largest probability of the group, softmax per query head over all tokens.
+    MaxSoftmax,
+    /// Mean probability of the group.
+    MeanSoftmax,
+    /// One selection per query head.
+    None,
+}
+
+impl Pool {
+    /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
+    pub const fn in_score(self) -> bool {
+        matches!(self, Pool::SumLogit | Pool::MaxLogit)
+    }
+}
+
+/// Scale `c_h` of partial logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogitScale {
+    /// `1 / sqrt(head_dim)`.
+    InvSqrtDim,
+    /// `1 / sqrt(head_dim * sum_{i in D} |q_i| / sum_i |q_i|)` (SparQ's coverage rule); 0 where the sum over D is 0.
+    Coverage,
+}
+
+/// Partial logits of one decode query per sequence: `s_{h,j} = c_h * sum_{i in D} q_{h,i} K[j, i]`.
+///
+/// A score that is not finite (a key holding Inf or NaN) is written as -infinity, so that [`TopK`] never takes it.
+///
+/// Output rows per sequence: `kv_heads` when `pool.in_score()`, else `heads`. Row `j` of sequence `s` (its index
+/// in `seqs`, not its slot) starts at `(s * rows_per_seq + j) * stride`; entries from `kv_len` on are left alone.
+#[derive(Debug)]
+pub struct ScoreDims<'a> {
+    /// act `[rows, heads, head_dim]`.
+    pub q: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub cache: KvPool<'a>,
+    pub source: ScoreSource<'a>,
+    pub heads: usize,
+    pub pool: Pool,
+    pub scale: LogitScale,
+    /// f32 `[n, rows_per_seq, stride]`, out.
+    pub scores: &'a Tensor,
+    /// At least `seqs.max_kv`; a multiple of 64.
+    pub stride: usize,
+}
+
+impl ScoreDims<'_> {
+    /// Score rows of each sequence.
+    pub fn rows_per_seq(&self) -> usize {
+        if self.pool.in_score() { self.cache.kv_heads } else { self.heads }
+    }
+
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "score_dims";
+        self.seqs.check_decode(OP)?;
+        self.cache.check(OP)?;
+        let (hkv, d) = (self.cache.kv_heads, self.cache.head_dim);
+        check_heads(OP, self.q, self.seqs.rows, self.heads, hkv, d)?;
+        match &self.source {
+            ScoreSource::Lead { n } => check_dims(OP, *n, d)?,
+            ScoreSource::Int8 { keys, n } => {
+                check_int8(OP, keys, &self.cache)?;
+                check_dims(OP, *n, keys.dims)?;
+            }
+            ScoreSource::Slice(s) => {
+                s.check(OP, &self.cache)?;
+                ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
+            }
+            ScoreSource::Gather { dims, n } => {
+                is(OP, "dims", dims, DType::U32)?;
+                check_dims(OP, *n, d)?;
+            }
+        }
+        check_scores(OP, self.scores, self.seqs, self.rows_per_seq(), self.stride)
+    }
+}
+
+/// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
+/// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`.
+/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
+/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
+/// from `kv_len` on are neither read nor written.
+#[derive(Debug)]
+pub struct PoolScores<'a> {
+    /// f32 `[n, heads, stride]`.
+    pub scores: &'a Tensor,
+    /// f32 `[n, kv_heads, stride]`, out.
+    pub out: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub stride: usize,
+    /// `MaxSoftmax` or `MeanSoftmax`.
+    pub pool: Pool,
+}
+
+impl PoolScores<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "pool_scores";
+        self.seqs.check_decode(OP)?;
+        ensure(OP, matches!(self.pool, Pool::MaxSoftmax | Pool::MeanSoftmax), || {
+            "only the softmax modes are pooled here".into()
+        })?;
+        ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
+            format!("{} heads over {} KV heads", self.heads, self.kv_heads)
+        })?;
+        check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
+        check_scores(OP, self.out, self.seqs, self.kv_heads, self.stride)
+    }
+}
+
+/// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
+/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`.
+#[derive(Debug)]
+pub struct Force<'a> {
+    /// f32 `[n, rows_per_seq, stride]`, in and out.
+    pub scores: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub rows_per_seq: usize,
+    pub stride: usize,
+    pub sinks: usize,
+    pub recent: usize,
+}
+
+impl Force<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "force";
+        self.seqs.check_decode(OP)?;
+        ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
+        check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
+    }
+}
+
+/// The `k` largest of `kv_len` scores per row, as ascending token indices.
+///
+/// Exact and deterministic: the order is by (score descending, index ascending); -0 equals +0; NaN and
+/// -infinity are never chosen. `counts` = chosen tokens = min(k, scores that may be chosen); entries of
+/// `indices` from `counts` on are unspecified.
+#[derive(Debug)]
+pub struct TopK<'a> {
+    /// f32 `[n, rows_per_seq, stride]`.
+    pub scores: &'a Tensor,
+    pub seqs: Seqs<'a>,
+    pub rows_per_seq: usize,
+    pub stride: usize,
+    pub k: usize,
+    /// u32 `[n, rows_per_seq, k]`, out.
+    pub indices: &'a Tensor,
+    /// u32 `[n, rows_per_seq]`, out.
+    pub counts: &'a Tensor,
+}
+
+impl TopK<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "top_k";
+        self.seqs.check_decode(OP)?;
+        check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)?;
+        ensure(OP, self.k > 0, || "k must be positive".into())?;
+        is(OP, "indices", self.indices, DType::U32)?;
+        is(OP, "counts", self.counts, DType::U32)?;
+        let rows = self.seqs.n * self.rows_per_seq;
+        holds(OP, "indices", self.indices, rows * self.k)?;
+        holds(OP, "counts", self.counts, rows)
+    }
+}
+
+fn check_scores(
+    op: &'static str,
+    t: &Tensor,
+    s: Seqs<'_>,
+    rows: usize,
+    stride: usize,
+) -> Result<()> {
+    is(op, "scores", t, DType::F32)?;
+    ensure(op, stride >= s.max_kv && stride.is_multiple_of(PAGE), || {
+        format!("stride {stride} for {} tokens: must cover them and be a multiple of 64", s.max_kv)
+    })?;
+    holds(op, "scores", t, s.n * rows * stride)
+}
+
+pub(crate) fn check_heads(
+    op: &'static str,
+    q: &Tensor,
+    rows: usize,
+    heads: usize,
+    kv_heads: usize,
+    d: usize,
+) -> Result<()> {
+    float(op, "q", q)?;
+    ensure(op, kv_heads > 0 && heads.is_multiple_of(kv_heads) && heads / kv_heads <= 16, || {
+        format!("{heads} heads over {kv_heads} KV heads: groups of 1 to 16")
+    })?;
+    holds(op, "q", q, rows * heads * d)
+}
