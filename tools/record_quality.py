@@ -12,8 +12,7 @@ the same prompts, the versions it ran with (last recorded with torch 2.15.0, tra
 
 copy:    the first N / 2 tokens of a text, twice. NLL and top-1 over the last `scored` tokens,
          each predicted from everything before it. A sparse method has to find each one N / 2
-         tokens back.
-text:    the first N tokens of the text once, the same measure: what plain prose shows.
+         tokens back. The same over the end of the first half shows plain prose beside it.
 passkey: filler prose with one sentence that holds a 5-digit key, then the question; greedy
          digits are compared with the key, and the NLL is that of the true digits.
 """
@@ -33,8 +32,8 @@ PASSKEY_TEXT = "pride_and_prejudice.txt"
 PASSKEY_TOKENS = [1024, 2048, 4096, 8192 - 16]
 DEPTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
 KEY_SEED, DIGITS = 20240229, 5
-HEAD = "There is a pass key hidden inside a lot of irrelevant text. Find it and memorise it.\n\n"
-NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+HEAD = "Somewhere in this long text a pass key is hidden. Find it and memorize it.\n\n"
+NEEDLE = "\n\nThe pass key is {key}. Do not forget it: {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 
@@ -47,30 +46,39 @@ def keys(count):
     return out
 
 
-def tail_scores(lm, ids, scored):
-    hidden, _ = lm.hidden(ids)
-    nll, hit = lm.nll(hidden[-scored - 1 : -1], ids[-scored:])
+def scores(lm, hidden, ids, end):
+    """Mean NLL and top-1 of the `SCORED` tokens before `end`."""
+    nll, hit = lm.nll(hidden[end - SCORED - 1 : end - 1], ids[end - SCORED : end])
     return {"nll": round(float(nll.astype(np.float64).mean()), 5), "top1": round(float(hit.mean()), 5)}
 
 
 def record_copy(lm, texts):
     out = []
     for file in COPY_TEXTS:
-        ids = lm.encode((texts / file).read_text(encoding="ascii"))
+        text = lm.encode((texts / file).read_text(encoding="ascii"))
         for tokens in COPY_TOKENS:
-            for task, prompt in (("copy", ids[: tokens // 2] * 2), ("text", ids[:tokens])):
-                row = {"task": task, "text": file, "tokens": tokens, "ids_fnv1a": fnv1a(prompt)}
-                row.update(tail_scores(lm, prompt, SCORED))
-                out.append(row)
-                print(json.dumps(row), flush=True)
-    return out
+            half = tokens // 2
+            ids = text[:half] * 2
+            hidden, _ = lm.hidden(ids)
+            row = {"text": file, "tokens": tokens, "ids_fnv1a": fnv1a(ids)}
+            row["copy"] = scores(lm, hidden, ids, tokens)
+            row["first_half"] = scores(lm, hidden, ids, half)
+            out.append(row)
+            print(json.dumps(row), flush=True)
+    return {
+        "prompt": "the first tokens / 2 ids of the text (raw, no BOS), twice",
+        "scored": SCORED,
+        "copy": "over the last `scored` tokens: mean NLL in nats, share of top-1 hits",
+        "first_half": "the same over the last `scored` tokens before the repetition: plain prose",
+        "rows": out,
+    }
 
 
 def passkey_prompt(lm, filler, total, depth, key):
     """Ids of the prompt (without the answer), filler tokens before the needle, filler tokens."""
     head, needle, question = (lm.encode(s) for s in (HEAD, NEEDLE.format(key=key), QUESTION))
     count = total - len(head) - len(needle) - len(question) - DIGITS
-    before = int(depth * 10 + 0.5) * count // 10
+    before = round(10 * depth) * count // 10
     ids = head + filler[:before] + needle + filler[before:count] + question
     return ids, before, count
 
@@ -102,7 +110,22 @@ def record_passkey(lm, texts):
         }
         out.append(entry)
         print(json.dumps(entry), flush=True)
-    return out
+    return {
+        "prompt": "encode(head) + filler[..filler_before] + encode(needle with the key) +"
+        " filler[filler_before..filler] + encode(question), pieces encoded apart; then the five"
+        " digits, one token each; tokens counts all of it",
+        "filler": "the first `filler` ids of the text, filler = tokens - head - needle - question"
+        " - 5, filler_before = (10 * depth) * filler / 10 rounded down, 10 * depth an integer",
+        "text": PASSKEY_TEXT,
+        "head": HEAD,
+        "needle": NEEDLE,
+        "question": QUESTION,
+        "key_generator": "x = x * 48271 mod (2^31 - 1), key = 10000 + x mod 90000; first x before"
+        f" the first step {KEY_SEED}",
+        "nll": "sum over the five true digits, nats, each after the true digits before it",
+        "right": "all five digits are the most likely tokens, so greedy decoding finds the key",
+        "rows": out,
+    }
 
 
 def main():
@@ -113,39 +136,20 @@ def main():
     parser.add_argument("gguf", help="SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--data", type=Path, default=here / "tests/data",
                         help="folder with texts/, written to as well (default: tests/data)")
+    parser.add_argument("--task", choices=["all", "copy", "passkey"], default="all",
+                        help="record one task and keep the other that the json holds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
     lm = SmolLM2(args.gguf, args.threads)
     texts = args.data / "texts"
-    facts = {
-        "model": lm.describe(),
-        "versions": versions(args.threads),
-        "attention": "dense",
-        "copy": {
-            "prompt": "ids of the text (raw, no BOS): the first tokens / 2 twice (task copy) or"
-            " the first tokens once (task text)",
-            "scored": SCORED,
-            "nll": "mean over the last `scored` tokens, nats",
-            "rows": record_copy(lm, texts),
-        },
-    }
-    passkey = {
-        "prompt": "encode(head) + filler[..filler_before] + encode(needle with the key) +"
-        " filler[filler_before..filler] + encode(question), pieces encoded apart; then the five"
-        " digits, one token each",
-        "filler": f"first `filler` ids of {PASSKEY_TEXT}, where filler = tokens - head - needle -"
-        " question - 5, and filler_before = round(10 * depth) * filler / 10, rounded down",
-        "text": PASSKEY_TEXT,
-        "head": HEAD,
-        "needle": NEEDLE,
-        "question": QUESTION,
-        "key_generator": f"x = x * 48271 mod (2^31 - 1) from x = {KEY_SEED}; key = 10000 + x mod 90000",
-        "nll": "sum over the five true digits, nats, each after the true digits before it",
-        "rows": record_passkey(lm, texts),
-    }
-    facts["passkey"] = passkey
-    text = json.dumps(facts, indent=1, ensure_ascii=True) + "\n"
-    (args.data / "quality_smollm2.json").write_text(text, encoding="ascii")
+    path = args.data / "quality_smollm2.json"
+    for task, record in {"copy": record_copy, "passkey": record_passkey}.items():
+        if args.task in ("all", task):
+            rows = record(lm, texts)
+            facts = json.loads(path.read_text(encoding="ascii")) if path.exists() else {}
+            facts.update(model=lm.describe(), versions=versions(args.threads), attention="dense")
+            facts[task] = rows
+            path.write_text(json.dumps(facts, indent=1) + "\n", encoding="ascii")
 
 
 if __name__ == "__main__":
