@@ -31,6 +31,14 @@ EXCERPTS = [
     ("sensesensibility", "assets/demo.txt", "CHAPTER 1", 20_000),
 ]
 
+# Paragraphs put into assets/demo.txt (not Austen's), each after the first paragraph that ends
+# beyond this share of the text: facts that are told once, for the demo to ask about.
+PLANTED = [
+    (0.30, "The cook at Norland was an old woman named Hannah Pickering."),
+    (0.50, "The cat of the house was called Marmalade."),
+    (0.68, "The key of the garden gate was kept in a blue teapot."),
+]
+
 # R serialisation item types that occur in the package
 SYM, LISTSXP, CHARSXP, LGL, INT, REAL, STR, VEC = 1, 2, 9, 10, 13, 14, 16, 19
 NIL_VALUE, REFERENCE = 254, 255
@@ -144,6 +152,17 @@ def excerpt(paras, heading, least):
     raise ValueError("the novel is too short")
 
 
+def plant(text, facts):
+    paras = text.rstrip("\n").split("\n\n")
+    out, end, waiting = [], 0, list(facts)
+    for para in paras:
+        out.append(para)
+        end += len(para) + 2
+        if waiting and end >= waiting[0][0] * len(text):
+            out.append(waiting.pop(0)[1])
+    return "\n\n".join(out) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,6 +173,8 @@ def main():
     novels = dict(read_lazy_load(args.rdata))
     for name, path, heading, least in EXCERPTS:
         text = excerpt(paragraphs(novels[name]), heading, least)
+        if path == "assets/demo.txt":
+            text = plant(text, PLANTED)
         data = text.encode("ascii")  # fails, rather than replaces, on anything else
         (args.root / path).write_bytes(data)
         print(f"{path}: {len(data)} bytes")

@@ -15,15 +15,19 @@ copy:    the first N / 2 tokens of a text, twice. NLL and top-1 over the last `s
          tokens back. The same over the end of the first half shows plain prose beside it.
 passkey: filler prose with one sentence that holds a 5-digit key, then the question; greedy
          digits are compared with the key, and the NLL is that of the true digits.
+demo:    questions about assets/demo.txt through the chat template, answered greedily.
 """
 import argparse
+import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from smollm2 import SmolLM2, fnv1a, versions
 
+ROOT = Path(__file__).resolve().parent.parent
 SCORED = 256
 COPY_TEXTS = ["emma.txt", "mansfield_park.txt", "persuasion.txt"]
 COPY_TOKENS = [4096, 8192]
@@ -32,9 +36,19 @@ PASSKEY_TEXT = "pride_and_prejudice.txt"
 PASSKEY_TOKENS = [1024, 2048, 4096, 8192 - 16]
 DEPTHS = [0.1, 0.3, 0.5, 0.7, 0.9]
 KEY_SEED, DIGITS = 20240229, 5
+EOS = 2  # <|im_end|>
 HEAD = "Somewhere in this long text a pass key is hidden. Find it and memorize it.\n\n"
 NEEDLE = "\n\nThe pass key is {key}. Do not forget it: {key} is the pass key.\n\n"
 QUESTION = "\n\nWhat is the pass key? The pass key is "
+
+
+DEMO_QUESTION = "\n\nQuestion: {question}"
+DEMO = {
+    "What was the name of the cook at Norland?": "Hannah Pickering",
+    "Where was the key of the garden gate kept?": "a blue teapot",
+    "What is the name of the estate where the Dashwood family lives?": "Norland Park",
+}
+DEMO_STEPS = 32
 
 
 def keys(count):
@@ -128,22 +142,58 @@ def record_passkey(lm, texts):
     }
 
 
+def record_demo(lm, _):
+    story = (ROOT / "assets/demo.txt").read_text(encoding="ascii").rstrip("\n")
+    prompts = [lm.encode(lm.chat(story + DEMO_QUESTION.format(question=q))) for q in DEMO]
+    shared = len(os.path.commonprefix(prompts))
+    _, cache = lm.hidden(prompts[0][:shared])
+    out = []
+    for (question, expected), ids in zip(DEMO.items(), prompts):
+        run = lm.greedy(ids[shared:], DEMO_STEPS, copy.deepcopy(cache))
+        end = run["ids"].index(EOS) if EOS in run["ids"] else DEMO_STEPS
+        answer = lm.decode(run["ids"][:end])
+        entry = {
+            "question": question,
+            "expected": expected,
+            "answer": answer,
+            "right": expected in answer,
+            "ended": end < DEMO_STEPS,
+            "tokens": len(ids),
+            "ids_fnv1a": fnv1a(ids),
+            "answer_ids": run["ids"][:end],
+            "margins": [round(x, 4) for x in run["margins"][:end]],
+        }
+        out.append(entry)
+        print(json.dumps(entry), flush=True)
+    return {
+        "prompt": "the chat template with its default system message and one user message: the"
+        " text without its last line end, then the question",
+        "text": "assets/demo.txt",
+        "question": DEMO_QUESTION,
+        "steps": DEMO_STEPS,
+        "margins": "logit of each answer token minus the second largest",
+        "rows": out,
+    }
+
+
+TASKS = {"copy": record_copy, "passkey": record_passkey, "demo": record_demo}
+
+
 def main():
-    here = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("gguf", help="SmolLM2-135M-Instruct.Q4_1.gguf")
-    parser.add_argument("--data", type=Path, default=here / "tests/data",
+    parser.add_argument("--data", type=Path, default=ROOT / "tests/data",
                         help="folder with texts/, written to as well (default: tests/data)")
-    parser.add_argument("--task", choices=["all", "copy", "passkey"], default="all",
-                        help="record one task and keep the other that the json holds")
+    parser.add_argument("--task", choices=["all", *TASKS], default="all",
+                        help="record one task and keep the others that the json holds")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     args = parser.parse_args()
     lm = SmolLM2(args.gguf, args.threads)
     texts = args.data / "texts"
     path = args.data / "quality_smollm2.json"
-    for task, record in {"copy": record_copy, "passkey": record_passkey}.items():
+    for task, record in TASKS.items():
         if args.task in ("all", task):
             rows = record(lm, texts)
             facts = json.loads(path.read_text(encoding="ascii")) if path.exists() else {}

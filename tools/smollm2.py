@@ -189,9 +189,12 @@ class SmolLM2:
             hit.append(logits.argmax(1) == want)
         return torch.cat(nll).numpy(), torch.cat(hit).numpy()
 
-    def greedy(self, ids, steps):
-        """`steps` greedy tokens after `ids` (the end token is not a stop), with margins."""
-        hidden, cache = self.hidden(ids)
+    def greedy(self, ids, steps, cache=None):
+        """`steps` greedy tokens after `ids` (the end token is not a stop), with margins.
+
+        `cache` holds what comes before `ids`, and grows.
+        """
+        hidden, cache = self.hidden(ids, cache)
         out, margins = [], []
         for step in range(steps):
             top = self.logits(hidden[-1:])[0].topk(2)
