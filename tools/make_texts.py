@@ -34,7 +34,6 @@ EXCERPTS = [
 # Paragraphs put into assets/demo.txt (not Austen's), each after the first paragraph that ends
 # beyond this share of the text: facts that are told once, for the demo to ask about.
 PLANTED = [
-    (0.30, "The cook at Norland was an old woman named Hannah Pickering."),
     (0.50, "The cat of the house was called Marmalade."),
     (0.68, "The key of the garden gate was kept in a blue teapot."),
 ]

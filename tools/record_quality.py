@@ -44,9 +44,9 @@ QUESTION = "\n\nWhat is the pass key? The pass key is "
 
 DEMO_QUESTION = "\n\nQuestion: {question}"
 DEMO = {
-    "What was the name of the cook at Norland?": "Hannah Pickering",
     "Where was the key of the garden gate kept?": "a blue teapot",
     "What is the name of the estate where the Dashwood family lives?": "Norland Park",
+    "What was the cat of the house called?": "Marmalade",
 }
 DEMO_STEPS = 32
 
