@@ -7,3 +7,6 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod backend;
+pub mod kv;
+pub mod model;
+pub mod select;
