@@ -154,7 +154,7 @@ MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #define GENERIC(A, T)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128) attend_dense_##A##_##T(AttendArgs a) {   \
+    extern "C" __global__ void __launch_bounds__(128, 4) attend_dense_##A##_##T(AttendArgs a) {   \
         dense_generic<A, T>(a);                                                                \
     }
 GENERIC(f32, f32)

@@ -19,7 +19,9 @@ extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, 
     float shift = m == NEG_INF ? 0.0f : m;
     for (u32 j = threadIdx.x; j < seq.kv_len; j += blockDim.x) sum += expf(row[j] - shift);
     sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) lse[blockIdx.y * heads + blockIdx.x] = shift + logf(sum);
+    // A row of -infinity throughout stays so in every head's difference.
+    if (threadIdx.x == 0)
+        lse[blockIdx.y * heads + blockIdx.x] = sum > 0.0f ? shift + logf(sum) : 0.0f;
 }
 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,

@@ -156,6 +156,7 @@ template <class A, class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const
             u32 t = t0 + first_row + 8 * sub;
             if (sub >= ROWS || t >= seq.kv_len) continue;
             if (SOURCE == INT8) mine *= a.row_scale[a.pool.row(seq, kvh, t)];
+            if (!(fabsf(mine) < POS_INF)) mine = NEG_INF;  // never taken by top_k
             best = fmaxf(best, mine);
             if (a.pool_mode == POOL_NONE) a.scores[(out_row + h) * a.stride + t] = mine;
         }
@@ -167,7 +168,7 @@ template <class A, class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const
 
 // One instance per group size class: G accumulators a row.
 #define KERNEL(A, K, NAME, SOURCE, G, ROWS)                                                   \
-    extern "C" __global__ void __launch_bounds__(128) score_dims_##A##_##NAME##_g##G(         \
+    extern "C" __global__ void __launch_bounds__(128, 4) score_dims_##A##_##NAME##_g##G(         \
         ScoreArgs a) {                                                                        \
         score<A, K, SOURCE, G, ROWS>(a);                                                      \
     }
