@@ -27,22 +27,27 @@ struct ScoreArgs {
     float* scores;
     u64 stride;
     u32 n, width, capacity;  // dimensions read; elements of a row of `data`; tokens a slice holds
-    u32 heads, pool_mode, coverage, source, pad;
+    u32 heads, pool_mode, coverage, source;
+    u32 q_type;  // 0 f32, 1 f16, 2 bf16; the query is read once, so its dtype is no template parameter
 };
 
+DEVICE float query(const ScoreArgs& a, u64 i) {
+    if (a.q_type == 0) return ((const float*)a.q)[i];
+    return a.q_type == 1 ? to_f32(((const f16*)a.q)[i]) : to_f32(((const bf16*)a.q)[i]);
+}
+
 // Query values of the group in shared memory, scaled: [heads or 1][n].
-template <class A>
 DEVICE void load_query(const ScoreArgs& a, const Seq& seq, u32 kvh, u32 g, float* q, float* c) {
     u32 d = a.pool.head_dim, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const A* src = (const A*)a.q + ((u64)seq.q_start * a.heads + kvh * g) * d;
+    u64 src = ((u64)seq.q_start * a.heads + kvh * g) * d;
     bool listed = a.source == SLICE || a.source == GATHER;
     const u32* dims = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * a.n;
     for (u32 h = warp; h < g; h += blockDim.x >> 5) {
         float all = 0.0f, chosen = 0.0f;
-        for (u32 i = lane; i < d; i += 32) all += fabsf(to_f32(src[h * d + i]));
+        for (u32 i = lane; i < d; i += 32) all += fabsf(query(a, src + h * d + i));
         for (u32 i = lane; i < a.n; i += 32) {
             u32 dim = listed ? dims[i] : i;
-            chosen += dim < d ? fabsf(to_f32(src[h * d + dim])) : 0.0f;
+            chosen += dim < d ? fabsf(query(a, src + h * d + dim)) : 0.0f;
         }
         all = warp_sum(all);
         chosen = warp_sum(chosen);
@@ -55,7 +60,7 @@ DEVICE void load_query(const ScoreArgs& a, const Seq& seq, u32 kvh, u32 g, float
         u32 dim = listed ? dims[i] : i;
         float sum = 0.0f;
         for (u32 h = 0; h < g; h++) {
-            float x = dim < d ? to_f32(src[h * d + dim]) * c[h] : 0.0f;
+            float x = dim < d ? query(a, src + h * d + dim) * c[h] : 0.0f;
             if (a.pool_mode == POOL_SUM) sum += x;
             else q[h * a.n + i] = x;
         }
@@ -80,7 +85,7 @@ DEVICE Raw8<K> load_chunk(const ScoreArgs& a, u64 base, u32 row, u32 c, const u3
     return load8((const K*)a.data + base + c);
 }
 
-template <class A, class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const ScoreArgs& a) {
+template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const ScoreArgs& a) {
     __shared__ float q[MAX_GROUP * 256];
     __shared__ float c[MAX_GROUP];
     __shared__ u32 dims[256], whole[32];
@@ -88,7 +93,7 @@ template <class A, class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const
     u32 kvh = blockIdx.y, g = a.heads / a.pool.kv_heads, n = a.n;
     const u32 block = blockDim.x / 4 * ROWS;
     if (seq.q_len == 0 || blockIdx.x * block >= seq.kv_len) return;
-    load_query<A>(a, seq, kvh, g, q, c);
+    load_query(a, seq, kvh, g, q, c);
     if (SOURCE == GATHER) {
         const u32* list = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * n;
         for (u32 i = threadIdx.x; i < n; i += blockDim.x) dims[i] = min(list[i], a.pool.head_dim - 1);
@@ -167,26 +172,21 @@ template <class A, class K, u32 SOURCE, int G, int ROWS> DEVICE void score(const
 }
 
 // One instance per group size class: G accumulators a row.
-#define KERNEL(A, K, NAME, SOURCE, G, ROWS)                                                   \
-    extern "C" __global__ void __launch_bounds__(128, 4) score_dims_##A##_##NAME##_g##G(         \
-        ScoreArgs a) {                                                                        \
-        score<A, K, SOURCE, G, ROWS>(a);                                                      \
+#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
+    extern "C" __global__ void __launch_bounds__(128, 4) score_dims_##NAME##_g##G(ScoreArgs a) {  \
+        score<K, SOURCE, G, ROWS>(a);                                                             \
     }
-#define GROUPS(A, K, NAME, SOURCE)        \
-    KERNEL(A, K, NAME, SOURCE, 1, 4)      \
-    KERNEL(A, K, NAME, SOURCE, 4, 4)      \
-    KERNEL(A, K, NAME, SOURCE, 8, 4)      \
-    KERNEL(A, K, NAME, SOURCE, 16, 2)
-#define SOURCES(A, K)                     \
-    GROUPS(A, K, K##_lead, LEAD)          \
-    GROUPS(A, K, K##_slice, SLICE)        \
-    GROUPS(A, K, K##_gather, GATHER)
+#define GROUPS(K, NAME, SOURCE)        \
+    KERNEL(K, NAME, SOURCE, 1, 4)      \
+    KERNEL(K, NAME, SOURCE, 4, 4)      \
+    KERNEL(K, NAME, SOURCE, 8, 4)      \
+    KERNEL(K, NAME, SOURCE, 16, 2)
+#define SOURCES(K)                     \
+    GROUPS(K, K##_lead, LEAD)          \
+    GROUPS(K, K##_slice, SLICE)        \
+    GROUPS(K, K##_gather, GATHER)
 
-SOURCES(f32, f32)
-SOURCES(f32, f16)
-SOURCES(f32, bf16)
-SOURCES(f16, f16)
-SOURCES(bf16, bf16)
-GROUPS(f32, i8, int8, INT8)
-GROUPS(f16, i8, int8, INT8)
-GROUPS(bf16, i8, int8, INT8)
+SOURCES(f32)
+SOURCES(f16)
+SOURCES(bf16)
+GROUPS(i8, int8, INT8)

@@ -1,5 +1,6 @@
 //! Text to token ids and back.
 
+use std::borrow::Borrow;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -194,8 +195,8 @@ impl Tokenizer {
     }
 
     /// A decoder for ids that arrive one by one, after a prompt.
-    pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, pending: Vec::new() }
+    pub fn decode_stream(&self) -> DecodeStream<&Tokenizer> {
+        DecodeStream::new(self)
     }
 
     /// The bytes a token stands for: none for special tokens and ids outside the vocabulary,
@@ -264,15 +265,20 @@ impl Tokenizer {
 
 /// Turns ids into text as they come, holding back bytes until they make whole characters.
 #[derive(Debug)]
-pub struct DecodeStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct DecodeStream<T> {
+    tokenizer: T,
     pending: Vec<u8>,
 }
 
-impl DecodeStream<'_> {
+impl<T: Borrow<Tokenizer>> DecodeStream<T> {
+    /// A stream at its start; `T` is `&Tokenizer`, or `Arc<Tokenizer>` where the stream must own it.
+    pub fn new(tokenizer: T) -> Self {
+        DecodeStream { tokenizer, pending: Vec::new() }
+    }
+
     /// Adds a token; returns the characters that are now complete (often all, sometimes none).
     pub fn push(&mut self, id: u32) -> String {
-        self.pending.extend(self.tokenizer.token_bytes(id));
+        self.pending.extend(self.tokenizer.borrow().token_bytes(id));
         let mut text = String::new();
         loop {
             match std::str::from_utf8(&self.pending) {

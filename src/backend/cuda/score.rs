@@ -27,7 +27,7 @@ struct ScoreArgs {
     pool_mode: u32,
     coverage: u32,
     source: u32,
-    pad: u32,
+    q_type: u32,
 }
 
 /// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
@@ -50,6 +50,11 @@ impl CudaBackend {
                 Pool::SumLogit => 1,
                 Pool::MaxLogit => 2,
                 Pool::None | Pool::MaxSoftmax | Pool::MeanSoftmax => 0,
+            },
+            q_type: match act {
+                DType::F16 => 1,
+                DType::BF16 => 2,
+                _ => 0,
             },
             coverage: u32::from(p.scale == LogitScale::Coverage),
             ..ScoreArgs::zeroed()
@@ -90,7 +95,7 @@ impl CudaBackend {
         let blocks = p.seqs.max_kv.div_ceil(BLOCK / 4 * rows);
         let blocks = blocks.min((self.limits.sms * 32).div_ceil(pairs));
         let shape = Shape::new([blocks, p.cache.kv_heads, p.seqs.n], BLOCK);
-        self.launch(OP, &format!("score_dims_{act}_{element}_g{g}"), shape, Args::new().with(args))
+        self.launch(OP, &format!("score_dims_{element}_g{g}"), shape, Args::new().with(args))
     }
 
     pub(super) fn pool_scores_op(&self, p: &PoolScores<'_>) -> Result<()> {
