@@ -114,30 +114,41 @@ fn compile_all(nvcc: &Path, ops: &[String], out: &Path) {
     });
 }
 
-/// Compiles one op unless its source, the flags and nvcc are those of the last time.
+/// Compiles one op, or takes what an earlier build in this target directory made of the same source, flags
+/// and nvcc: cargo gives every change of Cargo.toml a new OUT_DIR, and the kernels take minutes.
 fn compile(nvcc: &Path, version: &[u8], op: &str, out: &Path) {
-    let path = |end: &str| out.join(format!("{op}.{end}"));
+    let made = |end: &str| out.join(format!("{op}.{end}"));
     let mut hash = DefaultHasher::new();
-    (fs::read(path("inlined.cu")).ok(), FLAGS, nvcc, version).hash(&mut hash);
-    let key = hash.finish().to_string();
-    if path("fatbin").is_file() && fs::read_to_string(path("key")).is_ok_and(|k| k == key) {
-        return;
+    (fs::read(made("inlined.cu")).ok(), FLAGS, nvcc, version).hash(&mut hash);
+    let cache = out.join("../../longsight-kernels");
+    let kept = |end: &str| cache.join(format!("{op}-{:016x}.{end}", hash.finish()));
+    // The log is written last: where it is, the fatbin is whole.
+    if !kept("ptxas").is_file() {
+        let source = format!("kernels/{op}.cu");
+        let run = Command::new(nvcc).args(FLAGS).arg(made("fatbin")).arg(&source).output();
+        let run = run.unwrap_or_else(|e| fail(&format!("{}: {e}", nvcc.display())));
+        let log = String::from_utf8_lossy(&run.stderr);
+        for line in log.lines().filter(|l| l.contains("warning")) {
+            println!("cargo:warning={line}");
+        }
+        if !run.status.success() {
+            let said = String::from_utf8_lossy(&run.stdout);
+            fail(&format!(
+                "nvcc could not compile {source} (set LONGSIGHT_NVCC=off to build without nvcc):\n{said}{log}"
+            ));
+        }
+        fs::create_dir_all(&cache).unwrap_or_else(|e| fail(&format!("{}: {e}", cache.display())));
+        copy(&made("fatbin"), &kept("fatbin"));
+        write(&kept("ptxas"), &log);
     }
-    let source = format!("kernels/{op}.cu");
-    let run = Command::new(nvcc).args(FLAGS).arg(path("fatbin")).arg(&source).output();
-    let run = run.unwrap_or_else(|e| fail(&format!("{}: {e}", nvcc.display())));
-    let log = String::from_utf8_lossy(&run.stderr);
-    for line in log.lines().filter(|l| l.contains("warning")) {
-        println!("cargo:warning={line}");
+    copy(&kept("fatbin"), &made("fatbin"));
+    copy(&kept("ptxas"), &made("ptxas"));
+}
+
+fn copy(from: &Path, to: &Path) {
+    if let Err(e) = fs::copy(from, to) {
+        fail(&format!("{} to {}: {e}", from.display(), to.display()));
     }
-    if !run.status.success() {
-        let said = String::from_utf8_lossy(&run.stdout);
-        fail(&format!(
-            "nvcc could not compile {source} (set LONGSIGHT_NVCC=off to build without nvcc):\n{said}{log}"
-        ));
-    }
-    write(&path("ptxas"), &log);
-    write(&path("key"), &key);
 }
 
 fn table(ops: &[String], compiled: bool, out: &Path) -> String {

@@ -17,7 +17,7 @@ if [ ! -x "$dir/bin/pip" ]; then
 fi
 dir=$(cd "$dir" && pwd)
 "$dir/bin/pip" install --quiet --disable-pip-version-check \
-    'cuda-toolkit[nvcc,cudart,nvrtc,cccl]==13.0.*' 'nvidia-cuda-cuobjdump==13.2.51' >&2
+    'cuda-toolkit[nvcc,cudart,nvrtc,cccl]==13.0.*' 'nvidia-cuda-cuobjdump==13.2.51' 'nvidia-cuda-nvdisasm==13.2.51' >&2
 home=$("$dir/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"] + "/nvidia/cu13")')
 "$home/bin/nvcc" --version >&2
 echo "export CUDA_HOME=$home"

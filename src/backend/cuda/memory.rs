@@ -43,15 +43,14 @@ impl Memory {
         // SAFETY: the memory is zero-filled below, on the stream that every later use is on.
         let ptr = match unsafe { result::malloc_sync(bytes.max(LEAST)) } {
             Ok(ptr) => ptr,
-            Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+            Err(e) => {
                 let free = ctx.mem_get_info().map_or(0, |(free, _)| free as u64);
-                return Err(BackendError::OutOfMemory {
-                    what: what.into(),
-                    need: bytes as u64,
-                    free,
-                });
+                let need = bytes as u64;
+                if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY || need > free {
+                    return Err(BackendError::OutOfMemory { what: what.into(), need, free });
+                }
+                return Err(e).said(&format!("allocating {what}"));
             }
-            Err(e) => return Err(e).said(&format!("allocating {what}")),
         };
         let memory = Memory { stream: stream.clone(), ptr, bytes };
         // SAFETY: the memory was just allocated with at least this size.

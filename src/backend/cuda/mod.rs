@@ -50,6 +50,13 @@ impl fmt::Debug for CudaBackend {
     }
 }
 
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Modules must not be unloaded under running kernels.
+        let _ = self.stream.synchronize();
+    }
+}
+
 /// Capabilities of every CUDA device of this machine.
 ///
 /// # Errors
