@@ -9,16 +9,21 @@ mod caps;
 // pub mod cpu;
 // pub mod cuda;
 mod error;
+mod open;
 pub mod ops;
-// pub mod reference;
+pub mod reference;
 mod tensor;
 #[cfg(feature = "wgpu")]
 pub mod wgpu;
 
 pub use caps::{Bandwidth, Capabilities, Topology};
 pub use error::{BackendError, Result};
+pub use open::{is_software, open, open_all};
 pub use ops::*;
 pub use tensor::{DType, DeviceBuffer, Tensor};
+
+/// Byte alignment of every tensor passed to an op, inside its buffer.
+pub const ALIGN: usize = 256;
 
 /// Tokens of one KV page.
 pub const PAGE: usize = 64;
@@ -28,19 +33,26 @@ pub const PAGE: usize = 64;
 /// Ops run in call order; a later op sees the writes of an earlier one. Output tensors must not overlap
 /// inputs unless an op says that it works in place. Every op checks its arguments (`check` of its
 /// parameter struct) and answers [`BackendError::BadArgument`] instead of reading out of bounds.
+///
+/// Byte offsets of the tensors passed to ops are multiples of [`ALIGN`] inside their buffers; backends may
+/// rely on it. What lies beside a tensor, in rows and pages that no sequence owns, behind `kv_len` or between
+/// strides is unspecified (it may be NaN): it must not reach a result, and it is never written. Conversions to a
+/// narrower float round to nearest, ties to even. Every op gives the same bits when run again on the same
+/// inputs. Every sequence of a call has at least one row.
 pub trait Backend: Send + Sync {
     /// `cpu`, `wgpu` or `cuda`.
     fn name(&self) -> &'static str;
     /// What the device is and can do.
     fn caps(&self) -> &Capabilities;
 
-    /// Allocates `len` elements, zero-filled. `what` names the buffer in errors.
+    /// Allocates `len` elements, zero-filled. `what` names the buffer in errors. The buffer itself is aligned to
+    /// at least [`ALIGN`] bytes.
     fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Tensor>;
     /// Copies host bytes into `dst` (exactly `dst.bytes()`); ordered with the ops around it.
     fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()>;
     /// Waits for all recorded ops, then copies `src` into `out` (exactly `src.bytes()`).
     fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()>;
-    /// Copies `src` to `dst` on the device; same dtype and length, no overlap.
+    /// Copies `src` to `dst` on the device; same dtype and length, no overlap ([`check_copy`]).
     fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()>;
     /// Sets every byte of `dst` to zero.
     fn zero(&self, dst: &Tensor) -> Result<()>;
@@ -102,4 +114,21 @@ pub trait Backend: Send + Sync {
     fn attend_rows(&self, p: &AttendRows<'_>) -> Result<()>;
     /// Merges split results by log-sum-exp; see [`Merge`].
     fn merge(&self, p: &Merge<'_>) -> Result<()>;
+}
+
+/// Arguments of [`Backend::copy`] fit together: same dtype and length, no overlap.
+pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
+    const OP: &str = "copy";
+    ops::is(OP, "dst", dst, src.dtype())?;
+    ops::ensure(OP, src.len() == dst.len(), || {
+        format!("{} elements into {}", src.len(), dst.len())
+    })?;
+    ops::apart(OP, "dst", dst, "src", src)
+}
+
+/// `bytes` of host memory match the tensor that [`Backend::upload`] or [`Backend::download`] names.
+pub fn check_host(op: &'static str, t: &Tensor, bytes: usize) -> Result<()> {
+    ops::ensure(op, t.bytes() == bytes, || {
+        format!("{bytes} bytes on the host, {} on the device", t.bytes())
+    })
 }

@@ -75,7 +75,8 @@ pub trait DeviceBuffer: Any + Send + Sync {
 
 /// A typed view into a device buffer: `len` elements of `dtype` from element `offset`.
 ///
-/// Shapes are not part of it; every op's parameter struct names them. Clones share the buffer.
+/// Shapes are not part of it; every op's parameter struct names them. Clones share the buffer. Tensors passed to
+/// ops start at multiples of [`ALIGN`](super::ALIGN) bytes of their buffer (64 elements of f32, 128 of f16).
 #[derive(Clone)]
 pub struct Tensor {
     buffer: Arc<dyn DeviceBuffer>,
@@ -122,6 +123,13 @@ impl Tensor {
     /// True when both views share one buffer.
     pub fn same_buffer(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.buffer, &other.buffer)
+    }
+
+    /// True when the views share bytes.
+    pub fn overlaps(&self, other: &Tensor) -> bool {
+        self.same_buffer(other)
+            && self.byte_offset() < other.byte_offset() + other.bytes()
+            && other.byte_offset() < self.byte_offset() + self.bytes()
     }
 
     /// A sub-view of `len` elements from element `start` of this view.

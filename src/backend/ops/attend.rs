@@ -12,7 +12,8 @@ use crate::backend::{DType, Result, Tensor};
 /// With `splits > 1` the keys are cut into that many contiguous ranges (page aligned; which ranges is the
 /// backend's choice): `out` is then f32 `[splits, rows, heads, head_dim]` of per-split results and `lse`
 /// (required) f32 `[splits, rows, heads]`, -infinity where a split is empty (its `out` is then ignored by
-/// [`Merge`], but finite). Rows outside the group's sequences are left alone.
+/// [`Merge`], but finite). Rows outside the group's sequences are left alone, in every split. With `splits == 1`
+/// the layout is that of the final result. `lse` is a natural logarithm.
 #[derive(Debug)]
 pub struct AttendDense<'a> {
     /// act `[rows, heads, head_dim]`.
@@ -48,7 +49,8 @@ impl AttendDense<'_> {
 /// `indices[s, row, ..counts[s, row]]`, where `row` is the KV head (or the query head, see `rows_per_seq`).
 ///
 /// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index from `kv_len` on
-/// is skipped. An empty list gives zeros and `lse = -infinity`.
+/// is skipped. An empty list gives zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
+/// pieces, which ones is the backend's choice.
 #[derive(Debug)]
 pub struct AttendRows<'a> {
     /// act `[rows, heads, head_dim]`.
@@ -94,7 +96,7 @@ impl AttendRows<'_> {
 
 /// Merges split results: with `m = max_s lse_s`, `w_s = exp(lse_s - m)`,
 /// `out = sum_s w_s part_s / sum_s w_s`, `lse = m + log sum_s w_s`; zeros and -infinity when all are empty.
-/// Only rows of the group's sequences are written.
+/// Only rows of the group's sequences are written. `splits == 1` converts.
 #[derive(Debug)]
 pub struct Merge<'a> {
     /// f32 `[splits, rows, heads, head_dim]`.

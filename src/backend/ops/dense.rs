@@ -1,6 +1,6 @@
 //! The dense family: embedding, norms, linear layers, rotary embedding, activation.
 
-use super::{ensure, float, holds, is};
+use super::{apart, ensure, float, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// `out[r, :] = table[tokens[r], :]`. A token outside the vocabulary gives a row of zeros.
@@ -53,6 +53,7 @@ impl GatherRows<'_> {
         is(OP, "out", self.out, self.x.dtype())?;
         holds(OP, "x", self.x, self.x_rows * self.cols)?;
         holds(OP, "rows", self.rows, self.n)?;
+        apart(OP, "out", self.out, "x", self.x)?;
         holds(OP, "out", self.out, self.n * self.cols)
     }
 }
@@ -80,11 +81,12 @@ impl RmsNorm<'_> {
         float(OP, "out", self.out)?;
         holds(OP, "x", self.x, self.rows * self.cols)?;
         holds(OP, "weight", self.weight, self.cols)?;
+        apart(OP, "out", self.out, "x", self.x)?;
         holds(OP, "out", self.out, self.rows * self.cols)
     }
 }
 
-/// `y[r, o] = sum_i x[r, i] * w[o, i] + bias[o]`, or `y += ...` with `accumulate`.
+/// `y[r, o] = sum_i x[r, i] * w[o, i] + bias[o]`, or `y += ...` (bias included) with `accumulate`.
 #[derive(Debug)]
 pub struct Linear<'a> {
     /// act `[rows, inputs]`.
@@ -139,7 +141,8 @@ pub struct QkNorm<'a> {
 /// `a = t * inv_freq[h / heads_per_freq, p]`:
 /// `out[2p] = x[2p] cos a - x[2p+1] sin a`, `out[2p+1] = x[2p+1] cos a + x[2p] sin a`.
 /// The frequency table has one row per KV head because sorted keys order the pairs of each KV head
-/// differently. Angles are taken in f32 with the position exact up to 2^24.
+/// differently. The angle is the f32 product of position and frequency (position exact up to 2^24); its sine and
+/// cosine are good to f32 accuracy at any such angle, so a device whose own sine is not must reduce it first.
 #[derive(Debug)]
 pub struct Rope<'a> {
     /// act, row `r`, head `h`, dimension `i` at `r * x_stride + h * head_dim + i`.
@@ -188,6 +191,7 @@ impl Rope<'_> {
             is(OP, "norm weight", n.weight, DType::F32)?;
             holds(OP, "norm weight", n.weight, self.heads * self.head_dim)?;
         }
+        apart(OP, "out", self.out, "x", self.x)?;
         holds(OP, "out", self.out, self.rows * self.heads * self.head_dim)
     }
 }

@@ -102,7 +102,8 @@ impl KvPool<'_> {
 /// int8 copy of the leading dimensions of every cached key, symmetric per token and KV head.
 ///
 /// `key[i] ~ data[i] * scale` with `scale = max_i |key[i]| / 127` over the leading `dims` dimensions
-/// and `data[i]` rounded to nearest, ties to even (scale 0 and data 0 for a zero row).
+/// and `data[i]` rounded to nearest, ties to even (scale 0 and data 0 for a zero row). `key` is the key as the
+/// page holds it, after rounding to the kv dtype. Rows with values that are not finite have unspecified entries.
 #[derive(Debug, Clone, Copy)]
 pub struct Int8Keys<'a> {
     /// i8 `[n_pages, kv_heads, 64, dims]`.
@@ -147,7 +148,7 @@ pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<
 ///
 /// With `slice`, the chosen dimensions of the new keys are appended to the compact slice of the sequence's
 /// slot (sparcas.md 1.3: nothing is ever stale in rows). A sequence whose `kv_len` exceeds the slice's
-/// capacity is not written to the slice.
+/// capacity is not written to the slice. Entries hold the key as the page holds it.
 #[derive(Debug)]
 pub struct KvAppend<'a> {
     /// act, row `r`, KV head `h`, dimension `i` at `r * k_stride + h * head_dim + i` (after [`Rope`](super::Rope)).

@@ -36,6 +36,11 @@ pub(crate) fn is(op: &'static str, name: &str, t: &Tensor, d: DType) -> Result<(
     ensure(op, t.dtype() == d, || format!("{name} is {}, must be {d}", t.dtype()))
 }
 
+/// `a` and `b` share no bytes.
+pub(crate) fn apart(op: &'static str, an: &str, a: &Tensor, bn: &str, b: &Tensor) -> Result<()> {
+    ensure(op, !a.overlaps(b), || format!("{an} overlaps {bn}"))
+}
+
 /// `t` has a float dtype.
 pub(crate) fn float(op: &'static str, name: &str, t: &Tensor) -> Result<()> {
     ensure(op, t.dtype().is_float(), || format!("{name} is {}, must be a float", t.dtype()))

@@ -57,10 +57,16 @@ pub enum Refresh {
 /// Importance `a_i` by `metric`; `unit` consecutive dimensions are summed and chosen together (1, or 2 for the
 /// pair metrics, or groups of 8 or 16); the `n_dims / unit` best units, ties to the smaller index. Surviving
 /// dimensions keep their columns, new ones fill the freed columns in ascending order (all columns ascending at
-/// the first choice). `rho = sum_{i in D} a_i / sum a_i`, `rho_best` the same for a fresh choice.
+/// the first choice). `rho = sum_{i in D} a_i / sum a_i`, `rho_best` the same for a fresh choice; both are 1 when
+/// every `a_i` is 0. [`Refresh::Adaptive`] compares the set held before the call; `coverage` reports the set held
+/// after it (so a fresh choice gives rho = rho_best). Means and deviations are over `kv_len` keys,
+/// `sigma = sqrt(max(0, mean of squares - squared mean))`.
 ///
 /// State words: 0 = chosen before (1) or not (0); 1 = step of the last choice; 2 = choices so far;
-/// 3 = dimensions replaced so far. `changed` is rewritten each call: the columns whose dimension changed.
+/// 3 = dimensions replaced so far (the first choice replaces none). `changed` is rewritten each call: the columns
+/// whose dimension changed (bit `c % 32` of word `c / 32`; all `n_dims` columns at the first choice, none where the
+/// set was kept). Slots that no sequence of the call has are left alone. Steps since the last choice are
+/// `meta.STEP - state[1]`, wrapping.
 #[derive(Debug)]
 pub struct SelectDims<'a> {
     /// act `[rows, heads, head_dim]`.
@@ -121,7 +127,8 @@ impl SelectDims<'_> {
     }
 }
 
-/// Rewrites the columns of the compact slice that [`SelectDims`] marked, for all `kv_len` tokens.
+/// Rewrites the columns of the compact slice that [`SelectDims`] marked, for all `kv_len` tokens. Other columns and
+/// rows are left alone.
 #[derive(Debug)]
 pub struct RebuildSlice<'a> {
     pub seqs: Seqs<'a>,
@@ -201,11 +208,13 @@ impl Pool {
 pub enum LogitScale {
     /// `1 / sqrt(head_dim)`.
     InvSqrtDim,
-    /// `1 / sqrt(head_dim * sum_{i in D} |q_i| / sum_i |q_i|)` (SparQ's coverage rule); a zero query gives 0.
+    /// `1 / sqrt(head_dim * sum_{i in D} |q_i| / sum_i |q_i|)` (SparQ's coverage rule); 0 where the sum over D is 0.
     Coverage,
 }
 
 /// Partial logits of one decode query per sequence: `s_{h,j} = c_h * sum_{i in D} q_{h,i} K[j, i]`.
+///
+/// A score that is not finite (a key holding Inf or NaN) is written as -infinity, so that [`TopK`] never takes it.
 ///
 /// Output rows per sequence: `kv_heads` when `pool.in_score()`, else `heads`. Row `j` of sequence `s` (its index
 /// in `seqs`, not its slot) starts at `(s * rows_per_seq + j) * stride`; entries from `kv_len` on are left alone.
@@ -259,7 +268,9 @@ impl ScoreDims<'_> {
 
 /// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
 /// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`.
-/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties.
+/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
+/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
+/// from `kv_len` on are neither read nor written.
 #[derive(Debug)]
 pub struct PoolScores<'a> {
     /// f32 `[n, heads, stride]`.
@@ -291,7 +302,7 @@ impl PoolScores<'_> {
 }
 
 /// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
-/// The newest token is always forced (`recent >= 1`).
+/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`.
 #[derive(Debug)]
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.

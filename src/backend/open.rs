@@ -1,0 +1,97 @@
+//! Finding and opening devices.
+
+use super::{Backend, BackendError, Capabilities, Result};
+use std::sync::Arc;
+
+/// Opens every backend of this build: (`cpu`, `wgpu` or `cuda`; the backend, or why it cannot be used).
+///
+/// `wgpu` is the adapter that [`open`] would take for `wgpu`, `cuda` is ordinal 0.
+pub fn open_all() -> Vec<(String, Result<Arc<dyn Backend>>)> {
+    ["cpu", "wgpu", "cuda"].map(|name| (name.to_string(), open(name))).into()
+}
+
+/// Opens a device.
+///
+/// `selector`: `cpu`, `wgpu`, `wgpu:<part of the adapter's name>`, `cuda`, `cuda:<ordinal>`, or `auto`: CUDA
+/// where it works, else a wgpu adapter that is not a software renderer, else the CPU.
+///
+/// # Errors
+/// [`BackendError::Unavailable`] when the device or its driver is missing, or the selector is not one of these.
+pub fn open(selector: &str) -> Result<Arc<dyn Backend>> {
+    let (kind, rest) = match selector.split_once(':') {
+        Some((kind, rest)) => (kind, Some(rest)),
+        None => (selector, None),
+    };
+    match (kind, rest) {
+        ("auto", None) => auto(),
+        ("cpu", None) => cpu(),
+        ("wgpu", name) => wgpu(name),
+        ("cuda", None) => cuda(0),
+        ("cuda", Some(ordinal)) => match ordinal.parse() {
+            Ok(n) => cuda(n),
+            Err(_) => Err(BackendError::Unavailable {
+                backend: "cuda",
+                reason: format!("{ordinal:?} is no device number; use cuda:0 for the first GPU"),
+            }),
+        },
+        _ => Err(BackendError::Unavailable {
+            backend: "device",
+            reason: format!(
+                "{selector:?} is not known; use auto, cpu, wgpu, wgpu:<part of the adapter's name>, \
+                 cuda or cuda:<number>"
+            ),
+        }),
+    }
+}
+
+fn auto() -> Result<Arc<dyn Backend>> {
+    if let Ok(gpu) = cuda(0) {
+        return Ok(gpu);
+    }
+    match wgpu(None) {
+        Ok(gpu) if !is_software(gpu.caps()) => Ok(gpu),
+        _ => cpu(),
+    }
+}
+
+/// The adapter renders on the CPU (Mesa's llvmpipe, SwiftShader, WARP): slower there than the `cpu` backend.
+pub fn is_software(caps: &Capabilities) -> bool {
+    let device = caps.device.to_lowercase();
+    ["llvmpipe", "lavapipe", "softpipe", "swiftshader", "basic render driver"]
+        .iter()
+        .any(|name| device.contains(name))
+}
+
+fn cpu() -> Result<Arc<dyn Backend>> {
+    // Ok(Arc::new(super::cpu::CpuBackend::new()))
+    Err(missing("cpu"))
+}
+
+#[cfg(feature = "wgpu")]
+fn wgpu(_adapter: Option<&str>) -> Result<Arc<dyn Backend>> {
+    // Ok(Arc::new(super::wgpu::WgpuBackend::open(adapter)?))
+    Err(missing("wgpu"))
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn wgpu(_: Option<&str>) -> Result<Arc<dyn Backend>> {
+    Err(missing("wgpu"))
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(_ordinal: usize) -> Result<Arc<dyn Backend>> {
+    // Ok(Arc::new(super::cuda::CudaBackend::open(ordinal)?))
+    Err(missing("cuda"))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Arc<dyn Backend>> {
+    Err(missing("cuda"))
+}
+
+fn missing(backend: &'static str) -> BackendError {
+    BackendError::Unavailable {
+        backend,
+        reason: format!("not part of this build; rebuild with --features {backend}"),
+    }
+}

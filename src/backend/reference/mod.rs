@@ -1,0 +1,160 @@
+//! Plain f64 implementations of every op, for the conformance test and for the checks inside benchmarks.
+//!
+//! Each function takes the parameter struct of the op it mirrors, reads the input tensors back from the
+//! device (so it sees the values after rounding to their dtype), follows the formula of the parameter
+//! struct literally, and returns what every output element must be. It records nothing on the device.
+//! Speed is no aim beyond checking sizes that tests and benchmarks use.
+
+mod attend;
+mod dense;
+mod dims;
+mod kv;
+mod score;
+
+pub use attend::{attend_dense, attend_rows, merge};
+pub use dense::{embed, gather_rows, linear, rms_norm, rope, swiglu};
+pub use dims::{decision_margin, rebuild_slice, select_dims};
+pub use kv::{key_stats, kv_append};
+pub use score::{force, pool_scores, score_dims, top_k};
+
+use super::{Backend, DType, KvPool, META_WORDS, Meta, PAGE, Result, Seqs, Tensor};
+use half::{bf16, f16};
+
+/// What the contract says about one element of an output tensor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Cell {
+    /// Not written: holds what it held before the call.
+    Keep,
+    /// Unspecified.
+    Any,
+    /// This value, up to the op's rounding.
+    Is(f64),
+    /// A value at most this far (second) from the first.
+    Near(f64, f64),
+}
+
+/// The expected contents of one output tensor, one [`Cell`] per element.
+#[derive(Debug)]
+pub struct Output<'a> {
+    /// Op that writes it.
+    pub op: &'static str,
+    /// Field of the parameter struct.
+    pub name: &'static str,
+    /// The tensor.
+    pub tensor: &'a Tensor,
+    /// Expected contents, `tensor.len()` of them.
+    pub cells: Vec<Cell>,
+    /// [`Cell::Is`] values admit no rounding beyond the one to the tensor's dtype.
+    pub exact: bool,
+}
+
+impl<'a> Output<'a> {
+    fn new(op: &'static str, name: &'static str, tensor: &'a Tensor) -> Self {
+        Output { op, name, tensor, cells: vec![Cell::Keep; tensor.len()], exact: false }
+    }
+
+    fn exact(op: &'static str, name: &'static str, tensor: &'a Tensor) -> Self {
+        Output { exact: true, ..Output::new(op, name, tensor) }
+    }
+
+    /// Sets the elements from `at` on.
+    fn put(&mut self, at: usize, values: &[f64]) {
+        for (cell, v) in self.cells[at..at + values.len()].iter_mut().zip(values) {
+            *cell = Cell::Is(*v);
+        }
+    }
+}
+
+/// Values of `bytes`, exactly.
+pub fn decode(dtype: DType, bytes: &[u8]) -> Vec<f64> {
+    let two = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+    let four = |b: &[u8]| u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+    let items = bytes.chunks_exact(dtype.bytes());
+    match dtype {
+        DType::F32 => items.map(|b| f64::from(f32::from_bits(four(b)))).collect(),
+        DType::F16 => items.map(|b| f16::from_bits(two(b)).to_f64()).collect(),
+        DType::BF16 => items.map(|b| bf16::from_bits(two(b)).to_f64()).collect(),
+        DType::I8 => items.map(|b| f64::from(b[0] as i8)).collect(),
+        DType::U32 => items.map(|b| f64::from(four(b))).collect(),
+    }
+}
+
+/// Bytes of `values` in `dtype`, rounded to nearest, ties to even.
+pub fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
+    let it = values.iter();
+    match dtype {
+        DType::F32 => it.flat_map(|v| (*v as f32).to_le_bytes()).collect(),
+        DType::F16 => it.flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
+        DType::BF16 => it.flat_map(|v| bf16::from_f64(*v).to_le_bytes()).collect(),
+        DType::I8 => it.map(|v| v.round_ties_even() as i8 as u8).collect(),
+        DType::U32 => it.flat_map(|v| (*v as u32).to_le_bytes()).collect(),
+    }
+}
+
+/// Reads a tensor back as f64 (exact for every dtype).
+pub fn floats(dev: &dyn Backend, t: &Tensor) -> Result<Vec<f64>> {
+    let mut bytes = vec![0; t.bytes()];
+    dev.download(t, &mut bytes)?;
+    Ok(decode(t.dtype(), &bytes))
+}
+
+/// Reads a u32 tensor back.
+pub fn words(dev: &dyn Backend, t: &Tensor) -> Result<Vec<u32>> {
+    Ok(floats(dev, t)?.into_iter().map(|v| v as u32).collect())
+}
+
+/// One sequence's record and pages, on the host.
+struct Seq {
+    q_start: usize,
+    q_len: usize,
+    kv_len: usize,
+    pages: Vec<usize>,
+    slot: usize,
+    step: u32,
+}
+
+impl Seq {
+    fn read(dev: &dyn Backend, s: &Seqs<'_>) -> Result<Vec<Seq>> {
+        let (meta, pages) = (words(dev, s.meta)?, words(dev, s.pages)?);
+        let one = |m: &[u32]| {
+            let (at, kv_len) = (m[Meta::PAGES] as usize, m[Meta::KV_LEN] as usize);
+            Seq {
+                q_start: m[Meta::Q_START] as usize,
+                q_len: m[Meta::Q_LEN] as usize,
+                kv_len,
+                pages: pages[at..at + kv_len.div_ceil(PAGE)].iter().map(|p| *p as usize).collect(),
+                slot: m[Meta::SLOT] as usize,
+                step: m[Meta::STEP],
+            }
+        };
+        Ok(meta.chunks_exact(META_WORDS).take(s.n).map(one).collect())
+    }
+}
+
+/// Index arithmetic of a [`KvPool`].
+#[derive(Clone, Copy)]
+struct Layout {
+    kv_heads: usize,
+    d: usize,
+    lead: usize,
+}
+
+impl Layout {
+    fn of(p: &KvPool<'_>) -> Layout {
+        Layout { kv_heads: p.kv_heads, d: p.head_dim, lead: p.lead }
+    }
+    /// First element of the (page, head) tile that holds token `j`.
+    fn tile(&self, s: &Seq, h: usize, j: usize) -> usize {
+        (s.pages[j / PAGE] * self.kv_heads + h) * PAGE * self.d
+    }
+    fn k(&self, s: &Seq, h: usize, j: usize, i: usize) -> usize {
+        self.tile(s, h, j) + KvPool::k_offset(self.lead, self.d, j % PAGE, i)
+    }
+    fn v(&self, s: &Seq, h: usize, j: usize, i: usize) -> usize {
+        self.tile(s, h, j) + (j % PAGE) * self.d + i
+    }
+    /// Row of token `j` in arrays of `[n_pages, kv_heads, 64]`.
+    fn row(&self, s: &Seq, h: usize, j: usize) -> usize {
+        (s.pages[j / PAGE] * self.kv_heads + h) * PAGE + j % PAGE
+    }
+}
