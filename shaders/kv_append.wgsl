@@ -140,19 +140,19 @@ fn slice_main(
     if kv_len > p.capacity || slot >= p.slots {
         return;
     }
-    let set = (slot * p.kv_heads + head) * p.n_dims;
+    let slot_head = (slot * p.kv_heads + head) * p.n_dims;
     for (var i = group.x; i < q_len; i += groups.x) {
         let k_row = p.k_offset + (record(sequence, META_Q_START) + i) * p.k_stride + head * p.head_dim;
         let t = kv_len - q_len + i;
         let base = ((slot * p.kv_heads + head) * p.capacity + t) * p.n_dims;
         if DTYPE == 0u {
             for (var c = lane; c < p.n_dims; c += 64u) {
-                slice[base + c] = bitcast<u32>(k[k_row + min(dims[set + c], p.head_dim - 1u)]);
+                slice[base + c] = bitcast<u32>(k[k_row + min(dims[slot_head + c], p.head_dim - 1u)]);
             }
         } else {
             for (var c = 2u * lane; c < p.n_dims; c += 128u) {
-                let a = k[k_row + min(dims[set + c], p.head_dim - 1u)];
-                let b = k[k_row + min(dims[set + c + 1u], p.head_dim - 1u)];
+                let a = k[k_row + min(dims[slot_head + c], p.head_dim - 1u)];
+                let b = k[k_row + min(dims[slot_head + c + 1u], p.head_dim - 1u)];
                 slice[(base + c) / 2u] = pack2(vec2<f32>(a, b));
             }
         }

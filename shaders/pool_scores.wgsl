@@ -21,7 +21,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> sequences: array<u32>;
 @group(0) @binding(2) var<storage, read> scores: array<f32>;
 @group(0) @binding(3) var<storage, read_write> parts: array<vec2<f32>>;
-@group(0) @binding(4) var<storage, read_write> out: array<f32>;
+@group(0) @binding(4) var<storage, read_write> out: array<u32>;
 
 // Joins two (largest, sum) pairs.
 fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
@@ -45,7 +45,7 @@ fn partials(
         let s = scores[row * p.stride + t];
         if s > part.x {
             part = vec2<f32>(s, part.y * exp(part.x - s) + 1.0);
-        } else {
+        } else if s > LOWEST {
             part.y += exp(s - part.x);
         }
     }
@@ -74,7 +74,8 @@ fn pool(
         for (var c = 0u; c * CHUNK < kv_len; c += 1u) {
             part = join(part, parts[(head0 + lane) * p.chunks + c]);
         }
-        head_lse[lane] = part.x + log(part.y);
+        // A head whose scores are all -infinity leaves them as they are.
+        head_lse[lane] = select(0.0, part.x + log(part.y), part.y > 0.0);
     }
     workgroupBarrier();
     let base = (group.z * p.kv_heads + group.y) * p.stride;
@@ -83,13 +84,13 @@ fn pool(
         for (var h = 0u; h < GROUP; h += 1u) {
             largest = max(largest, scores[(head0 + h) * p.stride + t] - head_lse[h]);
         }
-        if MEAN {
+        if MEAN && largest > LOWEST {
             var sum = 0.0;
             for (var h = 0u; h < GROUP; h += 1u) {
                 sum += exp(scores[(head0 + h) * p.stride + t] - head_lse[h] - largest);
             }
             largest += log(sum);
         }
-        out[base + t] = largest;
+        out[base + t] = select(MINUS_INF, bitcast<u32>(largest), largest > LOWEST);
     }
 }

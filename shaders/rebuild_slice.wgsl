@@ -21,13 +21,13 @@ struct Params {
 // u32 words of `changed` per (slot, KV head).
 const CHANGED_WORDS: u32 = 8u;
 
-fn is_changed(set: u32, column: u32) -> bool {
-    return ((changed[set * CHANGED_WORDS + column / 32u] >> (column % 32u)) & 1u) == 1u;
+fn is_changed(slot_head: u32, column: u32) -> bool {
+    return ((changed[slot_head * CHANGED_WORDS + column / 32u] >> (column % 32u)) & 1u) == 1u;
 }
 
 // Bits of the key at column `column`, row `row` of the tile.
-fn key_bits(set: u32, column: u32, tile: u32, row: u32) -> u32 {
-    let dim = min(dims[set * p.n_dims + column], p.head_dim - 1u);
+fn key_bits(slot_head: u32, column: u32, tile: u32, row: u32) -> u32 {
+    let dim = min(dims[slot_head * p.n_dims + column], p.head_dim - 1u);
     let at = tile * PAGE * p.head_dim + k_offset(p.lead, p.head_dim, row, dim);
     let word = k[word_of(at)];
     if DTYPE == 0u {
@@ -50,10 +50,10 @@ fn main(
     if slot >= p.slots || kv_len > p.capacity {
         return;
     }
-    let set = slot * p.kv_heads + head;
+    let slot_head = slot * p.kv_heads + head;
     var any = 0u;
     for (var w = 0u; w < CHANGED_WORDS; w += 1u) {
-        any |= changed[set * CHANGED_WORDS + w];
+        any |= changed[slot_head * CHANGED_WORDS + w];
     }
     if any == 0u {
         return;
@@ -69,21 +69,21 @@ fn main(
         for (var e = lane; e < count * words; e += 64u) {
             let row = e / words;
             let word = e % words;
-            let at = (set * p.capacity + first + row) * words + word;
+            let at = (slot_head * p.capacity + first + row) * words + word;
             if DTYPE == 0u {
-                if is_changed(set, word) {
-                    slice[at] = key_bits(set, word, tile, row);
+                if is_changed(slot_head, word) {
+                    slice[at] = key_bits(slot_head, word, tile, row);
                 }
             } else {
-                let low = is_changed(set, 2u * word);
-                let high = is_changed(set, 2u * word + 1u);
+                let low = is_changed(slot_head, 2u * word);
+                let high = is_changed(slot_head, 2u * word + 1u);
                 if low || high {
                     var bits = slice[at];
                     if low {
-                        bits = (bits & 0xffff0000u) | key_bits(set, 2u * word, tile, row);
+                        bits = (bits & 0xffff0000u) | key_bits(slot_head, 2u * word, tile, row);
                     }
                     if high {
-                        bits = (bits & 0xffffu) | (key_bits(set, 2u * word + 1u, tile, row) << 16u);
+                        bits = (bits & 0xffffu) | (key_bits(slot_head, 2u * word + 1u, tile, row) << 16u);
                     }
                     slice[at] = bits;
                 }

@@ -37,21 +37,21 @@ struct Params {
 @group(0) @binding(4) var<storage, read> keys: array<vec4<u32>>;
 @group(0) @binding(5) var<storage, read> dims: array<u32>;
 @group(0) @binding(6) var<storage, read> key_scale: array<f32>;
-@group(0) @binding(7) var<storage, read_write> scores: array<f32>;
+@group(0) @binding(7) var<storage, read_write> scores: array<u32>;
 
 var<workgroup> q_tile: array<vec4<f32>, TILE>;
 var<workgroup> q_scale: array<f32, 16>;
 
 // The i-th dimension read.
-fn dim_at(set: u32, i: u32) -> u32 {
+fn dim_at(slot_head: u32, i: u32) -> u32 {
     if SOURCE < 2u {
         return i;
     }
-    return min(dims[set * N + i], HEAD_DIM - 1u);
+    return min(dims[slot_head * N + i], HEAD_DIM - 1u);
 }
 
 // Logit scale of the query head whose vector starts at `base`.
-fn logit_scale(base: u32, set: u32) -> f32 {
+fn logit_scale(base: u32, slot_head: u32) -> f32 {
     let plain = 1.0 / sqrt(f32(HEAD_DIM));
     if !COVERAGE {
         return plain;
@@ -59,7 +59,7 @@ fn logit_scale(base: u32, set: u32) -> f32 {
     var part = 0.0;
     var all = 0.0;
     for (var i = 0u; i < N; i += 1u) {
-        part += abs(q[base + dim_at(set, i)]);
+        part += abs(q[base + dim_at(slot_head, i)]);
     }
     for (var i = 0u; i < HEAD_DIM; i += 1u) {
         all += abs(q[base + i]);
@@ -72,8 +72,8 @@ fn logit_scale(base: u32, set: u32) -> f32 {
 }
 
 // Query value of held row `r` at the i-th dimension.
-fn q_value(base: u32, set: u32, r: u32, i: u32) -> f32 {
-    let dim = dim_at(set, i);
+fn q_value(base: u32, slot_head: u32, r: u32, i: u32) -> f32 {
+    let dim = dim_at(slot_head, i);
     if POOL != 0u {
         return q_scale[r] * q[base + r * HEAD_DIM + dim];
     }
@@ -84,19 +84,29 @@ fn q_value(base: u32, set: u32, r: u32, i: u32) -> f32 {
     return sum;
 }
 
-fn load_queries(base: u32, set: u32, first: u32, lane: u32) {
+fn load_queries(base: u32, slot_head: u32, first: u32, lane: u32) {
     for (var e = lane; e < TILE; e += 64u) {
         let r = e / (CHUNK / 4u);
         let i = first + (e % (CHUNK / 4u)) * 4u;
         if i < N {
             q_tile[e] = vec4<f32>(
-                q_value(base, set, r, i),
-                q_value(base, set, r, i + 1u),
-                q_value(base, set, r, i + 2u),
-                q_value(base, set, r, i + 3u),
+                q_value(base, slot_head, r, i),
+                q_value(base, slot_head, r, i + 1u),
+                q_value(base, slot_head, r, i + 2u),
+                q_value(base, slot_head, r, i + 3u),
             );
         }
     }
+}
+
+// LOWEST for what is not finite; tested by bits, because drivers may assume that there is no NaN.
+fn finite(x: f32) -> f32 {
+    return select(x, LOWEST, (bitcast<u32>(x) & PLUS_INF) == PLUS_INF);
+}
+
+// Bits of a score; -infinity, which top_k never takes, for LOWEST.
+fn score_bits(x: f32) -> u32 {
+    return select(MINUS_INF, bitcast<u32>(x), x > LOWEST);
 }
 
 struct Eight {
@@ -112,7 +122,7 @@ fn key_element(at: u32) -> f32 {
 
 // Eight key values from dimension `i` on (a multiple of 8); `base` is the offset of the token's tile (K pages)
 // or of its row (copies).
-fn key8(base: u32, row: u32, set: u32, i: u32) -> Eight {
+fn key8(base: u32, row: u32, slot_head: u32, i: u32) -> Eight {
     if SOURCE == 1u {
         let at = (base + i) / 8u;
         let both = keys[at / 2u];
@@ -122,8 +132,8 @@ fn key8(base: u32, row: u32, set: u32, i: u32) -> Eight {
     if SOURCE == 3u {
         var v: Eight;
         for (var j = 0u; j < 4u; j += 1u) {
-            v.a[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(set, i + j)));
-            v.b[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(set, i + 4u + j)));
+            v.a[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(slot_head, i + j)));
+            v.b[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(slot_head, i + 4u + j)));
         }
         return v;
     }
@@ -154,14 +164,14 @@ fn main(
     if q_len == 0u || (SOURCE >= 2u && slot >= p.slots) {
         return;
     }
-    let set = slot * p.kv_heads + head;
+    let slot_head = slot * p.kv_heads + head;
     let q_base = (sequences[record + META_Q_START] * p.heads + head * GROUP) * HEAD_DIM;
     if lane < GROUP {
-        q_scale[lane] = logit_scale(q_base + lane * HEAD_DIM, set);
+        q_scale[lane] = logit_scale(q_base + lane * HEAD_DIM, slot_head);
     }
     workgroupBarrier();
     if CHUNK >= N {
-        load_queries(q_base, set, 0u, lane);
+        load_queries(q_base, slot_head, 0u, lane);
         workgroupBarrier();
     }
     for (var first = group.x * PAGE; first < kv_len; first += groups.x * PAGE) {
@@ -171,17 +181,17 @@ fn main(
         if SOURCE == 1u {
             base = (tile * PAGE + lane) * p.int8_dims;
         } else if SOURCE == 2u {
-            base = (set * p.capacity + min(first + lane, kv_len - 1u)) * N;
+            base = (slot_head * p.capacity + min(first + lane, kv_len - 1u)) * N;
         }
         var acc = array<f32, 16>();
         for (var c = 0u; c < N; c += CHUNK) {
             if CHUNK < N {
                 workgroupBarrier();
-                load_queries(q_base, set, c, lane);
+                load_queries(q_base, slot_head, c, lane);
                 workgroupBarrier();
             }
             for (var i = 0u; i < min(CHUNK, N - c); i += 8u) {
-                let key = key8(base, lane, set, c + i);
+                let key = key8(base, lane, slot_head, c + i);
                 for (var r = 0u; r < ROWS; r += 1u) {
                     let at = (r * CHUNK + i) / 4u;
                     acc[r] += dot(key.a, q_tile[at]) + dot(key.b, q_tile[at + 1u]);
@@ -196,14 +206,15 @@ fn main(
         if t < kv_len {
             if POOL == 2u {
                 for (var r = 0u; r < ROWS; r += 1u) {
-                    scores[(sequence * p.heads + head * GROUP + r) * p.stride + t] = acc[r] * scale;
+                    scores[(sequence * p.heads + head * GROUP + r) * p.stride + t] =
+                        score_bits(finite(acc[r] * scale));
                 }
             } else {
-                var pooled = acc[0];
-                for (var r = 1u; r < ROWS; r += 1u) {
-                    pooled = max(pooled, acc[r]);
+                var pooled = LOWEST;
+                for (var r = 0u; r < ROWS; r += 1u) {
+                    pooled = max(pooled, finite(acc[r] * scale));
                 }
-                scores[(sequence * p.kv_heads + head) * p.stride + t] = pooled * scale;
+                scores[(sequence * p.kv_heads + head) * p.stride + t] = score_bits(pooled);
             }
         }
     }

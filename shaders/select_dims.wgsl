@@ -78,15 +78,15 @@ fn main(
     let slot = sequences[record + META_SLOT];
     let step = sequences[record + META_STEP];
     let live = slot < p.slots && sequences[record + META_Q_LEN] > 0u;
-    let set = select(0u, slot, live) * p.kv_heads + head;
-    let had = state[set * 4u] != 0u;
+    let slot_head = select(0u, slot, live) * p.kv_heads + head;
+    let had = state[slot_head * 4u] != 0u;
     let units = p.head_dim / p.unit;
 
     var mine = 0.0;
     if live && lane < p.head_dim {
         let row = sequences[record + META_Q_START];
         let q_base = (row * p.heads + head * (p.heads / p.kv_heads)) * p.head_dim;
-        mine = importance_of(lane, q_base, set * 3u * p.head_dim, sequences[record + META_KV_LEN]);
+        mine = importance_of(lane, q_base, slot_head * 3u * p.head_dim, sequences[record + META_KV_LEN]);
     }
     importance[lane] = mine;
     fresh[lane] = 0u;
@@ -101,7 +101,7 @@ fn main(
         unit_sum[lane] = sum;
     }
     if had && lane < p.n_dims {
-        let dim = dims[set * p.n_dims + lane];
+        let dim = dims[slot_head * p.n_dims + lane];
         if dim < p.head_dim {
             used[dim] = 1u;
         }
@@ -130,9 +130,9 @@ fn main(
         best += select(0.0, importance[i], fresh[i] == 1u);
         current += select(0.0, importance[i], used[i] == 1u);
     }
-    let rho_best = select(0.0, best / total, total > 0.0);
-    let rho_old = select(0.0, current / total, total > 0.0);
-    let since = step - state[set * 4u + 1u];
+    let rho_best = select(1.0, best / total, total > 0.0);
+    let rho_old = select(1.0, current / total, total > 0.0);
+    let since = step - state[slot_head * 4u + 1u];
     var refresh = !had;
     if ADAPTIVE {
         refresh = refresh || since >= p.max_steps
@@ -143,7 +143,7 @@ fn main(
 
     let column = lane < p.n_dims;
     if refresh && column {
-        let dim = dims[set * p.n_dims + lane];
+        let dim = dims[slot_head * p.n_dims + lane];
         let stays = had && fresh[min(dim, 255u)] == 1u;
         kept[lane] = select(0u, 1u, stays);
     }
@@ -165,7 +165,7 @@ fn main(
             for (var i = 0u; i < p.head_dim; i += 1u) {
                 if fresh[i] == 1u && used[i] == 0u {
                     if seen == freed {
-                        dims[set * p.n_dims + lane] = i;
+                        dims[slot_head * p.n_dims + lane] = i;
                     }
                     seen += 1u;
                 }
@@ -177,16 +177,16 @@ fn main(
         for (var c = lane * 32u; c < min(lane * 32u + 32u, p.n_dims); c += 1u) {
             bits |= select(0u, 1u << (c % 32u), refresh && kept[c] == 0u);
         }
-        changed[set * 8u + lane] = bits;
+        changed[slot_head * 8u + lane] = bits;
     }
     if lane == 0u {
         if refresh {
-            state[set * 4u] = 1u;
-            state[set * 4u + 1u] = step;
-            state[set * 4u + 2u] += 1u;
-            state[set * 4u + 3u] += select(0u, replaced, had);
+            state[slot_head * 4u] = 1u;
+            state[slot_head * 4u + 1u] = step;
+            state[slot_head * 4u + 2u] += 1u;
+            state[slot_head * 4u + 3u] += select(0u, replaced, had);
         }
-        coverage[set * 2u] = select(rho_old, rho_best, refresh);
-        coverage[set * 2u + 1u] = rho_best;
+        coverage[slot_head * 2u] = select(rho_old, rho_best, refresh);
+        coverage[slot_head * 2u + 1u] = rho_best;
     }
 }
