@@ -7,3 +7,8 @@
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod backend;
+pub mod cli;
+pub mod engine;
+pub mod kv;
+pub mod model;
+pub mod select;

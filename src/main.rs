@@ -1,1 +1,7 @@
-fn main() {}
+//! The `longsight` program.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    longsight::cli::main()
+}

@@ -6,7 +6,7 @@
 //! method, `src/backend/cpu/<op>.rs`, `shaders/<op>.wgsl`, `kernels/<op>.cu` and the conformance group.
 
 mod caps;
-// pub mod cpu;
+pub mod cpu;
 // pub mod cuda;
 mod error;
 mod open;

@@ -63,8 +63,7 @@ pub fn is_software(caps: &Capabilities) -> bool {
 }
 
 fn cpu() -> Result<Arc<dyn Backend>> {
-    // Ok(Arc::new(super::cpu::CpuBackend::new()))
-    Err(missing("cpu"))
+    Ok(Arc::new(super::cpu::CpuBackend::new()))
 }
 
 #[cfg(feature = "wgpu")]

@@ -21,8 +21,13 @@ impl Attention<'_> {
     fn head(&self, s: &Seq, h: usize, q_at: usize, tokens: &[usize]) -> Head {
         let d = self.at.d;
         let q = &self.q[q_at..q_at + d];
+        let lead = self.at.lead;
+        let dot =
+            |q: &[f64], from: usize| q.iter().zip(&self.k[from..]).map(|(a, b)| a * b).sum::<f64>();
+        // The two pieces of a key row, each contiguous.
         let logit = |j: usize| {
-            self.scale * (0..d).map(|i| q[i] * self.k[self.at.k(s, h, j, i)]).sum::<f64>()
+            let rest = if lead < d { dot(&q[lead..], self.at.k(s, h, j, lead)) } else { 0.0 };
+            self.scale * (dot(&q[..lead], self.at.k(s, h, j, 0)) + rest)
         };
         let logits: Vec<f64> = tokens.iter().map(|j| logit(*j)).collect();
         let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -33,9 +38,8 @@ impl Attention<'_> {
         let sum: f64 = logits.iter().map(|l| (l - top).exp()).sum();
         for (j, l) in tokens.iter().zip(&logits) {
             let w = (l - top).exp() / sum;
-            for (i, o) in out.iter_mut().enumerate() {
-                *o += w * self.v[self.at.v(s, h, *j, i)];
-            }
+            let value = &self.v[self.at.v(s, h, *j, 0)..];
+            out.iter_mut().zip(value).for_each(|(o, v)| *o += w * v);
         }
         (out, top + sum.ln())
     }

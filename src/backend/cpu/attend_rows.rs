@@ -1,0 +1,66 @@
+//! Decode attention over listed tokens:
+//! `out = sum_j softmax_j(scale * q . K[j]) V[j]` with `j` running over the row's list.
+
+use super::attention::{Cache, Job, Shape, run_jobs};
+use super::memory::{Io, with_float};
+use super::seqs::sequences;
+use crate::backend::{AttendRows, PAGE, Result};
+
+pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
+    let (hkv, lists) = (p.cache.kv_heads, p.rows_per_seq);
+    let q = io.read::<f32>(p.q)?;
+    let page_lists = io.read::<u32>(p.seqs.pages)?;
+    let indices = io.read::<u32>(p.indices)?;
+    let counts = io.read::<u32>(p.counts)?;
+    let out = io.write::<f32>(p.out)?;
+    let lse = p.lse.map(|l| io.write::<f32>(l)).transpose()?;
+    let seqs = sequences(io, &p.seqs)?;
+
+    let mut pages = Vec::with_capacity(seqs.len());
+    let mut jobs = Vec::new();
+    for (s, seq) in seqs.iter().enumerate() {
+        let list = seq.page_list(io, page_lists)?;
+        pages.push(list);
+        if seq.q_len == 0 {
+            continue;
+        }
+        for r in 0..lists {
+            let heads = p.heads / lists;
+            let count = p.k.min(counts[s * lists + r] as usize);
+            // Only pages of listed tokens need to be there.
+            let tokens = &indices[(s * lists + r) * p.k..][..count];
+            let resident = |&&j: &&u32| {
+                j as usize >= seq.kv_len || (list[j as usize / PAGE] as usize) < p.cache.n_pages
+            };
+            if let Some(j) = tokens.iter().find(|j| !resident(j)) {
+                return Err(io.bad(format!("token {j} lies in a page outside the pool")));
+            }
+            let per = count.div_ceil(p.splits);
+            for split in 0..p.splits {
+                let keys = count.min(split * per)..count.min((split + 1) * per);
+                let kv_head = r * hkv / lists;
+                jobs.push(Job {
+                    seq: s,
+                    row: seq.q_start,
+                    head: r * heads,
+                    heads,
+                    kv_head,
+                    split,
+                    keys,
+                });
+            }
+        }
+    }
+
+    let shape = Shape { rows: p.seqs.rows, heads: p.heads, scale: p.scale };
+    let token = |job: &Job, i: usize| {
+        let list = job.head / job.heads;
+        let j = indices[(job.seq * lists + list) * p.k + i] as usize;
+        (j < seqs[job.seq].kv_len).then_some(j)
+    };
+    with_float!(io, p.cache.k.dtype(), T => {
+        let cache = Cache::<T>::new(io, &p.cache)?;
+        run_jobs(&cache, &shape, q, &pages, &jobs, token, out, lse);
+        Ok(())
+    })
+}

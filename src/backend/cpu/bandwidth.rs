@@ -1,0 +1,43 @@
+//! Measured memory bandwidth: what the decode ops are compared with.
+
+use std::time::Instant;
+
+use rayon::prelude::*;
+
+use super::{CpuBackend, par, simd};
+use crate::backend::{Backend, Bandwidth, DType, Result};
+
+/// Far more than any last-level cache, where memory allows.
+const BYTES: usize = 1 << 30;
+/// Passes; the best counts.
+const PASSES: usize = 5;
+
+/// Host to device: copying into a buffer. Device read: summing a buffer, on all threads.
+pub(super) fn measure(cpu: &CpuBackend) -> Result<Bandwidth> {
+    let free = cpu.free_memory().unwrap_or(4 * BYTES as u64);
+    let bytes = BYTES.min(usize::try_from(free / 4).unwrap_or(BYTES)) & !0xfff;
+    let from = cpu.alloc(DType::F32, bytes / 4, "bandwidth test source")?;
+    let io = cpu.io("bandwidth")?;
+    let data = io.read::<f32>(&from)?;
+    let read = best(bytes, || {
+        let parts: Vec<f32> = data.par_chunks(1 << 18).map(simd::sum).collect();
+        std::hint::black_box(parts);
+    });
+    drop(io);
+    let to = cpu.alloc(DType::F32, bytes / 4, "bandwidth test target")?;
+    let io = cpu.io("bandwidth")?;
+    let (src, dst) = (io.read_bytes(&from)?, io.write_bytes(&to)?);
+    let copy = best(bytes, || par::copy(src, std::hint::black_box(&mut *dst)));
+    Ok(Bandwidth { host_to_device: copy, device_read: read })
+}
+
+/// GB/s of the fastest pass.
+fn best(bytes: usize, mut pass: impl FnMut()) -> f64 {
+    let mut seconds = f64::INFINITY;
+    for _ in 0..PASSES {
+        let start = Instant::now();
+        pass();
+        seconds = seconds.min(start.elapsed().as_secs_f64());
+    }
+    bytes as f64 / 1e9 / seconds.max(1e-9)
+}

@@ -1,0 +1,179 @@
+//! The CPU backend: f32 arithmetic that follows each op's formula, on all cores.
+//!
+//! One file per op. `memory` keeps the borrow rules of tensors, `seqs` reads and checks the sequence records,
+//! `simd` holds the vector kernels, `matmul` wraps the GEMM crate, `par` the parallel loops. Weights and the KV
+//! cache may be f32, f16 or bf16; activations are f32. Results do not depend on the number of threads.
+
+mod attend_dense;
+mod attend_rows;
+mod attention;
+mod bandwidth;
+mod embed;
+mod force;
+mod gather_rows;
+mod key_stats;
+mod kv_append;
+mod linear;
+mod matmul;
+mod memory;
+mod merge;
+mod par;
+mod pool_scores;
+mod rebuild_slice;
+mod rms_norm;
+mod rope;
+mod score_dims;
+mod select_dims;
+mod seqs;
+mod simd;
+mod swiglu;
+mod top_k;
+
+use std::sync::Arc;
+
+use super::*;
+use memory::{CpuBuffer, Io, Stream};
+
+/// The host's own cores and memory as a [`Backend`].
+///
+/// Ops run to their end before the call returns, one at a time in the order of the calls; do not call them
+/// from inside a rayon task.
+#[derive(Debug)]
+pub struct CpuBackend {
+    caps: Capabilities,
+    stream: Arc<Stream>,
+}
+
+impl CpuBackend {
+    /// Always available; uses rayon's global thread pool.
+    #[allow(clippy::new_without_default)] // a device, not a value
+    pub fn new() -> CpuBackend {
+        let isa = simd::Isa::detected();
+        let caps = Capabilities {
+            backend: "cpu",
+            device: device_name(),
+            driver: format!("{}, {} threads", isa.name(), rayon::current_num_threads()),
+            memory: memory::installed(),
+            topology: Topology::Unified,
+            f16: false,
+            subgroup: (0, 0),
+            tensor_cores: "none".into(),
+            max_binding: isize::MAX as u64,
+            storage: vec![DType::F32, DType::F16, DType::BF16],
+            activations_follow_weights: false,
+        };
+        CpuBackend { caps, stream: Arc::default() }
+    }
+
+    fn io(&self, op: &'static str) -> Result<Io<'_>> {
+        Io::begin(op, &self.stream)
+    }
+}
+
+/// Model name of the first core, or the architecture.
+fn device_name() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|l| l.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, n)| n.trim().to_owned())
+}
+
+/// Checks the arguments, takes the op's turn and runs `src/backend/cpu/<op>.rs`.
+macro_rules! ops {
+    ($($op:ident: $params:ident),* $(,)?) => {
+        $(fn $op(&self, p: &$params<'_>) -> Result<()> {
+            p.check()?;
+            $op::run(&self.io(stringify!($op))?, p)
+        })*
+    };
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn caps(&self) -> &Capabilities {
+        &self.caps
+    }
+
+    fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Tensor> {
+        let free = memory::available();
+        let full = |need: u64| BackendError::OutOfMemory {
+            what: what.to_owned(),
+            need,
+            free: free.unwrap_or(0),
+        };
+        let bytes = len.checked_mul(dtype.bytes()).ok_or_else(|| full(u64::MAX))?;
+        let need = bytes as u64;
+        if free.is_some_and(|f| need > f) {
+            return Err(full(need));
+        }
+        let buffer = CpuBuffer::new(bytes, self.stream.clone()).ok_or_else(|| full(need))?;
+        Ok(Tensor::from_buffer(Arc::new(buffer), dtype, len))
+    }
+
+    fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
+        let io = self.io("upload")?;
+        same_size(&io, bytes.len(), dst.bytes())?;
+        par::copy(bytes, io.write_bytes(dst)?);
+        Ok(())
+    }
+
+    fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
+        let io = self.io("download")?;
+        same_size(&io, src.bytes(), out.len())?;
+        par::copy(io.read_bytes(src)?, out);
+        Ok(())
+    }
+
+    fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
+        let io = self.io("copy")?;
+        if src.dtype() != dst.dtype() {
+            return Err(io.bad(format!("from {} to {}", src.dtype(), dst.dtype())));
+        }
+        same_size(&io, src.bytes(), dst.bytes())?;
+        par::copy(io.read_bytes(src)?, io.write_bytes(dst)?);
+        Ok(())
+    }
+
+    fn zero(&self, dst: &Tensor) -> Result<()> {
+        self.io("zero")?.write_bytes(dst)?.fill(0);
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        memory::available()
+    }
+
+    fn bandwidth(&self) -> Result<Bandwidth> {
+        bandwidth::measure(self)
+    }
+
+    ops! {
+        embed: Embed,
+        gather_rows: GatherRows,
+        rms_norm: RmsNorm,
+        linear: Linear,
+        rope: Rope,
+        swiglu: SwiGlu,
+        kv_append: KvAppend,
+        key_stats: KeyStats,
+        select_dims: SelectDims,
+        rebuild_slice: RebuildSlice,
+        score_dims: ScoreDims,
+        pool_scores: PoolScores,
+        force: Force,
+        top_k: TopK,
+        attend_dense: AttendDense,
+        attend_rows: AttendRows,
+        merge: Merge,
+    }
+}
+
+fn same_size(io: &Io<'_>, from: usize, to: usize) -> Result<()> {
+    if from == to { Ok(()) } else { Err(io.bad(format!("{from} bytes into {to} bytes"))) }
+}

@@ -1,0 +1,162 @@
+//! Elementwise kernels and reductions of one slice, generic over the vector type.
+//!
+//! SAFETY of every kernel: the CPU has the instructions of `V`. Slice lengths are checked first; loads and stores
+//! stay inside the slices or inside a buffer of the widest vector.
+
+use super::exp::exp;
+use super::vector::{Lane, Vector};
+
+/// Lanes of the widest vector: room for a copied tail.
+const MAX_LANES: usize = 16;
+
+/// The vector at `x[i..]`, padded with `pad` behind the end.
+#[inline(always)]
+unsafe fn get<V: Vector>(x: &[f32], i: usize, pad: f32) -> V {
+    let rest = &x[i..];
+    // SAFETY: a whole vector comes from the slice, a part of one through a buffer.
+    unsafe {
+        if rest.len() >= V::LANES {
+            return V::load(rest.as_ptr());
+        }
+        let mut all = [pad; MAX_LANES];
+        all[..rest.len()].copy_from_slice(rest);
+        V::load(all.as_ptr())
+    }
+}
+
+/// Stores the lanes of `v` at `to[i..]`, as many as there are elements.
+#[inline(always)]
+unsafe fn put<V: Vector>(v: V, to: &mut [f32], i: usize) {
+    let rest = &mut to[i..];
+    // SAFETY: as in `get`.
+    unsafe {
+        if rest.len() >= V::LANES {
+            return v.store(rest.as_mut_ptr());
+        }
+        let mut all = [0.0; MAX_LANES];
+        v.store(all.as_mut_ptr());
+        rest.copy_from_slice(&all[..rest.len()]);
+    }
+}
+
+/// `sum f(x)` over the vectors of `x` with four partial sums; the tail is padded with `pad`.
+#[inline(always)]
+unsafe fn reduce<V: Vector>(x: &[f32], pad: f32, f: impl Fn(V, V) -> V) -> f32 {
+    // SAFETY: the loads stay inside by the loop's condition and by `get`.
+    unsafe {
+        let mut acc = [V::splat(0.0); 4];
+        let mut i = 0;
+        while i + 4 * V::LANES <= x.len() {
+            for (c, a) in acc.iter_mut().enumerate() {
+                *a = f(V::load(x.as_ptr().add(i + c * V::LANES)), *a);
+            }
+            i += 4 * V::LANES;
+        }
+        while i < x.len() {
+            acc[0] = f(get(x, i, pad), acc[0]);
+            i += V::LANES;
+        }
+        acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn widen<V: Vector, T: Lane>(src: &[T], dst: &mut [f32]) {
+    assert!(src.len() == dst.len());
+    let whole = src.len() / V::LANES * V::LANES;
+    for i in (0..whole).step_by(V::LANES) {
+        // SAFETY: `i + LANES <= len` of both.
+        unsafe { T::load::<V>(src.as_ptr().add(i)).store(dst.as_mut_ptr().add(i)) };
+    }
+    for (d, s) in dst[whole..].iter_mut().zip(&src[whole..]) {
+        *d = s.widen();
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn exp_sub<V: Vector>(x: &mut [f32], m: f32) -> f32 {
+    // SAFETY: see the head of this file.
+    unsafe {
+        let m = V::splat(m);
+        let mut sum = V::splat(0.0);
+        for i in (0..x.len()).step_by(V::LANES) {
+            // Padding lanes: exp(-infinity) adds 0.
+            let e = exp(get::<V>(x, i, f32::NEG_INFINITY).sub(m));
+            sum = sum.add(e);
+            put(e, x, i);
+        }
+        sum.sum()
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn sum_exp<V: Vector>(x: &[f32], m: f32) -> f32 {
+    // SAFETY: see the head of this file.
+    unsafe {
+        let m = V::splat(m);
+        reduce::<V>(x, f32::NEG_INFINITY, |v, a| a.add(exp(v.sub(m))))
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn largest<V: Vector>(x: &[f32]) -> f32 {
+    // SAFETY: see the head of this file.
+    unsafe {
+        let mut best = V::splat(f32::NEG_INFINITY);
+        for i in (0..x.len()).step_by(V::LANES) {
+            best = get::<V>(x, i, f32::NEG_INFINITY).max(best);
+        }
+        best.largest()
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn scale<V: Vector>(x: &mut [f32], a: f32) {
+    // SAFETY: see the head of this file.
+    unsafe {
+        let a = V::splat(a);
+        for i in (0..x.len()).step_by(V::LANES) {
+            let v = get::<V>(x, i, 0.0).mul(a);
+            put(v, x, i);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn sum<V: Vector>(x: &[f32]) -> f32 {
+    // SAFETY: see the head of this file.
+    unsafe { reduce::<V>(x, 0.0, |v, a| a.add(v)) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn sum_squares<V: Vector>(x: &[f32]) -> f32 {
+    // SAFETY: see the head of this file.
+    unsafe { reduce::<V>(x, 0.0, |v, a| v.fma(v, a)) }
+}
+
+#[inline(always)]
+pub(super) unsafe fn scale_by<V: Vector>(x: &[f32], a: f32, w: &[f32], out: &mut [f32]) {
+    assert!(x.len() == w.len() && x.len() == out.len());
+    // SAFETY: see the head of this file.
+    unsafe {
+        let a = V::splat(a);
+        for i in (0..x.len()).step_by(V::LANES) {
+            let v = get::<V>(x, i, 0.0).mul(a).mul(get(w, i, 0.0));
+            put(v, out, i);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) unsafe fn swiglu<V: Vector>(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(gate.len() == up.len() && gate.len() == out.len());
+    // SAFETY: see the head of this file.
+    unsafe {
+        let one = V::splat(1.0);
+        for i in (0..gate.len()).step_by(V::LANES) {
+            let z = get::<V>(gate, i, 0.0);
+            let silu = z.div(one.add(exp(V::splat(0.0).sub(z))));
+            put(silu.mul(get(up, i, 0.0)), out, i);
+        }
+    }
+}

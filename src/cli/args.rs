@@ -1,0 +1,213 @@
+//! Options shared by commands.
+
+use super::ui;
+use crate::backend::{DType, DimMetric, Pool};
+use crate::engine::{AuditConfig, Engine, EngineBuilder, Sampling};
+use crate::select::{METHODS, MethodSpec, Plan};
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
+
+/// Which model runs where.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), or `smollm2` (fetched once)
+    #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
+    pub model: String,
+    /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
+    #[arg(short, long, default_value = "auto")]
+    pub device: String,
+    /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
+    /// CUDA, else f16]
+    #[arg(long, value_name = "DTYPE")]
+    pub dtype: Option<DType>,
+    /// Dtype of the KV cache [default: that of the weights]
+    #[arg(long, value_name = "DTYPE")]
+    pub kv_dtype: Option<DType>,
+    /// Most tokens of a sequence [default: what the prompt and the answer need, or the model's limit]
+    #[arg(long, value_name = "TOKENS")]
+    pub ctx: Option<usize>,
+    /// Prompt tokens per step
+    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    pub chunk: usize,
+}
+
+impl ModelArgs {
+    /// A builder with these options and progress bars.
+    pub fn builder(&self) -> EngineBuilder<'static> {
+        Engine::builder()
+            .model(&self.model)
+            .device(&self.device)
+            .dtype(self.dtype)
+            .kv_dtype(self.kv_dtype)
+            .context(self.ctx)
+            .chunk(self.chunk)
+            .on_progress(ui::build_progress())
+    }
+}
+
+fn method_help() -> String {
+    let lines: Vec<_> = METHODS.iter().map(|m| format!("  {:<20} {}", m.name, m.about)).collect();
+    format!("Which tokens each decode step attends to:\n{}", lines.join("\n"))
+}
+
+/// Which tokens are attended to.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sparse attention")]
+pub struct MethodArgs {
+    /// Method; --help lists them
+    #[arg(long, default_value = "sparcas", long_help = method_help())]
+    pub method: MethodSpec,
+    /// A plan file instead of --method (see `longsight plan --save`)
+    #[arg(long, value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub options: MethodOptions,
+}
+
+/// Options on top of a method's defaults.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Sparse attention")]
+pub struct MethodOptions {
+    /// Tokens attended to per KV head [default: context / 32, 512 to 2048]
+    #[arg(long, value_name = "TOKENS")]
+    pub budget: Option<usize>,
+    /// Key dimensions scored [default: a quarter of the head dimension; 32 for the query-chosen profiles]
+    #[arg(long, value_name = "DIMS")]
+    pub dims: Option<usize>,
+    /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
+    #[arg(long, value_name = "STEPS")]
+    pub update: Option<u32>,
+    /// Choose dimensions anew when coverage falls below this share of a fresh choice
+    #[arg(long, value_name = "SHARE")]
+    pub beta: Option<f32>,
+    /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
+    #[arg(long, value_parser = parse_serde::<DimMetric>, value_name = "METRIC")]
+    pub metric: Option<DimMetric>,
+    /// Dimensions chosen together: 1, 2, 8 or 16
+    #[arg(long, value_name = "DIMS")]
+    pub unit: Option<usize>,
+    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none
+    #[arg(long, value_parser = parse_serde::<Pool>, value_name = "POOL")]
+    pub pool: Option<Pool>,
+    /// First tokens that are always attended to
+    #[arg(long, value_name = "TOKENS")]
+    pub sinks: Option<usize>,
+    /// Last tokens that are always attended to
+    #[arg(long, value_name = "TOKENS")]
+    pub recent: Option<usize>,
+    /// Leading layers that stay dense [default: 2]
+    #[arg(long, value_name = "LAYERS")]
+    pub dense_layers: Option<usize>,
+    /// Stay dense up to this many tokens [default: 2048; sparcas-paper: 0]
+    #[arg(long, value_name = "TOKENS")]
+    pub dense_below: Option<usize>,
+}
+
+fn parse_serde<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
+        .map_err(|e| e.to_string())
+}
+
+impl MethodOptions {
+    /// `spec` with these options on top.
+    pub fn apply(&self, mut spec: MethodSpec) -> MethodSpec {
+        spec.budget = self.budget.or(spec.budget);
+        spec.dims = self.dims.or(spec.dims);
+        spec.update = self.update.or(spec.update);
+        spec.beta = self.beta.or(spec.beta);
+        spec.metric = self.metric.or(spec.metric);
+        spec.unit = self.unit.or(spec.unit);
+        spec.pool = self.pool.or(spec.pool);
+        spec.sinks = self.sinks.or(spec.sinks);
+        spec.recent = self.recent.or(spec.recent);
+        spec.dense_layers = self.dense_layers.or(spec.dense_layers);
+        spec.dense_below = self.dense_below.or(spec.dense_below);
+        spec
+    }
+}
+
+impl MethodArgs {
+    /// Sets the method on a builder.
+    ///
+    /// # Errors
+    /// A plan file that cannot be read.
+    pub fn apply<'a>(&self, builder: EngineBuilder<'a>) -> Result<EngineBuilder<'a>> {
+        Ok(match &self.plan {
+            Some(path) => builder.plan(read_plan(path)?),
+            None => builder.method(self.options.apply(self.method.clone())),
+        })
+    }
+}
+
+/// Reads a plan file.
+pub fn read_plan(path: &Path) -> Result<Plan> {
+    let bytes =
+        std::fs::read(path).with_context(|| format!("cannot read the plan {}", path.display()))?;
+    serde_json::from_slice(&bytes).with_context(|| {
+        format!("{} is not a plan; make one with `longsight plan --save`", path.display())
+    })
+}
+
+/// How an answer is drawn and shown.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Answer")]
+pub struct AnswerArgs {
+    /// Longest answer in tokens
+    #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS")]
+    pub max_tokens: usize,
+    /// Temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0)]
+    pub temp: f32,
+    /// Draw from the K most likely tokens; 0 = all
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    pub top_k: usize,
+    /// Draw from the fewest tokens that hold this probability
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    pub top_p: f32,
+    /// Leave out tokens less likely than this share of the most likely one
+    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    pub min_p: f32,
+    /// Seed of the random numbers
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Text that ends the answer; may be given several times
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Every N steps, measure the attention mass and output error of the selection
+    #[arg(long, value_name = "N")]
+    pub audit: Option<usize>,
+    /// Print the answer and its statistics as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Layers looked at in one audited step.
+const AUDIT_LAYERS: usize = 4;
+
+impl AnswerArgs {
+    /// Sampling settings.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temp,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            seed: self.seed,
+        }
+    }
+
+    /// Audit settings.
+    pub fn audit(&self) -> Option<AuditConfig> {
+        self.audit.map(|every| AuditConfig { every, layers: AUDIT_LAYERS })
+    }
+}
+
+/// Output of tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Aligned columns.
+    Table,
+    /// One JSON document.
+    Json,
+}

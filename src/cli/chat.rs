@@ -1,0 +1,79 @@
+//! `longsight chat`: a conversation on the terminal.
+
+use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::interrupt::Interrupt;
+use super::run::{answer, statistics};
+use crate::engine::{EngineError, Prompt, Request};
+use crate::model::Message;
+use anyhow::{Result, bail};
+use clap::Args;
+use std::io::{BufRead, IsTerminal, Write};
+use std::process::ExitCode;
+
+#[derive(Args)]
+pub struct ChatArgs {
+    /// First message of the system, instead of the template's own
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+    #[command(flatten)]
+    answer: AnswerArgs,
+}
+
+pub fn chat(a: ChatArgs) -> Result<ExitCode> {
+    let interrupt = Interrupt::install();
+    let mut engine = a.method.apply(a.model.builder())?.audit(a.answer.audit()).build()?;
+    for note in engine.notes() {
+        eprintln!("note: {note}");
+    }
+    if engine.template().is_none() {
+        bail!("this model brings no chat template; use `longsight run --raw`");
+    }
+    let mut messages: Vec<Message> =
+        a.system.iter().map(|s| Message::new("system", s.clone())).collect();
+    let terminal = std::io::stdin().is_terminal();
+    if terminal {
+        eprintln!("Ctrl-C stops an answer, Ctrl-D (or /quit) ends, /new starts over.");
+    }
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        if terminal {
+            eprint!("> ");
+            std::io::stderr().flush()?;
+        }
+        let Some(line) = lines.next() else { break };
+        let line = line?;
+        match line.trim() {
+            "" => continue,
+            "/quit" => break,
+            "/new" => {
+                messages.retain(|m| m.role == "system");
+                continue;
+            }
+            text => messages.push(Message::new("user", text)),
+        }
+        let mut request = Request::chat("");
+        request.prompt = Prompt::Chat(messages.clone());
+        request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
+        request.stop = a.answer.stop.clone();
+        request.keep = true;
+        request.cancel = interrupt.arm();
+        let result = answer(&mut engine, request, true);
+        interrupt.disarm();
+        match result {
+            Ok(done) => {
+                eprintln!("{}", statistics(&done, &engine.plan().method));
+                messages.push(Message::new("assistant", done.text));
+            }
+            Err(e) if matches!(e.downcast_ref(), Some(EngineError::ContextTooLong { .. })) => {
+                messages.pop();
+                eprintln!("{e:#}\n/new starts over with an empty conversation.");
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,59 @@
+//! The command line: parses, shows, measures; no tensor code.
+
+mod args;
+mod chat;
+mod devices;
+mod interrupt;
+mod plan;
+mod run;
+mod ui;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Examples:
+  longsight run \"Name three rivers.\"
+  longsight run -f book.txt --ask \"Who is the heroine?\" --audit 4
+  longsight run -f book.txt --ask \"Who is the heroine?\" --method dense
+  longsight chat -m path/to/model.gguf --device wgpu
+  longsight devices
+  longsight plan --method sparcas --budget 1024";
+
+#[derive(Parser)]
+#[command(version, about, after_help = EXAMPLES, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Answer a prompt, or a question about a long text
+    Run(run::RunArgs),
+    /// Talk to a model; the conversation stays in the KV cache
+    Chat(chat::ChatArgs),
+    /// List the devices of this machine and measure their bandwidth
+    Devices(devices::DevicesArgs),
+    /// Print (or save) what a method does in each layer, and the bytes it reads
+    Plan(plan::PlanArgs),
+}
+
+/// Parses the command line and runs it. Errors go to stderr as one sentence with their causes.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Run(a) => run::run(a),
+        Command::Chat(a) => chat::chat(a),
+        Command::Devices(a) => devices::devices(a),
+        Command::Plan(a) => plan::plan(a),
+    };
+    match result {
+        Ok(code) => code,
+        Err(e) if ui::is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! `longsight plan`: a method as data.
+
+use super::args::{Format, MethodArgs, ModelArgs, read_plan};
+use super::ui;
+use crate::model::Checkpoint;
+use crate::select::{LayerPlan, Plan, Role, Scorer};
+use anyhow::{Context, Result};
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Args)]
+pub struct PlanArgs {
+    /// Write the plan here (for --plan)
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+}
+
+pub fn plan(a: PlanArgs) -> Result<ExitCode> {
+    let progress = std::cell::RefCell::new(ui::build_progress());
+    let path = crate::model::resolve(&a.model.model, &|done, all| {
+        (progress.borrow_mut())(crate::engine::Progress::Fetch(done, all));
+    })?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let c = checkpoint.config();
+    let context = a.model.ctx.unwrap_or(c.max_context);
+    let print = checkpoint.fingerprint();
+    let plan = match &a.method.plan {
+        Some(path) => read_plan(path)?,
+        None => a
+            .method
+            .options
+            .apply(a.method.method.clone())
+            .plan(&print, &c.windows, c.head_dim, context)?,
+    };
+    plan.check(&print, c.n_layers, c.head_dim)?;
+    if let Some(path) = &a.save {
+        std::fs::write(path, serde_json::to_vec_pretty(&plan)?)
+            .with_context(|| format!("cannot write the plan to {}", path.display()))?;
+    }
+    if a.format == Format::Json {
+        println!("{}", serde_json::to_string_pretty(&plan)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{} on {} ({} layers, {} tokens)", plan.method, c.name, c.n_layers, context);
+    // Neighbouring layers that do the same share a line.
+    let mut start = 0;
+    while start < plan.layers.len() {
+        let layer = &plan.layers[start];
+        let what = describe(layer);
+        let end = (start..plan.layers.len()).take_while(|&l| describe(&plan.layers[l]) == what);
+        let last = end.last().unwrap_or(start);
+        let range = if last == start { format!("{start}") } else { format!("{start}-{last}") };
+        println!("  layer {range:<7} {what}");
+        start = last + 1;
+    }
+    let elem = a.model.kv_dtype.or(a.model.dtype).map_or(2, |d| d.bytes());
+    let bytes = |p: &Plan| p.bytes_read(context, c.n_kv_heads, c.head_dim, elem);
+    let (sparse, dense) = (bytes(&plan), bytes(&Plan::dense(c.n_layers)));
+    println!(
+        "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)",
+        ui::thousands(context as u64),
+        ui::bytes(sparse),
+        ui::bytes(dense),
+        100.0 * sparse as f64 / dense as f64
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn describe(l: &LayerPlan) -> String {
+    if l.role == Role::Dense {
+        return "dense".into();
+    }
+    let scorer = match &l.scorer {
+        Scorer::None => "no scores".into(),
+        Scorer::Exact => "exact logits".into(),
+        Scorer::Sorted { dims, int8 } => {
+            format!(
+                "leading {dims} dimensions of sorted keys{}",
+                if *int8 { " in int8" } else { "" }
+            )
+        }
+        Scorer::Dims { dims, metric, unit, refresh, slice } => {
+            let when = match refresh {
+                crate::backend::Refresh::Every { every: 0, .. } => "chosen once".into(),
+                crate::backend::Refresh::Every { every: 1, .. } => "chosen every step".into(),
+                crate::backend::Refresh::Every { every, .. } => {
+                    format!("chosen every {every} steps, layers in turn")
+                }
+                crate::backend::Refresh::Adaptive { beta, max, .. } => {
+                    format!(
+                        "chosen when coverage falls below {beta} of the best, or after {max} steps"
+                    )
+                }
+            };
+            let from = if *slice { "compact slice" } else { "read from the keys" };
+            format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
+        }
+        Scorer::Custom { name } => format!("custom scorer {name}"),
+    };
+    format!(
+        "{scorer}; {:?}; top {} with {} sinks and {} recent; dense up to {} tokens",
+        l.pool,
+        l.budget.tokens,
+        l.keep.sinks,
+        l.keep.recent,
+        l.budget.dense_until()
+    )
+}

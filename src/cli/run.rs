@@ -1,0 +1,190 @@
+//! `longsight run`: one prompt, one answer.
+
+use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::interrupt::{EXIT_CODE, Interrupt};
+use super::ui;
+use crate::engine::{AuditSummary, Engine, Finish, Generation, Request, Stats};
+use crate::model::{Checkpoint, Tokenizer};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::io::{IsTerminal, Read, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// Prompt; without one (and without -f) it is read from standard input
+    prompt: Option<String>,
+    /// A text to read before the prompt
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// A question about the text
+    #[arg(long, value_name = "QUESTION")]
+    ask: Option<String>,
+    /// Continue the text as it is, without the model's chat template
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    method: MethodArgs,
+    #[command(flatten)]
+    answer: AnswerArgs,
+}
+
+pub fn run(a: RunArgs) -> Result<ExitCode> {
+    let interrupt = Interrupt::install();
+    let text = prompt_text(&a)?;
+    // A text without a question is continued; a question is put to the model as a user would.
+    let question = a.ask.is_some() || a.prompt.is_some() || a.file.is_none();
+    let builder = a.method.apply(a.model.builder())?.audit(a.answer.audit());
+    let builder = match a.model.ctx {
+        Some(_) => builder,
+        None => builder.context(needed_context(&a.model, &text, a.answer.max_tokens)?),
+    };
+    let mut engine = builder.build()?;
+    for note in engine.notes() {
+        eprintln!("note: {note}");
+    }
+    let chat = question && !a.raw && engine.template().is_some();
+    let request = if chat { Request::chat(text) } else { Request::text(text) };
+    let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
+    request.stop = a.answer.stop.clone();
+    request.cancel = interrupt.arm();
+    let answer = answer(&mut engine, request, !a.answer.json)?;
+    if a.answer.json {
+        let report = serde_json::json!({
+            "answer": answer.text,
+            "stats": answer.stats,
+            "audit": answer.audit,
+            "method": engine.plan().method,
+            "device": engine.backend().caps(),
+        });
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        eprintln!("\n{}", statistics(&answer, &engine.plan().method));
+    }
+    let cancelled = answer.stats.finish == Some(Finish::Cancelled);
+    Ok(if cancelled { ExitCode::from(EXIT_CODE) } else { ExitCode::SUCCESS })
+}
+
+fn prompt_text(a: &RunArgs) -> Result<String> {
+    let file = a
+        .file
+        .as_ref()
+        .map(|p| {
+            let bytes = std::fs::read(p)
+                .with_context(|| format!("cannot read the text {}", p.display()))?;
+            String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", p.display()))
+        })
+        .transpose()?;
+    let mut parts: Vec<String> = file.into_iter().collect();
+    parts.extend(a.prompt.clone());
+    parts.extend(a.ask.clone());
+    if parts.is_empty() {
+        if std::io::stdin().is_terminal() {
+            bail!("give a prompt, a text (-f FILE), or pipe one into standard input");
+        }
+        let mut s = String::new();
+        std::io::stdin().read_to_string(&mut s).context("cannot read standard input")?;
+        parts.push(s);
+    }
+    let text = parts.join("\n\n");
+    if text.trim().is_empty() {
+        bail!("the prompt is empty; give some text");
+    }
+    Ok(text)
+}
+
+/// Room for the prompt and the answer, so that a long model does not take memory for its whole context.
+fn needed_context(m: &ModelArgs, text: &str, max_tokens: usize) -> Result<Option<usize>> {
+    let mut progress = std::cell::RefCell::new(ui::build_progress());
+    let path = crate::model::resolve(&m.model, &|done, all| {
+        (progress.borrow_mut())(crate::engine::Progress::Fetch(done, all));
+    })?;
+    let _ = progress.get_mut();
+    let checkpoint = Checkpoint::open(&path)?;
+    let tokens = Tokenizer::for_checkpoint(&checkpoint)?.encode(text, true)?.len();
+    // The template's own tokens: a system line and role marks.
+    const TEMPLATE: usize = 192;
+    let need = tokens.saturating_add(max_tokens).saturating_add(TEMPLATE);
+    Ok(Some(need.min(checkpoint.config().max_context)))
+}
+
+/// A finished answer.
+pub struct Answer {
+    pub text: String,
+    pub stats: Stats,
+    pub audit: AuditSummary,
+}
+
+/// Generates, showing prefill progress and, if `show`, the answer as it grows.
+pub fn answer(engine: &mut Engine, request: Request, show: bool) -> Result<Answer> {
+    let bar = ui::bar("reading", "tokens", 0);
+    let b = bar.clone();
+    let mut generation: Generation<'_> = engine.generate(request)?.on_prefill(move |done, of| {
+        b.set_length(of as u64);
+        b.set_position(done as u64);
+        if done == of {
+            b.finish_and_clear();
+        }
+    });
+    let mut text = String::new();
+    let mut out = std::io::stdout().lock();
+    for piece in generation.by_ref() {
+        let piece = piece?;
+        if show {
+            out.write_all(piece.text.as_bytes())?;
+            out.flush()?;
+        }
+        text.push_str(&piece.text);
+    }
+    if show {
+        writeln!(out)?;
+    }
+    bar.finish_and_clear();
+    let stats = generation.stats().cloned().unwrap_or_default();
+    let audit = generation.audit();
+    Ok(Answer { text, stats, audit })
+}
+
+/// One line: sizes, speeds, bytes, and what the audit found.
+pub fn statistics(a: &Answer, method: &str) -> String {
+    let s = &a.stats;
+    let rate = |n: usize, t: f64| if t > 0.0 { n as f64 / t } else { 0.0 };
+    let mut parts = vec![format!(
+        "{} prompt tokens, {:.1} s ({:.0}/s)",
+        ui::thousands(s.prompt_tokens as u64),
+        s.prefill_seconds,
+        rate(s.prompt_tokens, s.prefill_seconds)
+    )];
+    // The first token comes with the prefill.
+    let steps = s.generated_tokens.saturating_sub(1);
+    parts.push(format!(
+        "{} answer tokens, {:.1}/s",
+        s.generated_tokens,
+        rate(steps, s.decode_seconds)
+    ));
+    if s.kv_bytes < s.kv_bytes_dense {
+        parts.push(format!(
+            "{method}: {} of KV a token instead of {} ({:.0} %)",
+            ui::bytes(s.kv_bytes),
+            ui::bytes(s.kv_bytes_dense),
+            100.0 * s.kv_bytes as f64 / s.kv_bytes_dense as f64
+        ));
+    } else {
+        parts.push(format!("{method}: every token attended to ({} of KV)", ui::bytes(s.kv_bytes)));
+    }
+    if let Some((layer, worst)) = a.audit.worst_layer() {
+        parts.push(format!(
+            "attention mass kept {:.1} % (layer {layer}: {:.1} %), output error {:.1} %",
+            100.0 * a.audit.recall(),
+            100.0 * worst,
+            100.0 * a.audit.output_error()
+        ));
+    }
+    if s.finish == Some(Finish::Cancelled) {
+        parts.push("interrupted".into());
+    }
+    parts.join(" | ")
+}

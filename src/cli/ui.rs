@@ -1,0 +1,97 @@
+//! Progress bars and small formatting.
+
+use crate::engine::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ")
+}
+
+/// A bar on stderr that counts `unit`; nothing is drawn when stderr is no terminal.
+pub fn bar(what: &'static str, unit: &'static str, all: u64) -> ProgressBar {
+    let bar = ProgressBar::new(all);
+    bar.set_style(style(&format!("{{msg:<10}} [{{bar:30}}] {{human_pos}}/{{human_len}} {unit}")));
+    bar.set_message(what);
+    bar
+}
+
+fn bytes_bar(what: &'static str, all: Option<u64>) -> ProgressBar {
+    let bar = ProgressBar::new(all.unwrap_or(0));
+    bar.set_style(style("{msg:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"));
+    bar.set_message(what);
+    bar
+}
+
+/// Shows the parts of a build one after the other.
+pub fn build_progress() -> impl FnMut(Progress) {
+    let mut current: Option<(&'static str, ProgressBar)> = None;
+    move |p| {
+        let (what, done, all) = match p {
+            Progress::Fetch(done, all) => ("fetching", done, all),
+            Progress::Load(done, all) => ("loading", done, Some(all)),
+            Progress::Calibrate(done, all) => ("ordering", done, Some(all)),
+        };
+        if current.as_ref().is_none_or(|(w, _)| *w != what) {
+            let new = match p {
+                Progress::Fetch(..) => bytes_bar(what, all),
+                Progress::Load(..) => bar(what, "parameters", all.unwrap_or(0)),
+                Progress::Calibrate(..) => {
+                    bar(what, "tokens of the built-in text", all.unwrap_or(0))
+                }
+            };
+            current = Some((what, new));
+        }
+        if let Some((_, bar)) = &current {
+            if let Some(all) = all {
+                bar.set_length(all);
+            }
+            bar.set_position(done);
+            if Some(done) == all {
+                bar.finish_and_clear();
+            }
+        }
+    }
+}
+
+/// 1234567 -> "1,234,567".
+pub fn thousands(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, c) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(c);
+    }
+    out
+}
+
+/// Bytes with a decimal unit.
+pub fn bytes(n: u64) -> String {
+    match n {
+        0..1_000 => format!("{n} B"),
+        1_000..1_000_000 => format!("{:.1} kB", n as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
+        _ => format!("{:.2} GB", n as f64 / 1e9),
+    }
+}
+
+/// The reader of our output went away (`| head`).
+pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.chain().any(|c| {
+        c.downcast_ref::<std::io::Error>()
+            .is_some_and(|io| io.kind() == std::io::ErrorKind::BrokenPipe)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!(super::thousands(1_234_567), "1,234,567");
+        assert_eq!(super::thousands(12), "12");
+        assert_eq!(super::bytes(98_362_432), "98.4 MB");
+    }
+}

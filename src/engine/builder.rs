@@ -1,0 +1,296 @@
+//! Building an engine: model, device, dtypes, method, sizes.
+
+use super::calibrate::calibrated_order;
+use super::{AuditConfig, Engine, EngineError};
+use crate::backend::{Backend, DType, open};
+use crate::kv::{KvCache, KvShape, pages_for};
+use crate::model::{
+    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, KeyOrder, ModelConfig, ModelError,
+    Quant, Tokenizer, Weight, cache_dir, resolve,
+};
+use crate::select::{MethodSpec, Plan, SelectorFactory};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What a long-running part of a build reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Bytes fetched, and all of them when known.
+    Fetch(u64, Option<u64>),
+    /// Parameters on the device, and all of them.
+    Load(u64, u64),
+    /// Tokens of the built-in text read to order the keys, and all of them.
+    Calibrate(u64, u64),
+}
+
+enum MethodChoice {
+    Spec(MethodSpec),
+    Plan(Plan),
+}
+
+type OnProgress<'a> = Box<dyn FnMut(Progress) + 'a>;
+
+/// Settings of an [`Engine`]; see the setters for defaults.
+pub struct EngineBuilder<'a> {
+    model: String,
+    device: String,
+    backend: Option<Arc<dyn Backend>>,
+    dtype: Option<DType>,
+    kv_dtype: Option<DType>,
+    method: MethodChoice,
+    custom: Option<SelectorFactory>,
+    context: Option<usize>,
+    sequences: usize,
+    chunk: usize,
+    kv_tokens: Option<usize>,
+    summaries_for: Vec<MethodSpec>,
+    calibrate: bool,
+    audit: Option<AuditConfig>,
+    progress: OnProgress<'a>,
+}
+
+impl std::fmt::Debug for EngineBuilder<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EngineBuilder").field("model", &self.model).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// Starts a build.
+    pub fn builder<'a>() -> EngineBuilder<'a> {
+        EngineBuilder {
+            model: "smollm2".into(),
+            device: "auto".into(),
+            backend: None,
+            dtype: None,
+            kv_dtype: None,
+            method: MethodChoice::Spec(MethodSpec::default()),
+            custom: None,
+            context: None,
+            sequences: 1,
+            chunk: 512,
+            kv_tokens: None,
+            summaries_for: Vec::new(),
+            calibrate: true,
+            audit: None,
+            progress: Box::new(|_| ()),
+        }
+    }
+}
+
+impl<'a> EngineBuilder<'a> {
+    /// A folder, a `.gguf` file, a hub id, or `smollm2` (the default).
+    pub fn model(mut self, name_or_path: impl Into<String>) -> Self {
+        self.model = name_or_path.into();
+        self
+    }
+    /// `auto` (default), `cpu`, `wgpu[:name]` or `cuda[:n]`; see [`open`].
+    pub fn device(mut self, selector: impl Into<String>) -> Self {
+        self.device = selector.into();
+        self
+    }
+    /// A backend that is already open, instead of [`EngineBuilder::device`].
+    pub fn backend(mut self, backend: Arc<dyn Backend>) -> Self {
+        self.backend = Some(backend);
+        self
+    }
+    /// Dtype of the weights. Default: bf16 for checkpoints stored so and on CUDA, else f16.
+    pub fn dtype(mut self, dtype: impl Into<Option<DType>>) -> Self {
+        self.dtype = dtype.into();
+        self
+    }
+    /// Dtype of the KV cache. Default: that of the weights.
+    pub fn kv_dtype(mut self, dtype: impl Into<Option<DType>>) -> Self {
+        self.kv_dtype = dtype.into();
+        self
+    }
+    /// Method by name and options. Default: SparCas on sorted keys.
+    pub fn method(mut self, spec: MethodSpec) -> Self {
+        self.method = MethodChoice::Spec(spec);
+        self
+    }
+    /// Method as a finished plan.
+    pub fn plan(mut self, plan: Plan) -> Self {
+        self.method = MethodChoice::Plan(plan);
+        self
+    }
+    /// Makes the selectors of layers whose plan says [`Scorer::Custom`](crate::select::Scorer::Custom).
+    pub fn selector(mut self, factory: SelectorFactory) -> Self {
+        self.custom = Some(factory);
+        self
+    }
+    /// Most tokens of a sequence. Default: the model's own limit, at most 32,768.
+    pub fn context(mut self, tokens: impl Into<Option<usize>>) -> Self {
+        self.context = tokens.into();
+        self
+    }
+    /// Sequences open at once. Default 1.
+    pub fn sequences(mut self, n: usize) -> Self {
+        self.sequences = n;
+        self
+    }
+    /// Prompt tokens per step. Default 512.
+    pub fn chunk(mut self, tokens: usize) -> Self {
+        self.chunk = tokens;
+        self
+    }
+    /// Tokens that the KV cache holds over all sequences. Default: context x sequences.
+    pub fn kv_tokens(mut self, tokens: usize) -> Self {
+        self.kv_tokens = Some(tokens);
+        self
+    }
+    /// Keeps what these methods read in the cache as well, so that [`Engine::set_plan`] can switch to them.
+    pub fn summaries_for(mut self, methods: &[MethodSpec]) -> Self {
+        self.summaries_for = methods.to_vec();
+        self
+    }
+    /// Whether to order keys by energy for methods that want it (default), or keep the checkpoint's order.
+    pub fn calibrate(mut self, yes: bool) -> Self {
+        self.calibrate = yes;
+        self
+    }
+    /// Audits the selection while decoding.
+    pub fn audit(mut self, audit: impl Into<Option<AuditConfig>>) -> Self {
+        self.audit = audit.into();
+        self
+    }
+    /// Hears of progress.
+    pub fn on_progress(mut self, f: impl FnMut(Progress) + 'a) -> Self {
+        self.progress = Box::new(f);
+        self
+    }
+
+    /// Opens the model and the device, loads the weights, orders the keys, allocates the cache.
+    ///
+    /// # Errors
+    /// Any [`EngineError`]; nothing is left behind.
+    pub fn build(mut self) -> Result<Engine, EngineError> {
+        let path = self.fetch()?;
+        let checkpoint = Checkpoint::open(&path)?;
+        let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
+        let template = match ChatTemplate::for_checkpoint(&checkpoint, &tokenizer) {
+            Ok(t) => Some(t),
+            Err(ModelError::NoTemplate) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let backend = match self.backend.take() {
+            Some(b) => b,
+            None => open(&self.device)?,
+        };
+        let config = checkpoint.config().clone();
+        let fingerprint = checkpoint.fingerprint();
+        let limits = self.limits(&config)?;
+        let plan_of = |spec: &MethodSpec| {
+            spec.plan(&fingerprint, &config.windows, config.head_dim, limits.context)
+        };
+        let plan = match &self.method {
+            MethodChoice::Spec(spec) => plan_of(spec)?,
+            MethodChoice::Plan(plan) => plan.clone(),
+        };
+        plan.check(&fingerprint, config.n_layers, config.head_dim)?;
+        let mut plans = vec![plan.clone()];
+        for spec in &self.summaries_for {
+            plans.push(plan_of(spec)?);
+        }
+
+        let dtype = self.weight_dtype(&*backend, &checkpoint)?;
+        let kv_dtype = self.kv_dtype.unwrap_or(dtype);
+        let mut notes = Vec::new();
+        let order_wanted = self.calibrate && plans.iter().any(Plan::wants_key_order);
+        let saved = cache_dir().map(|d| KeyOrder::cache_file(&d, &fingerprint));
+        let known = saved.as_ref().and_then(|p| KeyOrder::load(p, &fingerprint, &config));
+        let measure = order_wanted && known.is_none();
+        let order = known.filter(|_| order_wanted).unwrap_or_else(|| KeyOrder::identity(&config));
+        let mut progress = self.progress;
+        let mut on_load = |done, all| progress(Progress::Load(done, all));
+        let mut decoder = Decoder::load(backend, &checkpoint, dtype, order, limits, &mut on_load)?;
+        if measure {
+            let mut on = |done, all| progress(Progress::Calibrate(done, all));
+            let order =
+                calibrated_order(&mut decoder, &tokenizer, kv_dtype, &fingerprint, &mut on)?;
+            if let Some(path) = &saved
+                && let Err(e) = order.save(path)
+            {
+                notes.push(format!("the key order could not be saved to {}: {e}", path.display()));
+            }
+            decoder.set_key_order(&checkpoint, order)?;
+        }
+
+        let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.head_dim);
+        let cache = KvCache::new(
+            &**decoder.backend(),
+            KvShape {
+                n_layers: config.n_layers,
+                kv_heads: config.n_kv_heads,
+                head_dim: config.head_dim,
+                lead,
+                dtype: kv_dtype,
+                n_pages: pages_for(self.kv_tokens.unwrap_or(limits.context * limits.seqs)).max(1),
+                slots: limits.seqs,
+                int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
+                key_stats: plans.iter().any(Plan::key_stats),
+            },
+        )?;
+        let shape = decoder.layer_shape(0, kv_dtype);
+        let attention = Attention::new(&**decoder.backend(), plan, shape, self.custom.as_ref())?;
+        Ok(Engine {
+            checkpoint,
+            tokenizer: Arc::new(tokenizer),
+            template,
+            decoder,
+            cache,
+            attention,
+            custom: self.custom,
+            chunk: self.chunk,
+            audit: self.audit,
+            fingerprint,
+            notes,
+            sequences: (0..limits.seqs).map(|_| None).collect(),
+            kept: Vec::new(),
+            decode_steps: 0,
+        })
+    }
+
+    fn fetch(&mut self) -> Result<PathBuf, EngineError> {
+        let progress = std::cell::RefCell::new(&mut self.progress);
+        Ok(resolve(&self.model, &|done, all| (progress.borrow_mut())(Progress::Fetch(done, all)))?)
+    }
+
+    fn limits(&self, c: &ModelConfig) -> Result<DecoderLimits, EngineError> {
+        let context = self.context.unwrap_or(c.max_context.min(32768));
+        if context == 0 || context > c.max_context {
+            return Err(EngineError::BadOption(format!(
+                "a context of {context} tokens: this model was trained for 1 to {}; give --ctx in that range",
+                c.max_context
+            )));
+        }
+        if self.sequences == 0 || self.chunk == 0 {
+            return Err(EngineError::BadOption(
+                "give at least one sequence and one token a step".into(),
+            ));
+        }
+        let context = context.next_multiple_of(64);
+        let chunk = self.chunk.min(context);
+        Ok(DecoderLimits { rows: chunk + self.sequences, seqs: self.sequences, context })
+    }
+
+    fn weight_dtype(&self, b: &dyn Backend, c: &Checkpoint) -> Result<DType, EngineError> {
+        let stored_bf16 = matches!(c.quant(Weight::Embed)?, Quant::BF16);
+        let dtype = self.dtype.unwrap_or(if stored_bf16 || b.name() == "cuda" {
+            DType::BF16
+        } else {
+            DType::F16
+        });
+        for d in [Some(dtype), self.kv_dtype].into_iter().flatten() {
+            if !b.caps().storage.contains(&d) {
+                let known: Vec<_> = b.caps().storage.iter().map(|d| d.name()).collect();
+                return Err(EngineError::BadOption(format!(
+                    "{} does not store {d}; use one of {}",
+                    b.caps().device,
+                    known.join(", ")
+                )));
+            }
+        }
+        Ok(dtype)
+    }
+}

@@ -1,0 +1,58 @@
+//! The key order of a model, measured once on a short built-in text.
+
+use super::EngineError;
+use crate::backend::DType;
+use crate::kv::{KvCache, KvShape, PageTable, pages_for};
+use crate::model::{Attention, Decoder, KeyOrder, StepSeq, Tokenizer, pair_energies};
+use crate::select::Plan;
+
+/// The opening of Sense and Sensibility (public domain).
+const TEXT: &str = include_str!("../../assets/calibration.txt");
+/// Tokens read at most.
+const TOKENS: usize = 2048;
+
+/// Reads the built-in text with the decoder (in checkpoint order) and sorts each KV head's pairs by key energy.
+pub fn calibrated_order(
+    decoder: &mut Decoder,
+    tokenizer: &Tokenizer,
+    kv_dtype: DType,
+    fingerprint: &str,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<KeyOrder, EngineError> {
+    let c = decoder.config().clone();
+    let limits = decoder.limits();
+    let mut tokens = tokenizer.encode(TEXT, tokenizer.adds_bos())?;
+    tokens.truncate(TOKENS.min(limits.context));
+    let b = decoder.backend().clone();
+    let mut cache = KvCache::new(
+        &*b,
+        KvShape {
+            n_layers: c.n_layers,
+            kv_heads: c.n_kv_heads,
+            head_dim: c.head_dim,
+            lead: c.head_dim,
+            dtype: kv_dtype,
+            n_pages: pages_for(tokens.len()).max(1),
+            slots: limits.seqs,
+            int8_dims: 0,
+            key_stats: true,
+        },
+    )?;
+    let shape = decoder.layer_shape(0, kv_dtype);
+    let mut attention = Attention::new(&*b, Plan::dense(c.n_layers), shape, None)?;
+    let mut table = PageTable::default();
+    let all = tokens.len() as u64;
+    for chunk in tokens.chunks(limits.rows) {
+        progress(table.tokens() as u64, all);
+        let cached = table.tokens();
+        cache.extend(&*b, &mut table, chunk.len())??;
+        let seq = StepSeq { tokens: chunk, cached, pages: table.pages(), slot: 0, decode: None };
+        decoder.forward(&[seq], &cache, &mut attention)?;
+    }
+    let energies = (0..c.n_layers)
+        .filter_map(|l| cache.stats(l))
+        .map(|stats| pair_energies(&*b, stats, 0, c.n_kv_heads, c.head_dim))
+        .collect::<Result<Vec<_>, _>>()?;
+    progress(all, all);
+    Ok(KeyOrder::from_energies(fingerprint, &energies))
+}

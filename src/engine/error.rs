@@ -1,0 +1,63 @@
+//! Errors of the engine.
+
+use crate::backend::BackendError;
+use crate::kv::PageError;
+use crate::model::{LoadError, ModelError};
+use crate::select::SelectError;
+use thiserror::Error;
+
+/// What can go wrong while building or running an engine.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The model files.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The method.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// No page left in the KV cache.
+    #[error(transparent)]
+    Cache(#[from] PageError),
+    /// Options that do not fit the model.
+    #[error("{0}")]
+    BadOption(String),
+    /// More tokens than the engine has room for.
+    #[error(
+        "the text has {tokens} tokens{room}, but the context is {limit} tokens{hint}; \
+         shorten the text or raise --ctx"
+    )]
+    ContextTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// " and N are kept for the answer", or nothing.
+        room: String,
+        /// Context of the engine.
+        limit: usize,
+        /// " (the most this model was trained for)", or nothing.
+        hint: String,
+    },
+    /// Nothing to run.
+    #[error("the prompt is empty; give some text")]
+    EmptyPrompt,
+    /// All sequence slots are in use.
+    #[error("all {0} sequence slots are in use; close one or build the engine with more")]
+    NoSlot(usize),
+    /// A sequence that was closed, or never opened.
+    #[error("sequence {0} is not open")]
+    NoSequence(usize),
+    /// Stopped by the caller.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl From<LoadError> for EngineError {
+    fn from(e: LoadError) -> Self {
+        match e {
+            LoadError::Model(e) => EngineError::Model(e),
+            LoadError::Backend(e) => EngineError::Backend(e),
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Sequences, steps, sampling and generation.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), longsight::engine::EngineError> {
+//! use longsight::engine::{Engine, Request};
+//!
+//! let mut engine = Engine::builder().model("smollm2").device("auto").build()?;
+//! for piece in engine.generate(Request::chat("Name three rivers."))? {
+//!     print!("{}", piece?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+mod audit;
+mod builder;
+mod calibrate;
+mod error;
+mod generate;
+mod request;
+mod sampling;
+mod scheduler;
+mod sequences;
+mod stop;
+
+pub use audit::{AuditConfig, AuditSummary, LayerSummary};
+pub use builder::{EngineBuilder, Progress};
+pub use error::EngineError;
+pub use generate::Generation;
+pub use request::{Event, Finish, Piece, Prompt, Request, Stats};
+pub use sampling::{Sampler, Sampling};
+pub use scheduler::Scheduler;
+pub use sequences::{Engine, SeqId, WantLogits, Work};
+pub use stop::StopFilter;

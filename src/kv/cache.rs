@@ -1,0 +1,171 @@
+//! The device pools of all layers and the summaries that are written with them.
+
+use super::{PageAllocator, PageError, PageTable};
+use crate::backend::{Backend, DType, Int8Keys, KvPool, PAGE, Result, Tensor, key_stats_len};
+
+/// Sizes of a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    pub n_layers: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Leading key dimensions stored as one piece per page; see [`KvPool`].
+    pub lead: usize,
+    pub dtype: DType,
+    /// Pages in each layer's pool.
+    pub n_pages: usize,
+    /// Sequences that may hold private state at once.
+    pub slots: usize,
+    /// Leading dimensions of the int8 key copy, 0 for none.
+    pub int8_dims: usize,
+    /// Keep running key statistics for the `*_qk` metrics.
+    pub key_stats: bool,
+}
+
+impl KvShape {
+    /// Bytes of one page of one layer: K and V tiles, and the int8 copy.
+    pub fn page_bytes(&self) -> usize {
+        let rows = self.kv_heads * PAGE;
+        let int8 = if self.int8_dims > 0 { rows * (self.int8_dims + 4) } else { 0 };
+        2 * rows * self.head_dim * self.dtype.bytes() + int8
+    }
+
+    /// Bytes of all pools.
+    pub fn bytes(&self) -> u64 {
+        self.page_bytes() as u64 * self.n_pages as u64 * self.n_layers as u64
+    }
+}
+
+struct Layer {
+    k: Tensor,
+    v: Tensor,
+    int8: Option<(Tensor, Tensor)>,
+    stats: Option<Tensor>,
+}
+
+/// K and V pages of every layer on one device. A page number means the same tokens in every layer.
+pub struct KvCache {
+    shape: KvShape,
+    layers: Vec<Layer>,
+    allocator: PageAllocator,
+}
+
+impl std::fmt::Debug for KvCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("KvCache").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+impl KvCache {
+    /// Allocates all pools.
+    pub fn new(b: &dyn Backend, shape: KvShape) -> Result<Self> {
+        let rows = shape.n_pages * shape.kv_heads * PAGE;
+        let layer = |l: usize| -> Result<Layer> {
+            let pool = |n: &str| {
+                b.alloc(shape.dtype, rows * shape.head_dim, &format!("{n} cache of layer {l}"))
+            };
+            let (k, v) = (pool("key")?, pool("value")?);
+            let int8 = (shape.int8_dims > 0)
+                .then(|| -> Result<_> {
+                    Ok((
+                        b.alloc(DType::I8, rows * shape.int8_dims, "int8 keys")?,
+                        b.alloc(DType::F32, rows, "int8 key scales")?,
+                    ))
+                })
+                .transpose()?;
+            let stats = shape
+                .key_stats
+                .then(|| {
+                    let n = shape.slots * shape.kv_heads * key_stats_len(shape.head_dim);
+                    b.alloc(DType::F32, n, "key statistics")
+                })
+                .transpose()?;
+            Ok(Layer { k, v, int8, stats })
+        };
+        let layers = (0..shape.n_layers).map(layer).collect::<Result<_>>()?;
+        Ok(KvCache { shape, layers, allocator: PageAllocator::new(shape.n_pages) })
+    }
+
+    /// Sizes.
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// The page allocator.
+    pub fn allocator(&self) -> &PageAllocator {
+        &self.allocator
+    }
+
+    /// Layer `l`'s pools as ops take them.
+    pub fn pool(&self, l: usize) -> KvPool<'_> {
+        let s = &self.shape;
+        KvPool {
+            k: &self.layers[l].k,
+            v: &self.layers[l].v,
+            n_pages: s.n_pages,
+            kv_heads: s.kv_heads,
+            head_dim: s.head_dim,
+            lead: s.lead,
+        }
+    }
+
+    /// Layer `l`'s int8 key copy.
+    pub fn int8(&self, l: usize) -> Option<Int8Keys<'_>> {
+        let (data, scale) = self.layers[l].int8.as_ref()?;
+        Some(Int8Keys { data, scale, dims: self.shape.int8_dims })
+    }
+
+    /// Layer `l`'s running key statistics, `[slots, kv_heads, key_stats_len(head_dim)]`.
+    pub fn stats(&self, l: usize) -> Option<&Tensor> {
+        self.layers[l].stats.as_ref()
+    }
+
+    /// Makes room for `n` tokens of a sequence, copying a shared last page where needed.
+    pub fn extend(
+        &mut self,
+        b: &dyn Backend,
+        table: &mut PageTable,
+        n: usize,
+    ) -> std::result::Result<Result<()>, PageError> {
+        let copies = table.extend(n, &mut self.allocator)?;
+        Ok(copies.into_iter().try_for_each(|(from, to)| self.copy_page(b, from, to)))
+    }
+
+    fn copy_page(&self, b: &dyn Backend, from: u32, to: u32) -> Result<()> {
+        let rows = self.shape.kv_heads * PAGE;
+        let page =
+            |t: &Tensor, width: usize, p: u32| t.slice(p as usize * rows * width, rows * width);
+        for l in &self.layers {
+            let d = self.shape.head_dim;
+            for t in [&l.k, &l.v] {
+                b.copy(&page(t, d, from), &page(t, d, to))?;
+            }
+            if let Some((data, scale)) = &l.int8 {
+                let w = self.shape.int8_dims;
+                b.copy(&page(data, w, from), &page(data, w, to))?;
+                b.copy(&page(scale, 1, from), &page(scale, 1, to))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A second page table over the same pages; the private statistics of slot `from` go to slot `to`.
+    pub fn fork(
+        &mut self,
+        b: &dyn Backend,
+        t: &PageTable,
+        from: usize,
+        to: usize,
+    ) -> Result<PageTable> {
+        let n = self.shape.kv_heads * key_stats_len(self.shape.head_dim);
+        for s in self.layers.iter().filter_map(|l| l.stats.as_ref()) {
+            b.copy(&s.slice(from * n, n), &s.slice(to * n, n))?;
+        }
+        Ok(t.fork(&mut self.allocator))
+    }
+
+    /// Drops all tokens of a sequence from `tokens` on and frees pages nobody else holds.
+    pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
+        table.truncate(tokens, &mut self.allocator);
+    }
+}

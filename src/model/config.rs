@@ -1,0 +1,234 @@
+//! What a decoder looks like: sizes, rotary embedding, windows, special tokens.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::{ModelError, Result};
+
+/// Architectures the decoder computes. They share one block (pre-norm, rotary GQA attention,
+/// gated SiLU); what differs is in [`ModelConfig`]'s flags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Arch {
+    /// Llama 2 and 3.x, SmolLM2 and everything else stored under that name.
+    Llama,
+    Mistral,
+    /// Qwen2 and Qwen2.5: biases on q, k and v.
+    Qwen2,
+    /// RMS norm on every q and k head, explicit head dimension.
+    Qwen3,
+}
+
+/// How rotary frequencies are stretched beyond the pretraining length.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeScaling {
+    None,
+    /// Every frequency divided by `factor`.
+    Linear {
+        factor: f64,
+    },
+    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth ramp between.
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position: usize,
+    },
+    /// One divisor per rotary pair (`rope_freqs.weight` of GGUF files), length `head_dim / 2`.
+    Factors(Vec<f32>),
+}
+
+/// Everything the forward pass needs to know besides the weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelConfig {
+    pub arch: Arch,
+    /// For messages only.
+    pub name: String,
+    pub n_layers: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    pub n_heads: usize,
+    /// KV heads; divides `n_heads`.
+    pub n_kv_heads: usize,
+    /// Even; not always `hidden / n_heads`.
+    pub head_dim: usize,
+    /// Width of the gated MLP.
+    pub ffn: usize,
+    /// Rows of the embedding; at least the tokenizer's ids.
+    pub vocab: usize,
+    pub rope_theta: f64,
+    pub rope_scaling: RopeScaling,
+    pub norm_eps: f64,
+    /// Logits use the embedding matrix.
+    pub tie_embeddings: bool,
+    /// q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// q and k heads are RMS-normalised before the rotary embedding.
+    pub qk_norm: bool,
+    /// Per layer: with `Some(w)` the query at position i sees the keys at i - w + 1 ..= i.
+    pub windows: Vec<Option<usize>>,
+    /// Positions the model was trained for.
+    pub max_context: usize,
+    pub bos: Option<u32>,
+    /// Tokens that end an answer; may be empty.
+    pub eos: Vec<u32>,
+}
+
+/// Bounds beyond which a number in a model file is a mistake, not a model.
+const MAX_LAYERS: usize = 4096;
+const MAX_WIDTH: usize = 1 << 20;
+const MAX_VOCAB: usize = 1 << 24;
+const MAX_CONTEXT: usize = 1 << 31;
+const MAX_HEAD_DIM: usize = 1 << 14;
+
+impl ModelConfig {
+    /// Checks every number; `path` is the file that messages name.
+    pub(crate) fn validate(self, path: &Path) -> Result<Self> {
+        let bad = |what: String| Err(ModelError::corrupt(path, what));
+        for (name, value, max) in [
+            ("number of layers", self.n_layers, MAX_LAYERS),
+            ("hidden size", self.hidden, MAX_WIDTH),
+            ("number of heads", self.n_heads, MAX_WIDTH),
+            ("number of KV heads", self.n_kv_heads, MAX_WIDTH),
+            ("head dimension", self.head_dim, MAX_HEAD_DIM),
+            ("MLP width", self.ffn, MAX_WIDTH),
+            ("vocabulary", self.vocab, MAX_VOCAB),
+            ("context length", self.max_context, MAX_CONTEXT),
+        ] {
+            if value == 0 || value > max {
+                return bad(format!("its {name} is {value}"));
+            }
+        }
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
+            return bad(format!(
+                "{} query heads cannot share {} KV heads evenly",
+                self.n_heads, self.n_kv_heads
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return bad(format!("its head dimension {} is odd", self.head_dim));
+        }
+        // Rows of the q projection; also bounds the k and v projections.
+        if self.n_heads * self.head_dim > MAX_WIDTH {
+            return bad(format!(
+                "{} heads of {} dimensions are too many",
+                self.n_heads, self.head_dim
+            ));
+        }
+        if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
+            return bad(format!("its rotary base is {}", self.rope_theta));
+        }
+        if !(self.norm_eps.is_finite() && self.norm_eps > 0.0 && self.norm_eps < 1.0) {
+            return bad(format!("its norm epsilon is {}", self.norm_eps));
+        }
+        if self.windows.len() != self.n_layers {
+            return bad(format!(
+                "it describes {} attention windows for {} layers",
+                self.windows.len(),
+                self.n_layers
+            ));
+        }
+        if self.windows.contains(&Some(0)) {
+            return bad("an attention window is 0".into());
+        }
+        for id in self.bos.iter().chain(&self.eos) {
+            if *id as usize >= self.vocab {
+                return bad(format!(
+                    "the special token {id} lies outside the vocabulary of {}",
+                    self.vocab
+                ));
+            }
+        }
+        if let Some(what) = self.rope_scaling.fault(self.head_dim) {
+            return bad(what);
+        }
+        Ok(self)
+    }
+
+    /// Parameters of all matrices, a tied embedding counted once.
+    pub fn parameters(&self) -> u64 {
+        let width = (self.n_heads + self.n_kv_heads) * 2 * self.head_dim;
+        let layer = self.hidden * (width + 3 * self.ffn);
+        let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
+        (self.n_layers * layer + embed) as u64
+    }
+
+    /// Query heads per KV head.
+    pub fn group(&self) -> usize {
+        self.n_heads / self.n_kv_heads
+    }
+
+    /// Rotary frequencies, one per pair: `inv_freq[i]` radians per position for the dimensions
+    /// `i` and `i + head_dim / 2`. Length `head_dim / 2`.
+    ///
+    /// `theta^(-2i/head_dim)` in the rounding of the reference implementation (power and
+    /// reciprocal in f32), then scaled as [`RopeScaling`] says.
+    pub fn inv_freq(&self) -> Vec<f32> {
+        let plain = (0..self.head_dim / 2).map(|i| {
+            let exponent = (2 * i) as f32 / self.head_dim as f32;
+            1.0 / (self.rope_theta.powf(f64::from(exponent)) as f32)
+        });
+        match &self.rope_scaling {
+            RopeScaling::None => plain.collect(),
+            RopeScaling::Linear { factor } => plain.map(|f| f / *factor as f32).collect(),
+            RopeScaling::Factors(factors) => plain.zip(factors).map(|(f, d)| f / d).collect(),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position,
+            } => {
+                let original = *original_max_position as f64;
+                plain
+                    .map(|f| {
+                        let f = f64::from(f);
+                        // How often the pair turns within the original context.
+                        let turns = original * f / std::f64::consts::TAU;
+                        // 0 at the low-frequency end (scaled), 1 at the high end (kept).
+                        let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        let keep = keep.clamp(0.0, 1.0);
+                        ((1.0 - keep) * f / factor + keep * f) as f32
+                    })
+                    .collect()
+            }
+        }
+    }
+}
+
+impl RopeScaling {
+    /// What is wrong with the numbers, if anything.
+    fn fault(&self, head_dim: usize) -> Option<String> {
+        let sane = |v: f64| v.is_finite() && v > 0.0;
+        match self {
+            RopeScaling::None => None,
+            RopeScaling::Linear { factor } => {
+                (!sane(*factor)).then(|| format!("its rotary scaling factor is {factor}"))
+            }
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position,
+            } => {
+                let fine = sane(*factor)
+                    && sane(*low_freq_factor)
+                    && sane(*high_freq_factor)
+                    && high_freq_factor > low_freq_factor
+                    && (1..=MAX_CONTEXT).contains(original_max_position);
+                (!fine).then(|| "its llama3 rotary scaling makes no sense".to_owned())
+            }
+            RopeScaling::Factors(factors) => {
+                let fine =
+                    factors.len() == head_dim / 2 && factors.iter().all(|&f| sane(f64::from(f)));
+                (!fine).then(|| {
+                    format!(
+                        "its {} rotary factors do not suit a head dimension of {head_dim}",
+                        factors.len()
+                    )
+                })
+            }
+        }
+    }
+}

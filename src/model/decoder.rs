@@ -1,0 +1,255 @@
+//! The decoder's forward pass.
+
+use super::attention::Attention;
+use super::load::{LayerWeights, LoadError, Loader, Weights};
+use super::step::{Step, StepSeq};
+use super::workspace::{LOGIT_ROWS, Workspace};
+use super::{Checkpoint, KeyOrder, ModelConfig};
+use crate::backend::{
+    Backend, DType, Embed, GatherRows, Linear, QkNorm, Result, RmsNorm, Rope, SwiGlu, Tensor,
+};
+use crate::kv::{KvCache, pages_for};
+use crate::select::{LayerShape, SelectError};
+use std::sync::Arc;
+
+/// Sizes that a decoder allocates for.
+#[derive(Clone, Copy, Debug)]
+pub struct DecoderLimits {
+    /// Rows of one step.
+    pub rows: usize,
+    /// Sequences at once.
+    pub seqs: usize,
+    /// Tokens of one sequence.
+    pub context: usize,
+}
+
+/// A model on a device.
+pub struct Decoder {
+    backend: Arc<dyn Backend>,
+    config: ModelConfig,
+    weights: Weights,
+    order: KeyOrder,
+    ws: Workspace,
+    limits: DecoderLimits,
+    step_words: Option<Tensor>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// Loads the weights in `dtype` and allocates activations.
+    ///
+    /// # Errors
+    /// [`LoadError::Model`] when a tensor cannot be read, [`LoadError::Backend`] when the device is full.
+    pub fn load(
+        backend: Arc<dyn Backend>,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        order: KeyOrder,
+        limits: DecoderLimits,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> std::result::Result<Self, LoadError> {
+        let config = checkpoint.config().clone();
+        let weights = Loader::new(&*backend, checkpoint, dtype, progress).weights(&order)?;
+        let act = if backend.caps().activations_follow_weights { dtype } else { DType::F32 };
+        let ws = Workspace::new(&*backend, &config, act, limits.rows)?;
+        Ok(Decoder { backend, config, weights, order, ws, limits, step_words: None })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The device.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// Limits it was allocated for.
+    pub fn limits(&self) -> DecoderLimits {
+        self.limits
+    }
+
+    /// The order of key pairs in use.
+    pub fn key_order(&self) -> &KeyOrder {
+        &self.order
+    }
+
+    /// Rewrites the weights that depend on the key order. Caches filled before are stale afterwards.
+    pub fn set_key_order(
+        &mut self,
+        checkpoint: &Checkpoint,
+        order: KeyOrder,
+    ) -> std::result::Result<(), LoadError> {
+        let dtype = self.weights.embed.dtype();
+        let mut quiet = |_, _| ();
+        let mut loader = Loader::new(&*self.backend, checkpoint, dtype, &mut quiet);
+        for (l, w) in self.weights.layers.iter().enumerate() {
+            loader.key_ordered(l, &order, w)?;
+        }
+        self.order = order;
+        Ok(())
+    }
+
+    /// Attention sizes of a layer.
+    pub fn layer_shape(&self, layer: usize, kv_dtype: DType) -> LayerShape {
+        LayerShape {
+            layer,
+            n_layers: self.config.n_layers,
+            heads: self.config.n_heads,
+            kv_heads: self.config.n_kv_heads,
+            head_dim: self.config.head_dim,
+            kv_dtype,
+            slots: self.limits.seqs,
+            capacity: self.limits.context,
+        }
+    }
+
+    /// Runs one step: keys and values of all new tokens go into `cache`, the residual stream of every row stays on
+    /// the device for [`Decoder::logits`]. Returns the step, which names each sequence's rows.
+    pub fn forward(
+        &mut self,
+        seqs: &[StepSeq<'_>],
+        cache: &KvCache,
+        attention: &mut Attention,
+    ) -> std::result::Result<Step, SelectError> {
+        let b = self.backend.clone();
+        let buffer = self.step_buffer(attention.thresholds().len())?;
+        let step = Step::upload(&*b, &buffer, seqs, attention.thresholds())?;
+        let c = &self.config;
+        b.embed(&Embed {
+            tokens: step.tokens(),
+            table: &self.weights.embed,
+            out: &self.ws.x,
+            rows: step.rows,
+            cols: c.hidden,
+            vocab: c.vocab,
+        })?;
+        for l in 0..c.n_layers {
+            let shape = self.layer_shape(l, cache.shape().dtype);
+            let w = &self.weights.layers[l];
+            self.queries_and_keys(w, &step)?;
+            attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws)?;
+            self.output_and_mlp(w, step.rows)?;
+        }
+        Ok(step)
+    }
+
+    fn step_buffer(&mut self, thresholds: usize) -> Result<Tensor> {
+        let l = self.limits;
+        let words = Step::words(l.rows, l.seqs, l.seqs * pages_for(l.context), thresholds);
+        if let Some(t) = self.step_words.as_ref().filter(|t| t.len() >= words) {
+            return Ok(t.clone());
+        }
+        let t = self.backend.alloc(DType::U32, words, "step")?;
+        self.step_words = Some(t.clone());
+        Ok(t)
+    }
+
+    fn norm(&self, weight: &Tensor, rows: usize) -> Result<()> {
+        self.backend.rms_norm(&RmsNorm {
+            x: &self.ws.x,
+            weight,
+            out: &self.ws.normed,
+            rows,
+            cols: self.config.hidden,
+            eps: self.config.norm_eps as f32,
+        })
+    }
+
+    fn queries_and_keys(&self, w: &LayerWeights, step: &Step) -> Result<()> {
+        let (c, ws, rows) = (&self.config, &self.ws, step.rows);
+        self.norm(&w.attn_norm, rows)?;
+        let width = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim;
+        self.backend.linear(&Linear {
+            x: &ws.normed,
+            w: &w.qkv,
+            bias: w.qkv_bias.as_ref(),
+            y: &ws.qkv,
+            rows,
+            inputs: c.hidden,
+            outputs: width,
+            accumulate: false,
+        })?;
+        let eps = c.norm_eps as f32;
+        let k_start = c.n_heads * c.head_dim;
+        let k_part = ws.qkv.slice(k_start, ws.qkv.len() - k_start);
+        let (qn, kn) = w.qk_norm.as_ref().map_or((None, None), |(q, k)| (Some(q), Some(k)));
+        let sides = [(&ws.qkv, qn, &ws.q, c.n_heads), (&k_part, kn, &ws.k, c.n_kv_heads)];
+        for (x, norm, out, heads) in sides {
+            self.backend.rope(&Rope {
+                x,
+                x_stride: width,
+                positions: step.positions(),
+                inv_freq: &w.inv_freq,
+                heads_per_freq: heads / c.n_kv_heads,
+                norm: norm.map(|weight| QkNorm { weight, eps }),
+                out,
+                rows,
+                heads,
+                head_dim: c.head_dim,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn output_and_mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
+        let (c, ws, b) = (&self.config, &self.ws, &self.backend);
+        let linear = |x, w, y, inputs, outputs, accumulate| {
+            b.linear(&Linear { x, w, bias: None, y, rows, inputs, outputs, accumulate })
+        };
+        linear(&ws.attn, &w.o, &ws.x, c.n_heads * c.head_dim, c.hidden, true)?;
+        self.norm(&w.ffn_norm, rows)?;
+        linear(&ws.normed, &w.gate_up, &ws.gate_up, c.hidden, 2 * c.ffn, false)?;
+        b.swiglu(&SwiGlu { x: &ws.gate_up, out: &ws.ffn, rows, ffn: c.ffn })?;
+        linear(&ws.ffn, &w.down, &ws.x, c.ffn, c.hidden, true)
+    }
+
+    /// Logits of some rows of the last step, f32 `[rows.len(), vocab]`, handed to `each` as (index, logits).
+    pub fn logits(&self, rows: &[usize], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
+        let (c, ws, b) = (&self.config, &self.ws, &self.backend);
+        let mut host = vec![0f32; rows.len().min(LOGIT_ROWS) * c.vocab];
+        for (chunk_index, chunk) in rows.chunks(LOGIT_ROWS).enumerate() {
+            let n = chunk.len();
+            let words: Vec<u32> = chunk.iter().map(|&r| r as u32).collect();
+            b.upload(&ws.logit_rows.slice(0, n), bytemuck::cast_slice(&words))?;
+            b.gather_rows(&GatherRows {
+                x: &ws.x,
+                rows: &ws.logit_rows,
+                out: &ws.picked,
+                n,
+                x_rows: self.limits.rows,
+                cols: c.hidden,
+            })?;
+            b.rms_norm(&RmsNorm {
+                x: &ws.picked,
+                weight: &self.weights.output_norm,
+                out: &ws.picked_normed,
+                rows: n,
+                cols: c.hidden,
+                eps: c.norm_eps as f32,
+            })?;
+            b.linear(&Linear {
+                x: &ws.picked_normed,
+                w: &self.weights.output,
+                bias: None,
+                y: &ws.logits,
+                rows: n,
+                inputs: c.hidden,
+                outputs: c.vocab,
+                accumulate: false,
+            })?;
+            let host = &mut host[..n * c.vocab];
+            b.download(&ws.logits.slice(0, host.len()), bytemuck::cast_slice_mut(host))?;
+            for (i, row) in host.chunks_exact(c.vocab).enumerate() {
+                each(chunk_index * LOGIT_ROWS + i, row);
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! Weights from a checkpoint to a device, in the layout that the decoder runs.
+
+use super::key_order::source_rows;
+use super::{Checkpoint, KeyOrder, LayerWeight as L, ModelConfig, ModelError, Weight};
+use crate::backend::{Backend, BackendError, DType, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+/// Weights of one layer on the device.
+#[derive(Debug)]
+pub struct LayerWeights {
+    /// f32 `[hidden]`.
+    pub attn_norm: Tensor,
+    /// `[(heads + 2 kv_heads) * head_dim, hidden]`: q, k and v stacked, q and k rows in [`KeyOrder`].
+    pub qkv: Tensor,
+    /// f32 `[(heads + 2 kv_heads) * head_dim]`.
+    pub qkv_bias: Option<Tensor>,
+    /// f32 `[heads, head_dim]` and `[kv_heads, head_dim]`.
+    pub qk_norm: Option<(Tensor, Tensor)>,
+    /// f32 `[kv_heads, head_dim / 2]`.
+    pub inv_freq: Tensor,
+    /// `[hidden, heads * head_dim]`.
+    pub o: Tensor,
+    /// f32 `[hidden]`.
+    pub ffn_norm: Tensor,
+    /// `[2 * ffn, hidden]`: gate, then up.
+    pub gate_up: Tensor,
+    /// `[hidden, ffn]`.
+    pub down: Tensor,
+}
+
+/// All weights of a model on the device.
+#[derive(Debug)]
+pub struct Weights {
+    /// `[vocab, hidden]`.
+    pub embed: Tensor,
+    pub layers: Vec<LayerWeights>,
+    /// f32 `[hidden]`.
+    pub output_norm: Tensor,
+    /// `[vocab, hidden]`; shares the embedding's buffer when tied.
+    pub output: Tensor,
+}
+
+/// A failed load: the file's fault or the device's.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+type Result<T> = std::result::Result<T, LoadError>;
+
+/// Converts f32 values to the bytes of `dtype` (round to nearest, ties to even).
+pub(crate) fn to_bytes(x: &[f32], dtype: DType, out: &mut Vec<u8>) {
+    out.clear();
+    out.resize(x.len() * dtype.bytes(), 0);
+    match dtype {
+        DType::F16 => out.par_chunks_mut(8192).zip(x.par_chunks(4096)).for_each(|(o, x)| {
+            for (o, &v) in o.chunks_exact_mut(2).zip(x) {
+                o.copy_from_slice(&f16::from_f32(v).to_le_bytes());
+            }
+        }),
+        DType::BF16 => out.par_chunks_mut(8192).zip(x.par_chunks(4096)).for_each(|(o, x)| {
+            for (o, &v) in o.chunks_exact_mut(2).zip(x) {
+                o.copy_from_slice(&bf16::from_f32(v).to_le_bytes());
+            }
+        }),
+        _ => out.copy_from_slice(bytemuck::cast_slice(x)),
+    }
+}
+
+/// Streams rows of a checkpoint to device tensors a few megabytes at a time.
+pub(super) struct Loader<'a> {
+    pub backend: &'a dyn Backend,
+    pub checkpoint: &'a Checkpoint,
+    pub dtype: DType,
+    /// Called with (bytes of stored weights read so far, all of them).
+    pub progress: &'a mut dyn FnMut(u64, u64),
+    done: u64,
+    rows: Vec<f32>,
+    bytes: Vec<u8>,
+}
+
+/// f32 values converted and uploaded in one go.
+const CHUNK: usize = 4 << 20;
+
+impl<'a> Loader<'a> {
+    pub fn new(
+        backend: &'a dyn Backend,
+        checkpoint: &'a Checkpoint,
+        dtype: DType,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Self {
+        Loader { backend, checkpoint, dtype, progress, done: 0, rows: vec![], bytes: vec![] }
+    }
+
+    fn alloc(&self, rows: usize, cols: usize, what: &str) -> Result<Tensor> {
+        Ok(self.backend.alloc(self.dtype, rows * cols, what)?)
+    }
+
+    /// Copies weight `w` to rows `at..` of `dst`; `order[i]` = source row of row `i`, when permuted.
+    fn put(&mut self, w: Weight, dst: &Tensor, at: usize, order: Option<&[usize]>) -> Result<()> {
+        let [rows, cols] = self.checkpoint.shape(w)?;
+        let step = (CHUNK / cols).max(1);
+        let mut start = 0;
+        while start < rows {
+            let n = step.min(rows - start);
+            self.rows.resize(n * cols, 0.0);
+            match order {
+                None => self.checkpoint.read_rows(w, start..start + n, &mut self.rows)?,
+                Some(order) => {
+                    for (row, &from) in
+                        self.rows.chunks_exact_mut(cols).zip(&order[start..start + n])
+                    {
+                        self.checkpoint.read_rows(w, from..from + 1, row)?;
+                    }
+                }
+            }
+            to_bytes(&self.rows, dst.dtype(), &mut self.bytes);
+            self.backend.upload(&dst.slice((at + start) * cols, n * cols), &self.bytes)?;
+            start += n;
+        }
+        self.done += (rows * cols) as u64;
+        let all = self.checkpoint.config().parameters();
+        (self.progress)(self.done.min(all), all);
+        Ok(())
+    }
+
+    fn matrix(&mut self, w: Weight, what: &str) -> Result<Tensor> {
+        let [rows, cols] = self.checkpoint.shape(w)?;
+        let t = self.alloc(rows, cols, what)?;
+        self.put(w, &t, 0, None)?;
+        Ok(t)
+    }
+
+    pub fn vector(&self, v: &[f32], what: &str) -> Result<Tensor> {
+        let t = self.backend.alloc(DType::F32, v.len(), what)?;
+        self.backend.upload(&t, bytemuck::cast_slice(v))?;
+        Ok(t)
+    }
+
+    fn norm(&mut self, w: Weight) -> Result<Tensor> {
+        let v = self.checkpoint.read(w)?;
+        self.vector(&v, "norm weight")
+    }
+
+    /// (Re)writes everything of a layer that depends on the key order.
+    pub fn key_ordered(&mut self, l: usize, order: &KeyOrder, w: &LayerWeights) -> Result<()> {
+        let c = self.checkpoint.config().clone();
+        let width = |heads: usize| heads * c.head_dim;
+        let (q, k) =
+            (source_rows(&c, order, l, c.n_heads), source_rows(&c, order, l, c.n_kv_heads));
+        self.put(Weight::Layer(l, L::Q), &w.qkv, 0, Some(&q))?;
+        self.put(Weight::Layer(l, L::K), &w.qkv, width(c.n_heads), Some(&k))?;
+        if let Some(bias) = &w.qkv_bias {
+            let mut all = Vec::with_capacity(width(c.n_heads + 2 * c.n_kv_heads));
+            for (name, rows) in [(L::QBias, &q), (L::KBias, &k)] {
+                let v = self.checkpoint.read(Weight::Layer(l, name))?;
+                all.extend(rows.iter().map(|&r| v[r]));
+            }
+            all.extend(self.checkpoint.read(Weight::Layer(l, L::VBias))?);
+            self.backend.upload(bias, bytemuck::cast_slice(&all))?;
+        }
+        if let Some((qn, kn)) = &w.qk_norm {
+            for (name, rows, t) in [(L::QNorm, &q, qn), (L::KNorm, &k, kn)] {
+                // One weight per dimension, shared by the heads; each head permutes it its own way.
+                let v = self.checkpoint.read(Weight::Layer(l, name))?;
+                let all: Vec<f32> = rows.iter().map(|&r| v[r % c.head_dim]).collect();
+                self.backend.upload(t, bytemuck::cast_slice(&all))?;
+            }
+        }
+        let freq = order.inv_freq(l, &c.inv_freq());
+        self.backend.upload(&w.inv_freq, bytemuck::cast_slice(&freq))?;
+        Ok(())
+    }
+
+    fn layer(&mut self, l: usize, order: &KeyOrder) -> Result<LayerWeights> {
+        let c: ModelConfig = self.checkpoint.config().clone();
+        let w = |n| Weight::Layer(l, n);
+        let qkv_rows = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim;
+        let floats = |n: usize, what: &str| self.backend.alloc(DType::F32, n, what);
+        let layer = LayerWeights {
+            qkv: self.alloc(qkv_rows, c.hidden, "attention weights")?,
+            qkv_bias: c.qkv_bias.then(|| floats(qkv_rows, "attention bias")).transpose()?,
+            qk_norm: if c.qk_norm {
+                let q = floats(c.n_heads * c.head_dim, "query norm")?;
+                Some((q, floats(c.n_kv_heads * c.head_dim, "key norm")?))
+            } else {
+                None
+            },
+            inv_freq: floats(c.n_kv_heads * c.head_dim / 2, "rotary frequencies")?,
+            gate_up: self.alloc(2 * c.ffn, c.hidden, "MLP weights")?,
+            attn_norm: self.norm(w(L::AttnNorm))?,
+            ffn_norm: self.norm(w(L::FfnNorm))?,
+            o: self.matrix(w(L::O), "attention output weights")?,
+            down: self.matrix(w(L::Down), "MLP weights")?,
+        };
+        self.key_ordered(l, order, &layer)?;
+        self.put(w(L::V), &layer.qkv, (c.n_heads + c.n_kv_heads) * c.head_dim, None)?;
+        self.put(w(L::Gate), &layer.gate_up, 0, None)?;
+        self.put(w(L::Up), &layer.gate_up, c.ffn, None)?;
+        Ok(layer)
+    }
+
+    /// Loads everything.
+    pub fn weights(mut self, order: &KeyOrder) -> Result<Weights> {
+        let c = self.checkpoint.config();
+        let (n_layers, tied) = (c.n_layers, c.tie_embeddings);
+        let embed = self.matrix(Weight::Embed, "embedding")?;
+        let layers = (0..n_layers).map(|l| self.layer(l, order)).collect::<Result<_>>()?;
+        let output_norm = self.norm(Weight::OutputNorm)?;
+        let output =
+            if tied { embed.clone() } else { self.matrix(Weight::Output, "output weights")? };
+        self.backend.sync()?;
+        Ok(Weights { embed, layers, output_norm, output })
+    }
+}

@@ -1,0 +1,187 @@
+//! Hugging Face folders: `config.json` and safetensors, in one file or in shards.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Component, Path};
+
+use safetensors::tensor::{Dtype, TensorInfo};
+use serde::Deserialize;
+
+use super::config::ModelConfig;
+use super::error::{ModelError, Result};
+use super::mapped::{Mapped, read_json};
+use super::quant::Quant;
+use super::weights::{LayerWeight, Place, Weight};
+
+/// The name Hugging Face checkpoints give a weight.
+pub(super) fn name_of(weight: Weight) -> String {
+    match weight {
+        Weight::Embed => "model.embed_tokens.weight".into(),
+        Weight::OutputNorm => "model.norm.weight".into(),
+        Weight::Output => "lm_head.weight".into(),
+        Weight::Layer(layer, weight) => format!("model.layers.{layer}.{}", layer_name(weight)),
+    }
+}
+
+fn layer_name(weight: LayerWeight) -> &'static str {
+    match weight {
+        LayerWeight::AttnNorm => "input_layernorm.weight",
+        LayerWeight::Q => "self_attn.q_proj.weight",
+        LayerWeight::K => "self_attn.k_proj.weight",
+        LayerWeight::V => "self_attn.v_proj.weight",
+        LayerWeight::O => "self_attn.o_proj.weight",
+        LayerWeight::QBias => "self_attn.q_proj.bias",
+        LayerWeight::KBias => "self_attn.k_proj.bias",
+        LayerWeight::VBias => "self_attn.v_proj.bias",
+        LayerWeight::QNorm => "self_attn.q_norm.weight",
+        LayerWeight::KNorm => "self_attn.k_norm.weight",
+        LayerWeight::FfnNorm => "post_attention_layernorm.weight",
+        LayerWeight::Gate => "mlp.gate_proj.weight",
+        LayerWeight::Up => "mlp.up_proj.weight",
+        LayerWeight::Down => "mlp.down_proj.weight",
+    }
+}
+
+type Opened = (ModelConfig, Vec<Mapped>, HashMap<Weight, (String, Place)>);
+
+/// Configuration, mapped shards, and the places of the weights they have.
+pub(super) fn open(folder: &Path) -> Result<Opened> {
+    let config_path = folder.join("config.json");
+    let json = read_json(&config_path)?
+        .ok_or_else(|| ModelError::Missing { path: config_path.clone() })?;
+    let generation = read_json(&folder.join("generation_config.json"))?;
+    let mut config = ModelConfig::from_hf(&config_path, &json, generation.as_ref())?;
+    if config.name.is_empty() {
+        config.name =
+            folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+    }
+
+    let names: HashMap<String, Weight> = Weight::all(&config).map(|w| (name_of(w), w)).collect();
+    let mut shards = Vec::new();
+    let mut places = HashMap::new();
+    for name in shard_names(folder)? {
+        let shard = Mapped::open(&folder.join(name))?;
+        let (data, tensors) = read_header(&shard)?;
+        for (name, info) in tensors {
+            let Some(&weight) = names.get(&name) else {
+                refuse_leftover(shard.path(), &name, &config)?;
+                continue;
+            };
+            let place = place(&shard, shards.len(), data, &name, &info)?;
+            if places.insert(weight, (name.clone(), place)).is_some() {
+                return Err(ModelError::corrupt(
+                    shard.path(),
+                    format!("the tensor {name} appears in two shards"),
+                ));
+            }
+        }
+        shards.push(shard);
+    }
+    Ok((config, shards, places))
+}
+
+/// The safetensors files of a folder.
+fn shard_names(folder: &Path) -> Result<BTreeSet<String>> {
+    let single = "model.safetensors";
+    let index_path = folder.join("model.safetensors.index.json");
+    if folder.join(single).exists() {
+        return Ok(BTreeSet::from([single.to_owned()]));
+    }
+    let Some(index) = read_json(&index_path)? else {
+        return Err(ModelError::Missing { path: folder.join(single) });
+    };
+    let map = index.get("weight_map").and_then(|m| m.as_object());
+    let map = map
+        .filter(|m| !m.is_empty())
+        .ok_or_else(|| ModelError::corrupt(&index_path, "it has no weight_map"))?;
+    let mut names = BTreeSet::new();
+    for file in map.values() {
+        let name = file.as_str().unwrap_or_default();
+        // A shard is a plain file of this folder; anything else could name any file at all.
+        let mut parts = Path::new(name).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(ModelError::corrupt(
+                &index_path,
+                format!("it names {file} as a file with weights"),
+            ));
+        }
+        names.insert(name.to_owned());
+    }
+    Ok(names)
+}
+
+#[derive(Deserialize)]
+struct Header {
+    #[serde(rename = "__metadata__")]
+    _metadata: Option<HashMap<String, String>>,
+    #[serde(flatten)]
+    tensors: HashMap<String, TensorInfo>,
+}
+
+/// Start of the tensor data and the tensor table.
+///
+/// The header is parsed here rather than by the safetensors crate's reader because that adds up
+/// offsets before it compares them with the file, which overflows on a header made to do so.
+fn read_header(shard: &Mapped) -> Result<(usize, HashMap<String, TensorInfo>)> {
+    let (path, bytes) = (shard.path(), shard.bytes());
+    let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
+        return Err(ModelError::truncated(path, "header"));
+    };
+    let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
+    let Some(header) = rest.get(..length) else {
+        return Err(ModelError::truncated(path, "header"));
+    };
+    let header: Header = serde_json::from_slice(header)
+        .map_err(|e| ModelError::corrupt(path, format!("its header cannot be read ({e})")))?;
+    Ok((8 + length, header.tensors))
+}
+
+fn place(shard: &Mapped, file: usize, data: usize, name: &str, info: &TensorInfo) -> Result<Place> {
+    let path = shard.path();
+    let quant = match info.dtype {
+        Dtype::F32 => Quant::F32,
+        Dtype::F16 => Quant::F16,
+        Dtype::BF16 => Quant::BF16,
+        other => {
+            return Err(ModelError::UnsupportedType {
+                path: path.to_owned(),
+                name: name.to_owned(),
+                dtype: format!("{other:?}"),
+            });
+        }
+    };
+    let shape = match info.shape[..] {
+        [n] => [1, n],
+        [rows, cols] => [rows, cols],
+        _ => {
+            return Err(ModelError::corrupt(
+                path,
+                format!("the tensor {name} has {} dimensions", info.shape.len()),
+            ));
+        }
+    };
+    let size = shape[0].checked_mul(shape[1]).and_then(|n| quant.bytes_for(n));
+    let (start, end) = info.data_offsets;
+    if end < start || size != Some(end - start) {
+        return Err(ModelError::corrupt(
+            path,
+            format!("the tensor {name} claims a size that is not that of its shape"),
+        ));
+    }
+    match (data.checked_add(start), data.checked_add(end)) {
+        (Some(start), Some(end)) if end <= shard.bytes().len() => {
+            Ok(Place { file, quant, shape, bytes: start..end, interleaved: None })
+        }
+        _ => Err(ModelError::truncated(path, format!("tensor {name}"))),
+    }
+}
+
+/// A layer tensor nobody reads means a computation nobody does: better refused than wrong.
+/// Stored rotary frequencies are derived data, and a tied model may carry its `lm_head` again.
+fn refuse_leftover(path: &Path, name: &str, config: &ModelConfig) -> Result<()> {
+    let harmless = name.ends_with("rotary_emb.inv_freq")
+        || (config.tie_embeddings && name == name_of(Weight::Output));
+    if harmless {
+        return Ok(());
+    }
+    Err(ModelError::unsupported(path, format!("a tensor {name}, unknown in its architecture")))
+}

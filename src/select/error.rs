@@ -1,0 +1,53 @@
+//! Errors of planning and selection.
+
+use crate::backend::BackendError;
+use thiserror::Error;
+
+/// What can go wrong when a method is planned or run.
+#[derive(Debug, Error)]
+pub enum SelectError {
+    /// A name that is no method.
+    #[error("unknown method {name:?}; known: {known}")]
+    UnknownMethod {
+        /// What was asked for.
+        name: String,
+        /// Comma-separated names.
+        known: String,
+    },
+    /// Options that do not fit the model or each other.
+    #[error("method {method}: {reason}")]
+    BadPlan {
+        /// Method name.
+        method: String,
+        /// What does not fit, and what would.
+        reason: String,
+    },
+    /// A plan file made for another model.
+    #[error(
+        "this plan was made for model {plan_model} ({plan_layers} layers), the loaded model is \
+         {model} ({layers} layers); make a new one with `longsight plan`"
+    )]
+    WrongModel {
+        /// Fingerprint in the plan.
+        plan_model: String,
+        /// Layers in the plan.
+        plan_layers: usize,
+        /// Fingerprint of the model.
+        model: String,
+        /// Layers of the model.
+        layers: usize,
+    },
+    /// The cache was built without something that the method reads.
+    #[error(
+        "method {method} needs {what}, which this cache does not keep; build the engine with it"
+    )]
+    MissingSummary {
+        /// Method name.
+        method: String,
+        /// `the int8 key copy` or `key statistics`.
+        what: &'static str,
+    },
+    /// The device failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}

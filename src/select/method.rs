@@ -1,0 +1,315 @@
+//! Methods by name: defaults per profile, options on top, turned into a plan for a model.
+
+use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
+use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
+use serde::{Deserialize, Serialize};
+
+/// What the command line and the docs say of a method.
+#[derive(Clone, Copy, Debug)]
+pub struct MethodInfo {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// One line for `--help` and the README table.
+    pub about: &'static str,
+    /// The variant it makes.
+    pub variant: Variant,
+}
+
+/// Base of a [`MethodSpec`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    Dense,
+    Window,
+    Oracle,
+    Sparcas,
+    SparcasInt8,
+    SparcasPaper,
+    SparcasRecommended,
+    SparcasGroups,
+}
+
+/// Every built-in method.
+pub const METHODS: &[MethodInfo] = &[
+    MethodInfo {
+        name: "dense",
+        about: "attend to every token (exact; the baseline)",
+        variant: Variant::Dense,
+    },
+    MethodInfo {
+        name: "window",
+        about: "first and most recent tokens only (StreamingLLM at original positions)",
+        variant: Variant::Window,
+    },
+    MethodInfo {
+        name: "oracle",
+        about: "top-k of the exact logits (reads every key; the bound for cheaper scorers)",
+        variant: Variant::Oracle,
+    },
+    MethodInfo {
+        name: "sparcas",
+        about: "SparCas on energy-sorted keys: score the leading dimensions, attend to the top tokens (default)",
+        variant: Variant::Sparcas,
+    },
+    MethodInfo {
+        name: "sparcas-int8",
+        about: "the same, scored on an int8 copy of the leading dimensions",
+        variant: Variant::SparcasInt8,
+    },
+    MethodInfo {
+        name: "sparcas-paper",
+        about: "SparCas as published: |q| picks dimensions every 64 steps, compact slice",
+        variant: Variant::SparcasPaper,
+    },
+    MethodInfo {
+        name: "sparcas-recommended",
+        about: "query-chosen rotary pairs weighted by key deviation, adaptive refresh, compact slice",
+        variant: Variant::SparcasRecommended,
+    },
+    MethodInfo {
+        name: "sparcas-groups",
+        about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
+        variant: Variant::SparcasGroups,
+    },
+];
+
+/// A method and the options that override its defaults.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MethodSpec {
+    pub variant: Variant,
+    /// T_b, tokens attended to per KV head. Default: context / 32, at least 512, at most 2048.
+    pub budget: Option<usize>,
+    /// D_b, key dimensions scored. Default: a quarter of the head dimension (SparCas profiles: 32).
+    pub dims: Option<usize>,
+    /// Refresh interval U of query-chosen dimensions; 0 = once.
+    pub update: Option<u32>,
+    /// Adaptive refresh when coverage falls below this share of a fresh choice.
+    pub beta: Option<f32>,
+    pub metric: Option<DimMetric>,
+    /// Dimensions chosen together.
+    pub unit: Option<usize>,
+    pub pool: Option<Pool>,
+    pub sinks: Option<usize>,
+    pub recent: Option<usize>,
+    /// Leading layers that stay dense. Default 2.
+    pub dense_layers: Option<usize>,
+    /// N_min: stay dense up to this many tokens.
+    pub dense_below: Option<usize>,
+}
+
+impl Default for MethodSpec {
+    fn default() -> Self {
+        Variant::Sparcas.into()
+    }
+}
+
+impl From<Variant> for MethodSpec {
+    fn from(variant: Variant) -> Self {
+        MethodSpec {
+            variant,
+            budget: None,
+            dims: None,
+            update: None,
+            beta: None,
+            metric: None,
+            unit: None,
+            pool: None,
+            sinks: None,
+            recent: None,
+            dense_layers: None,
+            dense_below: None,
+        }
+    }
+}
+
+impl std::str::FromStr for MethodSpec {
+    type Err = SelectError;
+    fn from_str(s: &str) -> Result<Self, SelectError> {
+        METHODS.iter().find(|m| m.name == s).map(|m| m.variant.into()).ok_or_else(|| {
+            let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
+            SelectError::UnknownMethod { name: s.into(), known: known.join(", ") }
+        })
+    }
+}
+
+impl MethodSpec {
+    /// Name on the command line.
+    pub fn name(&self) -> &'static str {
+        METHODS.iter().find(|m| m.variant == self.variant).map_or("dense", |m| m.name)
+    }
+
+    /// The plan for a model of `n_layers` layers and `head_dim`, run at up to `context` tokens.
+    ///
+    /// `windows[l]`: the layer's own sliding window; such layers stay as they are.
+    ///
+    /// # Errors
+    /// [`SelectError::BadPlan`] when options do not fit the model.
+    pub fn plan(
+        &self,
+        model: &str,
+        windows: &[Option<usize>],
+        head_dim: usize,
+        context: usize,
+    ) -> Result<Plan, SelectError> {
+        let n_layers = windows.len();
+        let dense_layers = match self.variant {
+            Variant::Dense => n_layers,
+            _ => self.dense_layers.unwrap_or(2),
+        };
+        let layers = (0..n_layers)
+            .map(|l| match windows[l] {
+                None if l >= dense_layers => self.layer(l, n_layers, head_dim, context),
+                _ => LayerPlan::dense(),
+            })
+            .collect();
+        let plan = Plan { method: self.name().into(), model: model.into(), layers };
+        plan.check(model, n_layers, head_dim)?;
+        Ok(plan)
+    }
+
+    fn layer(&self, l: usize, n_layers: usize, head_dim: usize, context: usize) -> LayerPlan {
+        let quarter = (head_dim / 4).next_multiple_of(8).min(head_dim);
+        let paper = self.variant == Variant::SparcasPaper;
+        let (sinks, recent) = match self.variant {
+            Variant::SparcasPaper => (0, 1),
+            Variant::SparcasRecommended => (4, 64),
+            _ => (4, 32),
+        };
+        let mut keep =
+            Keep { sinks: self.sinks.unwrap_or(sinks), recent: self.recent.unwrap_or(recent) };
+        let tokens = self.budget.unwrap_or_else(|| (context / 32).clamp(512, 2048));
+        if self.variant == Variant::Window {
+            // The whole budget is sinks and window, unless a smaller window was asked for.
+            keep.recent = self.recent.unwrap_or(tokens.saturating_sub(keep.sinks));
+        }
+        let budget_tokens = match self.variant {
+            Variant::Window => keep.sinks + keep.recent,
+            _ => tokens,
+        };
+        LayerPlan {
+            role: Role::Select,
+            scorer: self.scorer(l, n_layers, head_dim, quarter),
+            pool: self.pool.unwrap_or(match self.variant {
+                Variant::SparcasPaper => Pool::SumLogit,
+                _ => Pool::MaxSoftmax,
+            }),
+            scale: match self.variant {
+                Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,
+                _ => LogitScale::Coverage,
+            },
+            budget: Budget {
+                tokens: budget_tokens,
+                dense_below: self.dense_below.unwrap_or(if paper { 0 } else { 2048 }),
+            },
+            keep,
+        }
+    }
+
+    fn scorer(&self, l: usize, n_layers: usize, head_dim: usize, quarter: usize) -> Scorer {
+        let query_chosen = |dims, metric, unit, refresh, slice| {
+            let metric = self.metric.unwrap_or(metric);
+            let pair = matches!(metric, DimMetric::PairNorm | DimMetric::PairQk);
+            let unit = self.unit.unwrap_or(if pair && unit == 1 {
+                2
+            } else if !pair && unit == 2 {
+                1
+            } else {
+                unit
+            });
+            // Layers take turns, so that no step rebuilds every slice (sparcas.md 1.8).
+            let refresh = match (self.update, self.beta) {
+                (u, Some(beta)) => Refresh::Adaptive { beta, min: 1, max: u.unwrap_or(64) },
+                (Some(every), None) => Refresh::Every { every, phase: 0 },
+                (None, None) => refresh,
+            };
+            let refresh = match refresh {
+                Refresh::Every { every, .. } => Refresh::Every {
+                    every,
+                    phase: (l as u64 * u64::from(every) / n_layers as u64) as u32,
+                },
+                adaptive => adaptive,
+            };
+            Scorer::Dims { dims: self.dims.unwrap_or(dims), metric, unit, refresh, slice }
+        };
+        let half = 32.min(head_dim);
+        match self.variant {
+            Variant::Dense | Variant::Window => Scorer::None,
+            Variant::Oracle => Scorer::Exact,
+            Variant::Sparcas => Scorer::Sorted { dims: self.dims.unwrap_or(quarter), int8: false },
+            Variant::SparcasInt8 => {
+                Scorer::Sorted { dims: self.dims.unwrap_or(quarter), int8: true }
+            }
+            Variant::SparcasPaper => {
+                let every = Refresh::Every { every: 64, phase: 0 };
+                query_chosen(half, DimMetric::AbsQ, 1, every, true)
+            }
+            Variant::SparcasRecommended => {
+                let adaptive = Refresh::Adaptive { beta: 0.9, min: 1, max: 64 };
+                query_chosen(half, DimMetric::PairQk, 2, adaptive, true)
+            }
+            Variant::SparcasGroups => {
+                let every = Refresh::Every { every: 1, phase: 0 };
+                query_chosen(quarter, DimMetric::PairQk, 8, every, false)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(name: &str) -> Plan {
+        let spec: MethodSpec = name.parse().unwrap();
+        spec.plan("m", &[None; 6], 64, 8192).unwrap()
+    }
+
+    #[test]
+    fn every_method_makes_a_valid_plan_that_survives_json() {
+        for m in METHODS {
+            let p = plan(m.name);
+            let json = serde_json::to_string(&p).unwrap();
+            assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), p, "{}", m.name);
+        }
+    }
+
+    #[test]
+    fn dense_layers_and_sliding_windows_stay_dense() {
+        let spec: MethodSpec = "sparcas".parse().unwrap();
+        let p = spec.plan("m", &[None, None, Some(128), None], 64, 8192).unwrap();
+        let roles: Vec<_> = p.layers.iter().map(|l| l.role).collect();
+        assert_eq!(roles, [Role::Dense, Role::Dense, Role::Dense, Role::Select]);
+    }
+
+    #[test]
+    fn a_budget_smaller_than_the_kept_tokens_is_refused() {
+        let spec = MethodSpec { budget: Some(16), ..Variant::Sparcas.into() };
+        let e = spec.plan("m", &[None; 4], 64, 8192).unwrap_err().to_string();
+        assert!(e.contains("budget of 16"), "{e}");
+    }
+
+    #[test]
+    fn layers_take_turns_at_rebuilding() {
+        let phases: Vec<_> = plan("sparcas-paper")
+            .layers
+            .iter()
+            .filter_map(|l| match l.scorer {
+                Scorer::Dims { refresh: Refresh::Every { phase, .. }, .. } => Some(phase),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(phases, [21, 32, 42, 53]);
+    }
+
+    #[test]
+    fn bytes_follow_the_formula_of_the_spec() {
+        // sparcas.md 1.17: Llama-3.1-8B at 32K, D_b = 32, U = 64, T_b = 1024: 937 MB a step.
+        let spec =
+            MethodSpec { budget: Some(1024), dims: Some(32), ..Variant::SparcasPaper.into() };
+        let p = spec.plan("m", &[None; 32], 128, 32768).unwrap();
+        let mb = p.bytes_read(32768, 8, 128, 2) as f64 / 1e6;
+        assert!((mb - 937.0).abs() < 15.0, "{mb}");
+        let dense = Plan::dense(32).bytes_read(32768, 8, 128, 2) as f64 / 1e6;
+        assert!((dense - 4295.0).abs() < 1.0, "{dense}");
+    }
+}

@@ -1,0 +1,25 @@
+//! What to attend to: plans as data, and the selectors that carry them out.
+//!
+//! A published method is a [`Plan`]: one [`LayerPlan`] per layer. [`Methods`](method::MethodSpec) turn names and
+//! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
+//! tokens, never where they live: pages and tiers belong to `kv`.
+
+mod dims;
+mod error;
+mod method;
+mod oracle;
+mod plan;
+mod selector;
+mod sorted;
+mod window;
+
+pub use dims::DimsSelector;
+pub use error::SelectError;
+pub use method::{METHODS, MethodInfo, MethodSpec, Variant};
+pub use oracle::ExactSelector;
+pub use plan::{Budget, Keep, LayerPlan, Plan, Role, Scorer};
+pub use selector::{
+    LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build, pool_and_pick,
+};
+pub use sorted::SortedSelector;
+pub use window::WindowSelector;

@@ -1,0 +1,207 @@
+//! The selector trait and the steps that all selectors share.
+
+use super::{
+    DimsSelector, ExactSelector, LayerPlan, Role, Scorer, SelectError, SortedSelector,
+    WindowSelector,
+};
+use crate::backend::{
+    Backend, CompactSlice, DType, Force, Int8Keys, KvPool, Pool, PoolScores, Seqs, Tensor, TopK,
+};
+use std::sync::Arc;
+
+/// Fixed sizes of a layer's attention.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerShape {
+    pub layer: usize,
+    pub n_layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Cache dtype.
+    pub kv_dtype: DType,
+    /// Slots of per-sequence state.
+    pub slots: usize,
+    /// Most tokens of a sequence.
+    pub capacity: usize,
+}
+
+/// Score buffers that all layers share.
+#[derive(Debug)]
+pub struct Scratch {
+    /// f32 `[n, rows, stride]`, rows = KV heads, or query heads for per-head selection.
+    pub scores: Tensor,
+    /// f32 `[n, heads, stride]`, per-head logits before a softmax pool.
+    pub head_scores: Option<Tensor>,
+    /// At least every sequence's length; a multiple of 64.
+    pub stride: usize,
+}
+
+/// Where a selection goes: ascending token lists per (sequence, KV head) or (sequence, query head).
+#[derive(Debug)]
+pub struct Selection {
+    /// u32 `[n, rows_per_seq, k]`.
+    pub indices: Tensor,
+    /// u32 `[n, rows_per_seq]`.
+    pub counts: Tensor,
+    pub k: usize,
+    pub rows_per_seq: usize,
+}
+
+/// What a selector may read in a decode step of one layer.
+#[derive(Clone, Copy)]
+pub struct LayerContext<'a> {
+    pub backend: &'a dyn Backend,
+    /// Decoding sequences of the step that this layer treats sparsely.
+    pub seqs: Seqs<'a>,
+    pub cache: KvPool<'a>,
+    pub int8: Option<Int8Keys<'a>>,
+    /// Running key statistics `[slots, kv_heads, key_stats_len(head_dim)]`.
+    pub stats: Option<&'a Tensor>,
+    pub shape: LayerShape,
+    pub scratch: &'a Scratch,
+}
+
+impl std::fmt::Debug for LayerContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LayerContext").field("shape", &self.shape).finish_non_exhaustive()
+    }
+}
+
+/// Chooses tokens for one layer.
+///
+/// Implement it to bring your own method: see `examples/own_method.rs`.
+pub trait Selector: Send {
+    /// Compact slice that must be appended to with every new key.
+    fn slice(&self) -> Option<CompactSlice<'_>> {
+        None
+    }
+
+    /// Records the ops that fill `out` for every sequence of `cx.seqs`.
+    ///
+    /// `q`: act `[rows, heads, head_dim]`, after the rotary embedding. Nothing may be read back to the host.
+    fn select(
+        &mut self,
+        cx: &LayerContext<'_>,
+        q: &Tensor,
+        out: &Selection,
+    ) -> Result<(), SelectError>;
+
+    /// The sequence in `slot` is new or was forked: forget what was known about it.
+    fn reset(&mut self, backend: &dyn Backend, slot: usize) -> Result<(), SelectError> {
+        let _ = (backend, slot);
+        Ok(())
+    }
+}
+
+/// Makes a program's own selectors, one per layer that its plan marks [`Scorer::Custom`].
+pub type SelectorFactory = Arc<
+    dyn Fn(&dyn Backend, &LayerShape, &LayerPlan) -> Result<Box<dyn Selector>, SelectError>
+        + Send
+        + Sync,
+>;
+
+/// Makes the selector of a layer; `None` for dense layers.
+///
+/// # Errors
+/// [`SelectError::BadPlan`] for a custom scorer without a factory, [`SelectError::Backend`] when its state does
+/// not fit the device.
+pub fn build(
+    backend: &dyn Backend,
+    shape: &LayerShape,
+    plan: &LayerPlan,
+    custom: Option<&SelectorFactory>,
+) -> Result<Option<Box<dyn Selector>>, SelectError> {
+    if plan.role == Role::Dense {
+        return Ok(None);
+    }
+    Ok(Some(match &plan.scorer {
+        Scorer::None => Box::new(WindowSelector::new(plan)),
+        Scorer::Exact => Box::new(ExactSelector::new(plan)),
+        Scorer::Sorted { .. } => Box::new(SortedSelector::new(plan)),
+        Scorer::Dims { .. } => Box::new(DimsSelector::new(backend, shape, plan)?),
+        Scorer::Custom { name } => match custom {
+            Some(f) => f(backend, shape, plan)?,
+            None => {
+                return Err(SelectError::BadPlan {
+                    method: name.clone(),
+                    reason: "its selector was not given to the engine".into(),
+                });
+            }
+        },
+    }))
+}
+
+/// The end of every score-based method: pool the heads' logits where the plan says so, force sinks and recent
+/// tokens, take the top-k.
+///
+/// Expects `score_dims` (or a custom scorer) to have written `scratch.scores`, or `scratch.head_scores` for the
+/// softmax pools.
+pub fn pool_and_pick(
+    cx: &LayerContext<'_>,
+    plan: &LayerPlan,
+    out: &Selection,
+) -> Result<(), SelectError> {
+    let s = cx.scratch;
+    if matches!(plan.pool, Pool::MaxSoftmax | Pool::MeanSoftmax) {
+        let heads = s.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
+            method: "pool".into(),
+            reason: "softmax pooling without a per-head score buffer".into(),
+        })?;
+        cx.backend.pool_scores(&PoolScores {
+            scores: heads,
+            out: &s.scores,
+            seqs: cx.seqs,
+            heads: cx.shape.heads,
+            kv_heads: cx.shape.kv_heads,
+            stride: s.stride,
+            pool: plan.pool,
+        })?;
+    }
+    cx.backend.force(&Force {
+        scores: &s.scores,
+        seqs: cx.seqs,
+        rows_per_seq: out.rows_per_seq,
+        stride: s.stride,
+        sinks: plan.keep.sinks,
+        recent: plan.keep.recent,
+    })?;
+    Ok(cx.backend.top_k(&TopK {
+        scores: &s.scores,
+        seqs: cx.seqs,
+        rows_per_seq: out.rows_per_seq,
+        stride: s.stride,
+        k: out.k,
+        indices: &out.indices,
+        counts: &out.counts,
+    })?)
+}
+
+/// The buffer that `score_dims` writes for a plan's pool.
+pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: Pool) -> &'a Tensor {
+    match (pool, &cx.scratch.head_scores) {
+        (Pool::MaxSoftmax | Pool::MeanSoftmax, Some(t)) => t,
+        _ => &cx.scratch.scores,
+    }
+}
+
+/// Scores the keys from `source` and picks tokens: the body of every dimension-pruning selector.
+pub(super) fn score_and_pick(
+    cx: &LayerContext<'_>,
+    plan: &LayerPlan,
+    q: &Tensor,
+    source: crate::backend::ScoreSource<'_>,
+    out: &Selection,
+) -> Result<(), SelectError> {
+    cx.backend.score_dims(&crate::backend::ScoreDims {
+        q,
+        seqs: cx.seqs,
+        cache: cx.cache,
+        source,
+        heads: cx.shape.heads,
+        pool: plan.pool,
+        scale: plan.scale,
+        scores: score_target(cx, plan.pool),
+        stride: cx.scratch.stride,
+    })?;
+    pool_and_pick(cx, plan, out)
+}

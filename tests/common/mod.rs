@@ -1,0 +1,5 @@
+//! Helpers that several test binaries share; each uses only some of them.
+#![allow(dead_code)]
+
+pub mod gguf_file;
+pub mod tiny;

@@ -1,0 +1,270 @@
+//! attend_dense, attend_rows, merge.
+
+use super::batch::{Batch, Cache, Shape};
+use super::rig::{Outcome, Rig};
+use super::{Cases, Types};
+use longsight::backend::reference::{self, Cell, Output};
+use longsight::backend::{AttendDense, AttendRows, DType, Merge, Tensor};
+
+#[derive(Clone, Copy)]
+struct Heads {
+    shape: Shape,
+    group: usize,
+}
+
+const fn heads(d: usize, kv_heads: usize, group: usize, lead: usize) -> Heads {
+    Heads { shape: Shape { kv_heads, d, lead }, group }
+}
+
+const PREFILL: &[(&str, &[(usize, usize)])] = &[
+    ("first", &[(65, 65)]),
+    ("middle", &[(70, 200)]),
+    ("mixed", &[(1, 65), (33, 200), (1, 1), (64, 64)]),
+];
+const DECODE: &[(&str, &[(usize, usize)])] = &[
+    ("one", &[(1, 1)]),
+    ("edges", &[(1, 63), (1, 64), (1, 65)]),
+    ("long", &[(1, 1000), (1, 200), (1, 5000)]),
+];
+
+impl Heads {
+    fn name(&self) -> String {
+        format!("d{}_g{}_lead{}", self.shape.d, self.group, self.shape.lead)
+    }
+}
+
+pub fn cases(c: &mut Cases) {
+    let set = [
+        heads(64, 3, 3, 64),
+        heads(64, 2, 1, 32),
+        heads(128, 2, 4, 32),
+        heads(128, 1, 8, 16),
+        heads(128, 1, 16, 128),
+        heads(96, 2, 3, 96),
+        heads(80, 1, 4, 16),
+    ];
+    for h in set {
+        for (mix, seqs) in PREFILL.iter().chain(DECODE) {
+            for splits in [1, 3, 7] {
+                // Prefill takes one split; the mixed batch must still work with more.
+                let prefill = seqs.iter().any(|s| s.0 > 1);
+                if splits == 7 && (prefill || *mix == "one") || splits == 3 && *mix == "first" {
+                    continue;
+                }
+                let name = format!("{}_{mix}_s{splits}", h.name());
+                let d = Dense { h, window: None, splits, wide: splits > 1 };
+                c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
+            }
+        }
+    }
+    let h = heads(64, 2, 3, 32);
+    for window in [1, 64, 100, 10_000] {
+        for (mix, splits) in [("middle", 1), ("mixed", 1), ("long", 1), ("long", 7)] {
+            let find = |m: &[(&str, &'static [(usize, usize)])]| {
+                m.iter().find(|x| x.0 == mix).map(|x| x.1)
+            };
+            let Some(seqs) = find(PREFILL).or_else(|| find(DECODE)) else { continue };
+            let name = format!("{}_{mix}_window{window}_s{splits}", h.name());
+            let d = Dense { h, window: Some(window), splits, wide: true };
+            c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
+        }
+    }
+    for h in set {
+        for (lists, per_head) in [("kv", false), ("q", true)] {
+            if h.group == 1 && per_head {
+                continue;
+            }
+            for (mix, seqs) in DECODE {
+                for (k, splits) in [(64, 1), (256, 3), (40, 7)] {
+                    let name = format!("{}_{mix}_k{k}_{lists}lists_s{splits}", h.name());
+                    let r = Rows { h, per_head, k, splits };
+                    c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
+                }
+            }
+        }
+    }
+    for (d, heads, splits, wide) in [
+        (64, 9, 1, false),
+        (64, 9, 3, false),
+        (128, 32, 7, true),
+        (96, 4, 16, false),
+        (80, 2, 64, true),
+    ] {
+        let name = format!("d{d}_h{heads}_s{splits}{}", if wide { "_f32" } else { "" });
+        c.add("merge", name, move |rig, t| merge_alone(rig, t, d, heads, splits, wide));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Dense {
+    h: Heads,
+    window: Option<usize>,
+    splits: usize,
+    /// f32 output.
+    wide: bool,
+}
+
+fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome {
+    let Shape { kv_heads, d, .. } = c.h.shape;
+    let heads = kv_heads * c.h.group;
+    let b = Batch::new(rig, seqs)?;
+    let cache = Cache::new(rig, &b, c.h.shape, t.w, |s| s.kv_len)?;
+    let q = b.queries(rig, t.act, heads * d)?;
+    let room = c.splits * b.rows * heads;
+    let out = rig.output(if c.wide { DType::F32 } else { t.act }, room * d)?;
+    let lse = rig.output(DType::F32, room)?;
+    let (seqs, cache) = (b.seqs(), cache.pool());
+    let scale = 1.0 / (d as f32).sqrt();
+    // Without splits lse is optional: one batch in three asks for none.
+    let lse = (c.splits > 1 || b.n() != 3).then_some(&lse);
+    let (window, splits) = (c.window, c.splits);
+    let p = AttendDense { q: &q, seqs, cache, heads, scale, window, splits, out: &out, lse };
+    let outs = match (splits, lse) {
+        (2.., Some(lse)) => partials("attend_dense", &b, &out, lse, [splits, heads, d]),
+        _ => reference::attend_dense(&p, &*rig.dev)?,
+    };
+    rig.check(t.act, &outs, &|dev| dev.attend_dense(&p))?;
+    let Some(lse) = lse.filter(|_| splits > 1) else { return Ok(()) };
+    let whole = merged(rig, t, &b, &out, lse, [splits, heads, d])?;
+    let p = AttendDense { splits: 1, out: &whole.0, lse: Some(&whole.1), ..p };
+    let outs = reference::attend_dense(&p, &*rig.dev)?;
+    rig.expect(t.act, &outs)
+}
+
+#[derive(Clone, Copy)]
+struct Rows {
+    h: Heads,
+    per_head: bool,
+    k: usize,
+    splits: usize,
+}
+
+fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
+    let Shape { kv_heads, d, .. } = c.h.shape;
+    let heads = kv_heads * c.h.group;
+    let b = Batch::new(rig, seqs)?;
+    let cache = Cache::new(rig, &b, c.h.shape, t.w, |s| s.kv_len)?;
+    let q = b.queries(rig, t.act, heads * d)?;
+    let rows_per_seq = if c.per_head { heads } else { kv_heads };
+    let (mut indices, mut counts) = (vec![u32::MAX; b.n() * rows_per_seq * c.k], Vec::new());
+    for (n, s) in b.seqs.iter().enumerate() {
+        for r in 0..rows_per_seq {
+            let mut list = rig.shuffled(s.kv_len);
+            // Full lists, an empty one, one token, some; and indices that are not cached yet.
+            let want = [c.k, 0, 1, c.k / 2 + 1][(n + r) % 4].min(c.k).min(s.kv_len);
+            list.truncate(want);
+            list.sort_unstable();
+            if want < c.k && r % 2 == 0 {
+                list.push(s.kv_len + 3);
+            }
+            let at = (n * rows_per_seq + r) * c.k;
+            indices[at..].iter_mut().zip(&list).for_each(|(i, j)| *i = *j as u32);
+            counts.push(list.len() as u32);
+        }
+    }
+    let (indices, counts) = (rig.words(&indices)?, rig.words(&counts)?);
+    let room = c.splits * b.rows * heads;
+    let out = rig.output(if c.splits > 1 { DType::F32 } else { t.act }, room * d)?;
+    let lse = rig.output(DType::F32, room)?;
+    let p = AttendRows {
+        q: &q,
+        seqs: b.seqs(),
+        cache: cache.pool(),
+        heads,
+        scale: 1.0 / (d as f32).sqrt(),
+        indices: &indices,
+        counts: &counts,
+        k: c.k,
+        rows_per_seq,
+        splits: c.splits,
+        out: &out,
+        lse: Some(&lse),
+    };
+    let outs = match c.splits {
+        1 => reference::attend_rows(&p, &*rig.dev)?,
+        splits => partials("attend_rows", &b, &out, &lse, [splits, heads, d]),
+    };
+    rig.check(t.act, &outs, &|dev| dev.attend_rows(&p))?;
+    if c.splits == 1 {
+        return Ok(());
+    }
+    let whole = merged(rig, t, &b, &out, &lse, [c.splits, heads, d])?;
+    let p = AttendRows { splits: 1, out: &whole.0, lse: Some(&whole.1), ..p };
+    let outs = reference::attend_rows(&p, &*rig.dev)?;
+    rig.expect(t.act, &outs)
+}
+
+/// Which keys a split takes is the backend's choice: partial results must be finite and partial lse not NaN, for
+/// every row of the batch in every split; the merged result is compared.
+fn partials<'a>(
+    op: &'static str,
+    b: &Batch,
+    out: &'a Tensor,
+    lse: &'a Tensor,
+    [splits, heads, d]: [usize; 3],
+) -> Vec<Output<'a>> {
+    let one = |name, tensor: &'a Tensor, width: usize, far: f64| {
+        let mut cells = vec![Cell::Keep; tensor.len()];
+        for split in cells.chunks_exact_mut(b.rows * width).take(splits) {
+            for s in &b.seqs {
+                split[s.q_start * width..(s.q_start + s.q_len) * width].fill(Cell::Near(0.0, far));
+            }
+        }
+        Output { op, name, tensor, cells, exact: false }
+    };
+    vec![one("out", out, heads * d, 1e30), one("lse", lse, heads, f64::INFINITY)]
+}
+
+/// Merges partial results on the device (checked by itself) into f32 `out` and `lse`.
+fn merged(
+    rig: &mut Rig,
+    t: Types,
+    b: &Batch,
+    part: &Tensor,
+    part_lse: &Tensor,
+    [splits, heads, head_dim]: [usize; 3],
+) -> Outcome<(Tensor, Tensor)> {
+    let out = rig.output(DType::F32, b.rows * heads * head_dim)?;
+    let lse = rig.output(DType::F32, b.rows * heads)?;
+    let seqs = b.seqs();
+    let p = Merge { part, part_lse, seqs, splits, heads, head_dim, out: &out, lse: Some(&lse) };
+    let outs = reference::merge(&p, &*rig.dev)?;
+    rig.check(t.act, &outs, &|dev| dev.merge(&p))?;
+    Ok((out, lse))
+}
+
+fn merge_alone(
+    rig: &mut Rig,
+    t: Types,
+    head_dim: usize,
+    heads: usize,
+    splits: usize,
+    wide: bool,
+) -> Outcome {
+    let b = Batch::new(rig, &[(1, 100), (5, 70), (1, 1)])?;
+    let n = splits * b.rows * heads;
+    let (part, mut lse) = (rig.normal(n * head_dim, 1.0), rig.normal(n, 20.0));
+    for (i, l) in lse.iter_mut().enumerate() {
+        // Some splits are empty; for one row all are.
+        let row = i / heads % b.rows;
+        if i % 3 == 0 || row == b.seqs[0].q_start {
+            *l = f64::NEG_INFINITY;
+        }
+    }
+    let part = rig.input(DType::F32, &part)?;
+    let part_lse = rig.input(DType::F32, &lse)?;
+    let out = rig.output(if wide { DType::F32 } else { t.act }, b.rows * heads * head_dim)?;
+    let lse = rig.output(DType::F32, b.rows * heads)?;
+    let p = Merge {
+        part: &part,
+        part_lse: &part_lse,
+        seqs: b.seqs(),
+        splits,
+        heads,
+        head_dim,
+        out: &out,
+        lse: wide.then_some(&lse),
+    };
+    let outs = reference::merge(&p, &*rig.dev)?;
+    rig.check(t.act, &outs, &|dev| dev.merge(&p))
+}

@@ -1,0 +1,335 @@
+//! Arguments that do not fit: every op answers `BadArgument` and touches nothing.
+
+use super::Cases;
+use super::batch::{Batch, Cache, Shape};
+use super::rig::{Outcome, Rig};
+use longsight::backend::*;
+
+pub fn cases(c: &mut Cases) {
+    c.add("embed", "bad_arguments", |rig, _| embed_gather(rig));
+    c.add("linear", "bad_arguments", |rig, _| linear(rig));
+    c.add("rms_norm", "bad_arguments", |rig, _| norm_rope_swiglu(rig));
+    c.add("kv_append", "bad_arguments", |rig, _| kv(rig));
+    c.add("score_dims", "bad_arguments", |rig, _| score(rig));
+    c.add("top_k", "bad_arguments", |rig, _| select(rig));
+    c.add("attend_dense", "bad_arguments", |rig, _| attend(rig));
+    c.add("select_dims", "bad_arguments", |rig, _| dims(rig));
+}
+
+/// `t` without its last element.
+fn short(t: &Tensor) -> Tensor {
+    t.slice(0, t.len() - 1)
+}
+
+fn embed_gather(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let (rows, cols, vocab) = (3, 64, 10);
+    let tokens = rig.words(&[1, 2, 3])?;
+    let table = rig.zeros(DType::F32, vocab * cols)?;
+    let out = rig.output(DType::F32, rows * cols)?;
+    let p = || Embed { tokens: &tokens, table: &table, out: &out, rows, cols, vocab };
+    rig.refuses("tokens as f32", dev.embed(&Embed { tokens: &table, ..p() }))?;
+    rig.refuses("table as u32", dev.embed(&Embed { table: &tokens, ..p() }))?;
+    rig.refuses("short table", dev.embed(&Embed { table: &short(&table), ..p() }))?;
+    rig.refuses("short out", dev.embed(&Embed { out: &short(&out), ..p() }))?;
+    rig.refuses("short tokens", dev.embed(&Embed { tokens: &short(&tokens), ..p() }))?;
+    let (n, x_rows) = (3, vocab);
+    let p = || GatherRows { x: &table, rows: &tokens, out: &out, n, x_rows, cols };
+    rig.refuses("short x", dev.gather_rows(&GatherRows { x: &short(&table), ..p() }))?;
+    rig.refuses("out is x", dev.gather_rows(&GatherRows { out: &table, ..p() }))?;
+    rig.refuses("short out", dev.gather_rows(&GatherRows { out: &short(&out), ..p() }))?;
+    rig.refuses("rows as f32", dev.gather_rows(&GatherRows { rows: &out, ..p() }))
+}
+
+fn linear(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let (rows, inputs, outputs) = (2, 64, 16);
+    let x = rig.zeros(DType::F32, rows * inputs)?;
+    let w = rig.zeros(DType::F32, outputs * inputs)?;
+    let y = rig.output(DType::F32, rows * outputs)?;
+    let bias = rig.zeros(DType::F32, outputs)?;
+    let index = rig.words(&[0; 64])?;
+    let p = || Linear {
+        x: &x,
+        w: &w,
+        bias: Some(&bias),
+        y: &y,
+        rows,
+        inputs,
+        outputs,
+        accumulate: false,
+    };
+    rig.refuses("short x", dev.linear(&Linear { x: &short(&x), ..p() }))?;
+    rig.refuses("short w", dev.linear(&Linear { w: &short(&w), ..p() }))?;
+    rig.refuses("short y", dev.linear(&Linear { y: &short(&y), ..p() }))?;
+    rig.refuses("short bias", dev.linear(&Linear { bias: Some(&short(&bias)), ..p() }))?;
+    rig.refuses("u32 bias", dev.linear(&Linear { bias: Some(&index), ..p() }))?;
+    rig.refuses("u32 x", dev.linear(&Linear { x: &index, rows: 1, ..p() }))?;
+    rig.refuses("inputs not of 8", dev.linear(&Linear { inputs: 60, ..p() }))
+}
+
+fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let (rows, cols) = (2, 64);
+    let x = rig.zeros(DType::F32, 2 * rows * cols)?;
+    let weight = rig.zeros(DType::F32, cols)?;
+    let out = rig.output(DType::F32, rows * cols)?;
+    let positions = rig.words(&[0, 1])?;
+    let p = || RmsNorm { x: &x, weight: &weight, out: &out, rows, cols, eps: 1e-5 };
+    rig.refuses("short weight", dev.rms_norm(&RmsNorm { weight: &short(&weight), ..p() }))?;
+    rig.refuses("short out", dev.rms_norm(&RmsNorm { out: &short(&out), ..p() }))?;
+    rig.refuses("out is x", dev.rms_norm(&RmsNorm { out: &x, ..p() }))?;
+    rig.refuses("x as u32", dev.rms_norm(&RmsNorm { x: &positions, ..p() }))?;
+    let p = || Rope {
+        x: &x,
+        x_stride: 64,
+        positions: &positions,
+        inv_freq: &weight,
+        heads_per_freq: 1,
+        norm: None,
+        out: &out,
+        rows,
+        heads: 1,
+        head_dim: 64,
+    };
+    rig.refuses("stride beyond x", dev.rope(&Rope { x_stride: 200, ..p() }))?;
+    rig.refuses("odd head_dim", dev.rope(&Rope { head_dim: 63, ..p() }))?;
+    rig.refuses("no frequency rows", dev.rope(&Rope { heads_per_freq: 0, ..p() }))?;
+    rig.refuses("short positions", dev.rope(&Rope { positions: &short(&positions), ..p() }))?;
+    rig.refuses("short out", dev.rope(&Rope { out: &short(&out), ..p() }))?;
+    let p = || SwiGlu { x: &x, out: &out, rows, ffn: cols };
+    rig.refuses("short x", dev.swiglu(&SwiGlu { x: &short(&x), ..p() }))?;
+    rig.refuses("short out", dev.swiglu(&SwiGlu { out: &short(&out), ..p() }))
+}
+
+const SHAPE: Shape = Shape { kv_heads: 2, d: 64, lead: 32 };
+
+fn kv(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let c = Cache::new(rig, &b, SHAPE, DType::F32, |s| s.kv_len)?;
+    let k = rig.zeros(DType::F32, b.rows * 128)?;
+    let stats = rig.zeros(DType::F32, b.slots * 2 * key_stats_len(64))?;
+    let data = rig.zeros(DType::I8, b.n_pages * 2 * PAGE * 32)?;
+    let scale = rig.zeros(DType::F32, b.n_pages * 2 * PAGE)?;
+    let dims = rig.words(&vec![0; b.slots * 2 * 16])?;
+    let slice = rig.zeros(DType::F32, b.slots * 2 * 128 * 16)?;
+    let keys = Int8Keys { data: &data, scale: &scale, dims: 32 };
+    let compact =
+        CompactSlice { data: &slice, dims: &dims, n_dims: 16, capacity: 128, slots: b.slots };
+    let p = || KvAppend {
+        k: &k,
+        k_stride: 128,
+        v: &k,
+        v_stride: 128,
+        seqs: b.seqs(),
+        pool: c.pool(),
+        int8: Some(keys),
+        slice: Some(compact),
+    };
+    let pool = |k, v| KvPool { k, v, ..c.pool() };
+    let (cut_k, cut_v) = (short(&c.k), short(&c.v));
+    rig.refuses("short k pool", dev.kv_append(&KvAppend { pool: pool(&cut_k, &c.v), ..p() }))?;
+    rig.refuses("short v pool", dev.kv_append(&KvAppend { pool: pool(&c.k, &cut_v), ..p() }))?;
+    rig.refuses("u32 pool", dev.kv_append(&KvAppend { pool: pool(&dims, &c.v), ..p() }))?;
+    let lead = |lead| KvPool { lead, ..c.pool() };
+    for wrong in [0, 12, 72] {
+        let what = format!("lead {wrong}");
+        rig.refuses(&what, dev.kv_append(&KvAppend { pool: lead(wrong), ..p() }))?;
+        rig.refuses(
+            &what,
+            dev.key_stats(&KeyStats { seqs: b.seqs(), pool: lead(wrong), stats: &stats, slots: 3 }),
+        )?;
+    }
+    rig.refuses("short k", dev.kv_append(&KvAppend { k: &short(&k), ..p() }))?;
+    rig.refuses("stride beyond v", dev.kv_append(&KvAppend { v_stride: 300, ..p() }))?;
+    let int8 = Some(Int8Keys { dims: 12, ..keys });
+    rig.refuses("12 int8 dimensions", dev.kv_append(&KvAppend { int8, ..p() }))?;
+    let int8 = Some(Int8Keys { dims: 40, ..keys });
+    rig.refuses("short int8 keys", dev.kv_append(&KvAppend { int8, ..p() }))?;
+    let slice = Some(CompactSlice { capacity: 129, ..compact });
+    rig.refuses("short slice", dev.kv_append(&KvAppend { slice, ..p() }))?;
+    let meta = short(b.seqs().meta);
+    let seqs = Seqs { meta: &meta, ..b.seqs() };
+    rig.refuses("short meta", dev.kv_append(&KvAppend { seqs, ..p() }))?;
+    let stats = short(&stats);
+    let p = KeyStats { seqs: b.seqs(), pool: c.pool(), stats: &stats, slots: b.slots };
+    rig.refuses("short stats", dev.key_stats(&p))?;
+    let changed = rig.words(&vec![u32::MAX; b.slots * 2 * CHANGED_WORDS])?;
+    let p = || RebuildSlice { seqs: b.seqs(), pool: c.pool(), slice: compact, changed: &changed };
+    rig.refuses(
+        "short mask",
+        dev.rebuild_slice(&RebuildSlice { changed: &short(&changed), ..p() }),
+    )?;
+    let seqs = Seqs { max_kv: 129, ..b.seqs() };
+    rig.refuses("no room for max_kv", dev.rebuild_slice(&RebuildSlice { seqs, ..p() }))
+}
+
+fn score(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let c = Cache::new(rig, &b, SHAPE, DType::F32, |s| s.kv_len)?;
+    let (heads, stride) = (6, b.stride());
+    let q = rig.zeros(DType::F32, b.rows * heads * 64)?;
+    let scores = rig.output(DType::F32, b.n() * 2 * stride)?;
+    let index = rig.words(&[0; 64])?;
+    let p = || ScoreDims {
+        q: &q,
+        seqs: b.seqs(),
+        cache: c.pool(),
+        source: ScoreSource::Lead { n: 32 },
+        heads,
+        pool: Pool::SumLogit,
+        scale: LogitScale::InvSqrtDim,
+        scores: &scores,
+        stride,
+    };
+    for n in [0, 12, 72] {
+        let source = ScoreSource::Lead { n };
+        rig.refuses(&format!("{n} dimensions"), dev.score_dims(&ScoreDims { source, ..p() }))?;
+    }
+    let source = ScoreSource::Gather { dims: &q, n: 8 };
+    rig.refuses("f32 dimension list", dev.score_dims(&ScoreDims { source, ..p() }))?;
+    rig.refuses("too many rows", dev.score_dims(&ScoreDims { pool: Pool::None, ..p() }))?;
+    rig.refuses("stride below max_kv", dev.score_dims(&ScoreDims { stride: 64, ..p() }))?;
+    rig.refuses("odd stride", dev.score_dims(&ScoreDims { stride: stride + 1, ..p() }))?;
+    rig.refuses("heads", dev.score_dims(&ScoreDims { heads: 5, ..p() }))?;
+    rig.refuses("short q", dev.score_dims(&ScoreDims { q: &short(&q), ..p() }))?;
+    rig.refuses("u32 scores", dev.score_dims(&ScoreDims { scores: &index, ..p() }))?;
+    let seqs = Seqs { max_q: 2, ..b.seqs() };
+    rig.refuses("prefill", dev.score_dims(&ScoreDims { seqs, ..p() }))?;
+    let p = || PoolScores {
+        scores: &scores,
+        out: &scores,
+        seqs: b.seqs(),
+        heads: 2,
+        kv_heads: 1,
+        stride,
+        pool: Pool::MaxSoftmax,
+    };
+    rig.refuses("pool of logits", dev.pool_scores(&PoolScores { pool: Pool::SumLogit, ..p() }))?;
+    rig.refuses("no KV heads", dev.pool_scores(&PoolScores { kv_heads: 0, ..p() }))?;
+    rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
+    let (scores, seqs) = (&scores, b.seqs());
+    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0 };
+    rig.refuses("newest token not forced", dev.force(&p))?;
+    rig.refuses("rows", dev.force(&Force { recent: 1, rows_per_seq: 3, ..p }))
+}
+
+fn select(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let (stride, k, rows_per_seq) = (b.stride(), 16, 2);
+    let scores = rig.zeros(DType::F32, b.n() * rows_per_seq * stride)?;
+    let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
+    let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
+    let p = || TopK {
+        scores: &scores,
+        seqs: b.seqs(),
+        rows_per_seq,
+        stride,
+        k,
+        indices: &indices,
+        counts: &counts,
+    };
+    rig.refuses("k of 0", dev.top_k(&TopK { k: 0, ..p() }))?;
+    rig.refuses("k beyond indices", dev.top_k(&TopK { k: 17, ..p() }))?;
+    rig.refuses("short counts", dev.top_k(&TopK { counts: &short(&counts), ..p() }))?;
+    rig.refuses("f32 indices", dev.top_k(&TopK { indices: &scores, ..p() }))?;
+    rig.refuses("u32 scores", dev.top_k(&TopK { scores: &indices, ..p() }))?;
+    rig.refuses("stride", dev.top_k(&TopK { stride: 64, ..p() }))?;
+    rig.refuses("rows", dev.top_k(&TopK { rows_per_seq: 3, ..p() }))
+}
+
+fn attend(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let c = Cache::new(rig, &b, SHAPE, DType::F32, |s| s.kv_len)?;
+    let (heads, n) = (6, b.rows * 6);
+    let q = rig.zeros(DType::F32, n * 64)?;
+    let out = rig.output(DType::F32, n * 64)?;
+    let lse = rig.output(DType::F32, n)?;
+    let index = rig.words(&vec![0; b.n() * heads * 8])?;
+    let p = || AttendDense {
+        q: &q,
+        seqs: b.seqs(),
+        cache: c.pool(),
+        heads,
+        scale: 0.125,
+        window: None,
+        splits: 1,
+        out: &out,
+        lse: Some(&lse),
+    };
+    rig.refuses("empty window", dev.attend_dense(&AttendDense { window: Some(0), ..p() }))?;
+    rig.refuses("no split", dev.attend_dense(&AttendDense { splits: 0, ..p() }))?;
+    rig.refuses("no room for 2 splits", dev.attend_dense(&AttendDense { splits: 2, ..p() }))?;
+    rig.refuses("short lse", dev.attend_dense(&AttendDense { lse: Some(&short(&lse)), ..p() }))?;
+    rig.refuses("short out", dev.attend_dense(&AttendDense { out: &short(&out), ..p() }))?;
+    rig.refuses("u32 q", dev.attend_dense(&AttendDense { q: &index, ..p() }))?;
+    rig.refuses("groups of 17", dev.attend_dense(&AttendDense { heads: 34, ..p() }))?;
+    let two = rig.output(DType::F32, 2 * n * 64)?;
+    let split = AttendDense { splits: 2, out: &two, lse: None, ..p() };
+    rig.refuses("splits without lse", dev.attend_dense(&split))?;
+    let p = || AttendRows {
+        q: &q,
+        seqs: b.seqs(),
+        cache: c.pool(),
+        heads,
+        scale: 0.125,
+        indices: &index,
+        counts: &index,
+        k: 8,
+        rows_per_seq: 6,
+        splits: 1,
+        out: &out,
+        lse: None,
+    };
+    rig.refuses("3 lists", dev.attend_rows(&AttendRows { rows_per_seq: 3, ..p() }))?;
+    rig.refuses("short indices", dev.attend_rows(&AttendRows { k: 9, ..p() }))?;
+    rig.refuses("f32 counts", dev.attend_rows(&AttendRows { counts: &q, ..p() }))?;
+    let seqs = Seqs { max_q: 3, ..b.seqs() };
+    rig.refuses("prefill", dev.attend_rows(&AttendRows { seqs, ..p() }))?;
+    let (part, part_lse, seqs) = (&two, &lse, b.seqs());
+    let (out, lse, head_dim) = (&out, None, 64);
+    let p = Merge { part, part_lse, seqs, splits: 2, heads, head_dim, out, lse };
+    rig.refuses("short part_lse", dev.merge(&p))
+}
+
+fn dims(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let per = b.slots * 2;
+    let q = rig.zeros(DType::F32, b.rows * 6 * 64)?;
+    let list = rig.words(&vec![0; per * 16])?;
+    let state = rig.words(&vec![0; per * DIM_STATE_WORDS])?;
+    let changed = rig.words(&vec![0; per * CHANGED_WORDS])?;
+    let coverage = rig.output(DType::F32, per * 2)?;
+    let p = || SelectDims {
+        q: &q,
+        seqs: b.seqs(),
+        stats: None,
+        dims: &list,
+        state: &state,
+        changed: &changed,
+        coverage: &coverage,
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 64,
+        slots: b.slots,
+        n_dims: 16,
+        unit: 1,
+        metric: DimMetric::AbsQ,
+        refresh: Refresh::Every { every: 1, phase: 0 },
+    };
+    let metric = DimMetric::AbsQk;
+    rig.refuses("no stats", dev.select_dims(&SelectDims { metric, ..p() }))?;
+    let metric = DimMetric::PairNorm;
+    rig.refuses("pairs of 1", dev.select_dims(&SelectDims { metric, ..p() }))?;
+    rig.refuses("unit 3", dev.select_dims(&SelectDims { unit: 3, ..p() }))?;
+    rig.refuses("12 dimensions", dev.select_dims(&SelectDims { n_dims: 12, ..p() }))?;
+    rig.refuses("24 of room for 16", dev.select_dims(&SelectDims { n_dims: 24, ..p() }))?;
+    rig.refuses("slots", dev.select_dims(&SelectDims { slots: b.slots + 1, ..p() }))?;
+    rig.refuses("short state", dev.select_dims(&SelectDims { state: &short(&state), ..p() }))?;
+    rig.refuses("u32 coverage", dev.select_dims(&SelectDims { coverage: &state, ..p() }))
+}

@@ -1,0 +1,78 @@
+//! The cases, one file per op family, and what they run on.
+
+mod attend;
+mod batch;
+mod dense;
+mod dims;
+mod errors;
+mod kv;
+mod memory;
+pub mod oracle;
+pub mod report;
+pub mod rig;
+mod score;
+mod tolerance;
+mod top_k;
+
+use longsight::backend::{Capabilities, DType};
+use rig::{Outcome, Rig};
+
+/// Dtypes of a case: `w` of weights and KV, `act` of activations.
+#[derive(Clone, Copy, Debug)]
+pub struct Types {
+    pub w: DType,
+    pub act: DType,
+}
+
+/// What a case does.
+pub type Body = Box<dyn Fn(&mut Rig) -> Outcome + Send>;
+
+/// One named check of one op.
+pub struct Case {
+    pub op: &'static str,
+    pub name: String,
+    pub dtype: DType,
+    pub body: Body,
+}
+
+/// Cases under construction for one combination of dtypes.
+pub struct Cases {
+    pub types: Types,
+    all: Vec<Case>,
+}
+
+impl Cases {
+    /// Adds a case; its name gets the dtype.
+    pub fn add(
+        &mut self,
+        op: &'static str,
+        name: impl AsRef<str>,
+        body: impl Fn(&mut Rig, Types) -> Outcome + Send + 'static,
+    ) {
+        let types = self.types;
+        let name = format!("{}_{}", name.as_ref(), types.w);
+        let body = Box::new(move |rig: &mut Rig| body(rig, types));
+        self.all.push(Case { op, name, dtype: types.w, body });
+    }
+}
+
+/// All cases for a device.
+pub fn cases(caps: &Capabilities) -> Vec<Case> {
+    let mut all = Vec::new();
+    for w in caps.storage.iter().copied().filter(|d| d.is_float()) {
+        let act = if caps.activations_follow_weights { w } else { DType::F32 };
+        let mut c = Cases { types: Types { w, act }, all: Vec::new() };
+        dense::cases(&mut c);
+        kv::cases(&mut c);
+        dims::cases(&mut c);
+        score::cases(&mut c);
+        attend::cases(&mut c);
+        if w == DType::F32 {
+            memory::cases(&mut c);
+            top_k::cases(&mut c);
+            errors::cases(&mut c);
+        }
+        all.append(&mut c.all);
+    }
+    all
+}

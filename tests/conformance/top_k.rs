@@ -1,0 +1,133 @@
+//! top_k: exact sets, ties, values that may not be chosen.
+
+use super::Cases;
+use super::batch::Batch;
+use super::rig::{Outcome, Rig};
+use longsight::backend::{DType, Force, TopK, reference};
+
+/// Changes the scores of one row.
+type Edit = fn(&mut [f64]);
+
+fn quantise(v: &mut [f64]) {
+    v.iter_mut().for_each(|x| *x = (*x * 2.0).round() / 2.0);
+}
+
+fn equal(v: &mut [f64]) {
+    v.fill(-1.25);
+}
+
+/// Signed zeros are equal: the smaller index wins whatever its sign.
+fn zeros(v: &mut [f64]) {
+    v.iter_mut().enumerate().for_each(|(i, x)| *x = if i % 3 == 0 { 0.0 } else { -0.0 });
+}
+
+fn spoilt(v: &mut [f64]) {
+    for (i, x) in v.iter_mut().enumerate() {
+        match i % 4 {
+            0 => *x = f64::NAN,
+            1 => *x = f64::NEG_INFINITY,
+            // NaN with the sign bit set.
+            2 if i % 8 == 2 => *x = -f64::NAN,
+            _ => {}
+        }
+    }
+}
+
+fn hopeless(v: &mut [f64]) {
+    v.iter_mut().enumerate().for_each(|(i, x)| {
+        *x = if i % 2 == 0 { f64::NAN } else { f64::NEG_INFINITY };
+    });
+}
+
+/// More +infinity than most k: ties among them too.
+fn forced(v: &mut [f64]) {
+    v.iter_mut().enumerate().filter(|(i, _)| i % 5 == 1).for_each(|(_, x)| *x = f64::INFINITY);
+}
+
+/// Values that share their upper 16 or 24 bits, and denormals.
+fn close(v: &mut [f64]) {
+    for (i, x) in v.iter_mut().enumerate() {
+        let bits = (i as u32).wrapping_mul(2_654_435_761) >> 20;
+        *x = f64::from(match i % 3 {
+            0 => f32::from_bits(0x3F80_0000 | bits),
+            1 => -f32::from_bits(0x3F80_0000 | (bits & 0xFF)),
+            _ => f32::from_bits(bits),
+        });
+    }
+}
+
+fn huge(v: &mut [f64]) {
+    v.iter_mut().for_each(|x| *x = f64::from((*x * 3e38) as f32).clamp(-3.4e38, 3.4e38));
+}
+
+fn none(_: &mut [f64]) {}
+
+pub fn cases(c: &mut Cases) {
+    let edges: &[usize] = &[1, 63, 64, 65, 200];
+    let long: &[usize] = &[1000, 5000];
+    let far: &[usize] = &[40_000, 3];
+    for (name, kv, rows, edit) in [
+        ("random", edges, 3, none as Edit),
+        ("random", long, 2, none),
+        ("random", far, 1, none),
+        ("coarse", long, 3, quantise),
+        ("coarse", far, 1, quantise),
+        ("equal", long, 1, equal),
+        ("equal", edges, 2, equal),
+        ("signed_zeros", long, 2, zeros),
+        ("nan_and_minus_inf", long, 2, spoilt),
+        ("nothing_to_choose", edges, 1, hopeless),
+        ("many_forced", long, 2, forced),
+        ("close", long, 2, close),
+        ("huge", long, 1, huge),
+    ] {
+        for k in [1, 8, 64, 256, 2048, 6000] {
+            let longest = kv.iter().max().copied().unwrap_or(0);
+            if k == 2048 && longest < 1000 || k == 6000 && name != "random" {
+                continue;
+            }
+            let name = format!("{name}_kv{longest}_rows{rows}_k{k}");
+            c.add("top_k", name, move |rig, _| top_k(rig, kv, rows, k, edit));
+        }
+    }
+    c.add("top_k", "forced_then_smallest", |rig, _| {
+        let b = Batch::decode(rig, &[300, 64, 5])?;
+        let (stride, rows_per_seq, k) = (b.stride(), 2, 100);
+        let scores = rig.input(DType::F32, &vec![2.5; b.n() * rows_per_seq * stride])?;
+        let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
+        let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
+        let (seqs, scores) = (b.seqs(), &scores);
+        let p = Force { scores, seqs, rows_per_seq, stride, sinks: 4, recent: 16 };
+        let outs = reference::force(&p, &*rig.dev)?;
+        rig.check(DType::F32, &outs, &|dev| dev.force(&p))?;
+        let p = TopK { scores, seqs, rows_per_seq, stride, k, indices: &indices, counts: &counts };
+        let mut outs = reference::top_k(&p, &*rig.dev)?;
+        // Written out once by hand: sinks and the smallest indices, then the recent ones.
+        let want: Vec<f64> = (0..84).chain(284..300).map(f64::from).collect();
+        outs[0].cells[..100].iter_mut().zip(want).for_each(|(c, w)| *c = reference::Cell::Is(w));
+        rig.check(DType::F32, &outs, &|dev| dev.top_k(&p))
+    });
+}
+
+fn top_k(rig: &mut Rig, kv: &[usize], rows: usize, k: usize, edit: Edit) -> Outcome {
+    let b = Batch::decode(rig, kv)?;
+    let stride = b.stride();
+    let mut values = b.scores(rig, rows, 1.0);
+    for (row, v) in values.chunks_exact_mut(stride).enumerate() {
+        edit(&mut v[..b.seqs[row / rows].kv_len]);
+    }
+    let scores = rig.input(DType::F32, &values)?;
+    let indices = rig.output(DType::U32, b.n() * rows * k)?;
+    let counts = rig.output(DType::U32, b.n() * rows)?;
+    let p = TopK {
+        scores: &scores,
+        seqs: b.seqs(),
+        rows_per_seq: rows,
+        stride,
+        k,
+        indices: &indices,
+        counts: &counts,
+    };
+    let outs = reference::top_k(&p, &*rig.dev)?;
+    rig.check(DType::F32, &outs, &|dev| dev.top_k(&p))
+}
