@@ -9,6 +9,8 @@ struct Params {
     window: u32,
     splits: u32,
     scale: f32,
+    // HEAD_DIM, for loops that are not to be unrolled.
+    head_dim: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -49,7 +51,9 @@ fn decode(
     window_start = first_seen(kv_len - 1u);
     let range = split_range(window_start, kv_len, group.x);
     let out_row = (group.x * p.rows + row) * p.heads + head;
-    flash_decode(lane, sequence, row, p.heads, p.kv_heads, head, range.x, range.y, p.scale, out_row);
+    flash_decode(
+        lane, sequence, row, p.heads, p.kv_heads, head, range.x, range.y, p.scale, p.head_dim, out_row,
+    );
 }
 
 // Rows of a block; keys come in pages of 64.
@@ -98,7 +102,7 @@ fn prefill(
     for (var first = range.x; first < range.y; first += PAGE) {
         let tile = (page_of(sequence, first / PAGE) * p.kv_heads + kv_head) * PAGE * HEAD_DIM;
         var s = array<vec4<f32>, 4>();
-        for (var d = 0u; d < HEAD_DIM; d += 4u) {
+        for (var d = 0u; d < p.head_dim; d += 4u) {
             let k0 = k4(tile + k_offset(LEAD, HEAD_DIM, tx, d));
             let k1 = k4(tile + k_offset(LEAD, HEAD_DIM, tx + 16u, d));
             let k2 = k4(tile + k_offset(LEAD, HEAD_DIM, tx + 32u, d));

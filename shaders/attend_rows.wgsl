@@ -9,6 +9,8 @@ struct Params {
     lists: u32,
     splits: u32,
     scale: f32,
+    // HEAD_DIM, for loops that are not to be unrolled.
+    head_dim: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -42,5 +44,7 @@ fn main(
     let first = min(group.x * piece, count);
     let last = min(first + piece, count);
     let out_row = (group.x * p.rows + row) * p.heads + head;
-    flash_decode(lane, sequence, row, p.heads, p.kv_heads, head, first, last, p.scale, out_row);
+    flash_decode(
+        lane, sequence, row, p.heads, p.kv_heads, head, first, last, p.scale, p.head_dim, out_row,
+    );
 }

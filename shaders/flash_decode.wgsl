@@ -24,9 +24,10 @@ var<workgroup> part_max: array<f32, 128>;
 var<workgroup> team_sum: array<vec4<f32>, 64>;
 
 // Logit of the token at `row` of K tile `base`, for each head, into `weight[h * ROUND + slot]`.
-fn write_logits(base: u32, row: u32, slot: u32) {
+// `dims` is HEAD_DIM as a run-time value: drivers would unroll the loop, and compile for seconds.
+fn write_logits(base: u32, row: u32, slot: u32, dims: u32) {
     var acc = array<f32, 16>();
-    for (var i = 0u; i < HEAD_DIM; i += 8u) {
+    for (var i = 0u; i < dims; i += 8u) {
         let at = base + k_offset(LEAD, HEAD_DIM, row, i);
         let a = k4(at);
         let b = k4(at + 4u);
@@ -52,6 +53,7 @@ fn flash_decode(
     first: u32,
     last: u32,
     scale: f32,
+    dims: u32,
     out_row: u32,
 ) {
     let kv_head = head / GROUP;
@@ -88,7 +90,7 @@ fn flash_decode(
             } else {
                 let tile = (page_of(sequence, t / PAGE) * kv_heads + kv_head) * PAGE * HEAD_DIM;
                 v_row[slot] = tile + (t % PAGE) * HEAD_DIM;
-                write_logits(tile, t % PAGE, slot);
+                write_logits(tile, t % PAGE, slot, dims);
             }
         }
         workgroupBarrier();

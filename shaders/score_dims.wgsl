@@ -27,6 +27,9 @@ struct Params {
     int8_dims: u32,
     // Tokens of a slot of the compact slice.
     capacity: u32,
+    // N and HEAD_DIM, for loops that are not to be unrolled.
+    n: u32,
+    head_dim: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -58,10 +61,10 @@ fn logit_scale(base: u32, slot_head: u32) -> f32 {
     }
     var part = 0.0;
     var all = 0.0;
-    for (var i = 0u; i < N; i += 1u) {
+    for (var i = 0u; i < p.n; i += 1u) {
         part += abs(q[base + dim_at(slot_head, i)]);
     }
-    for (var i = 0u; i < HEAD_DIM; i += 1u) {
+    for (var i = 0u; i < p.head_dim; i += 1u) {
         all += abs(q[base + i]);
     }
     // Where the query has nothing on the chosen dimensions every logit is zero.
@@ -190,7 +193,7 @@ fn main(
                 load_queries(q_base, slot_head, c, lane);
                 workgroupBarrier();
             }
-            for (var i = 0u; i < min(CHUNK, N - c); i += 8u) {
+            for (var i = 0u; i < min(CHUNK, p.n - c); i += 8u) {
                 let key = key8(base, lane, slot_head, c + i);
                 for (var r = 0u; r < ROWS; r += 1u) {
                     let at = (r * CHUNK + i) / 4u;

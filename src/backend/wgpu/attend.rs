@@ -71,6 +71,7 @@ pub fn attend_dense(gpu: &Gpu, p: &AttendDense<'_>) -> Result<()> {
             window,
             word(OP, p.splits)?,
             p.scale.to_bits(),
+            word(OP, cache.head_dim)?,
         ],
         grid: if decode {
             grid(OP, [p.splits, p.heads / heads, p.seqs.n])?
@@ -111,6 +112,7 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
             word(OP, p.rows_per_seq)?,
             word(OP, p.splits)?,
             p.scale.to_bits(),
+            word(OP, cache.head_dim)?,
         ],
         grid: grid(OP, [p.splits, p.heads / heads, p.seqs.n])?,
     })

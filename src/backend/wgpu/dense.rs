@@ -13,7 +13,13 @@ use crate::backend::{
 const MATVEC_ROWS: usize = 4;
 
 /// Row ranges of a `[rows, cols]` table, each of which fits into one binding.
-fn row_ranges(gpu: &Gpu, op: &'static str, t: &Tensor, rows: usize, cols: usize) -> Result<Vec<Range<usize>>> {
+fn row_ranges(
+    gpu: &Gpu,
+    op: &'static str,
+    t: &Tensor,
+    rows: usize,
+    cols: usize,
+) -> Result<Vec<Range<usize>>> {
     let row_bytes = cols * t.dtype().bytes();
     let limit = gpu.limits.max_storage_buffer_binding_size as usize;
     if rows == 0 || row_bytes == 0 {
@@ -50,11 +56,7 @@ pub fn embed(gpu: &Gpu, p: &Embed<'_>) -> Result<()> {
         gpu.dispatch(&Dispatch {
             kernel: &pipelines::EMBED,
             constants: &[("DTYPE", dtype_code(p.table.dtype()))],
-            binds: &[
-                Bind::Tensor(p.tokens),
-                rows_of(p.table, &range, p.cols),
-                Bind::Tensor(p.out),
-            ],
+            binds: &[Bind::Tensor(p.tokens), rows_of(p.table, &range, p.cols), Bind::Tensor(p.out)],
             params: &[rows, cols, vocab, word(OP, range.start)?, word(OP, range.len())?],
             grid: flat_grid(OP, (p.rows * p.cols).div_ceil(64))?,
         })?;
@@ -118,13 +120,7 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
                 p.bias.map_or(Bind::Absent, Bind::Tensor),
                 Bind::Tensor(p.y),
             ],
-            params: &[
-                rows,
-                inputs,
-                word(OP, p.outputs)?,
-                word(OP, range.start)?,
-                word(OP, count)?,
-            ],
+            params: &[rows, inputs, word(OP, p.outputs)?, word(OP, range.start)?, word(OP, count)?],
             grid: if p.rows == 0 { [0; 3] } else { groups },
         })?;
     }

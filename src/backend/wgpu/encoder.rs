@@ -75,8 +75,10 @@ pub struct Dispatch<'a> {
 
 /// A size as a u32 kernel parameter or grid dimension.
 pub fn word(op: &'static str, v: usize) -> Result<u32> {
-    u32::try_from(v)
-        .map_err(|_| BackendError::BadArgument { op, reason: format!("{v} does not fit in 32 bits") })
+    u32::try_from(v).map_err(|_| BackendError::BadArgument {
+        op,
+        reason: format!("{v} does not fit in 32 bits"),
+    })
 }
 
 /// A one-dimensional grid folded into two dimensions; kernels undo it with `flat_group`.
@@ -119,7 +121,10 @@ impl Gpu {
             return Err(BackendError::Unsupported {
                 op,
                 backend: "wgpu",
-                what: format!("{} buffers at once, this device binds {storage_buffers}", d.binds.len()),
+                what: format!(
+                    "{} buffers at once, this device binds {storage_buffers}",
+                    d.binds.len()
+                ),
             });
         }
         let pipeline = self.pipelines.get(&self.device, d.kernel, d.constants)?;
@@ -213,7 +218,9 @@ impl Gpu {
         if !start.is_multiple_of(BIND_ALIGN) {
             return Err(BackendError::BadArgument {
                 op,
-                reason: format!("a tensor starts at byte {start}, not at a multiple of {BIND_ALIGN}"),
+                reason: format!(
+                    "a tensor starts at byte {start}, not at a multiple of {BIND_ALIGN}"
+                ),
             });
         }
         // Bindings are whole vec4 words; allocations are padded so that these exist.
@@ -281,10 +288,10 @@ impl Pending {
     }
 
     fn pass(&mut self, device: &wgpu::Device) -> &mut wgpu::ComputePass<'static> {
-        let encoder = self
-            .encoder
-            .get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-        self.pass
-            .get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime())
+        let encoder =
+            self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        self.pass.get_or_insert_with(|| {
+            encoder.begin_compute_pass(&Default::default()).forget_lifetime()
+        })
     }
 }

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use super::encoder::{Bind, Dispatch, Faults, Pending, flat_grid, lock, word};
 use super::pipelines::{self, Pipelines};
-use crate::backend::{Bandwidth, BackendError, DType, DeviceBuffer, Result, Tensor};
+use crate::backend::{
+    BackendError, Bandwidth, DType, DeviceBuffer, Result, Tensor, check_copy, check_host,
+};
 
 /// Allocations are padded to this, so that every binding holds whole vec4 words.
 const PAD: usize = 256;
@@ -60,8 +62,9 @@ impl GpuBuffer {
     }
 }
 
-const STORAGE: wgpu::BufferUsages =
-    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
+const STORAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
+    .union(wgpu::BufferUsages::COPY_SRC)
+    .union(wgpu::BufferUsages::COPY_DST);
 
 impl Gpu {
     /// A zero-filled tensor.
@@ -97,12 +100,7 @@ impl Gpu {
         Ok(b)
     }
 
-    fn create(
-        &self,
-        bytes: u64,
-        usage: wgpu::BufferUsages,
-        what: &str,
-    ) -> Result<wgpu::Buffer> {
+    fn create(&self, bytes: u64, usage: wgpu::BufferUsages, what: &str) -> Result<wgpu::Buffer> {
         let padded = bytes.next_multiple_of(PAD as u64).max(PAD as u64);
         let size = padded.min(self.limits.max_buffer_size / 16 * 16);
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
@@ -115,16 +113,14 @@ impl Gpu {
         match pollster::block_on(scope.pop()) {
             None => Ok(raw),
             // wgpu cannot tell how much is free.
-            Some(_) => {
-                Err(BackendError::OutOfMemory { what: what.into(), need: size, free: 0 })
-            }
+            Some(_) => Err(BackendError::OutOfMemory { what: what.into(), need: size, free: 0 }),
         }
     }
 
     /// Host to device. Copies are whole words; partial words at the ends are read back first.
     pub fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
         const OP: &str = "upload";
-        check_len(OP, dst, bytes.len())?;
+        check_host(OP, dst, bytes.len())?;
         self.fault()?;
         if bytes.is_empty() {
             return Ok(());
@@ -161,7 +157,7 @@ impl Gpu {
     /// Device to host, after everything recorded.
     pub fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
         const OP: &str = "download";
-        check_len(OP, src, out.len())?;
+        check_host(OP, src, out.len())?;
         self.fault()?;
         let buffer = &GpuBuffer::of(OP, src)?.raw;
         let start = src.byte_offset();
@@ -213,9 +209,7 @@ impl Gpu {
     /// Device to device.
     pub fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
         const OP: &str = "copy";
-        if src.dtype() != dst.dtype() || src.len() != dst.len() {
-            return Err(BackendError::BadArgument { op: OP, reason: format!("{src:?} to {dst:?}") });
-        }
+        check_copy(src, dst)?;
         self.fault()?;
         let (from, to) = (&GpuBuffer::of(OP, src)?.raw, &GpuBuffer::of(OP, dst)?.raw);
         let (a, b, n) = (src.byte_offset(), dst.byte_offset(), src.bytes());
@@ -323,11 +317,4 @@ impl Gpu {
 
 fn driver(reason: String) -> BackendError {
     BackendError::Driver { backend: "wgpu", reason }
-}
-
-fn check_len(op: &'static str, t: &Tensor, bytes: usize) -> Result<()> {
-    if t.bytes() == bytes {
-        return Ok(());
-    }
-    Err(BackendError::BadArgument { op, reason: format!("{bytes} host bytes for {t:?}") })
 }

@@ -56,14 +56,13 @@ impl WgpuBackend {
         };
         let info = chosen.get_info();
         let caps = capabilities(&chosen);
-        let (device, queue) =
-            pollster::block_on(chosen.request_device(&wgpu::DeviceDescriptor {
-                label: Some("longsight"),
-                required_features: wgpu::Features::empty(),
-                required_limits: chosen.limits(),
-                ..Default::default()
-            }))
-            .map_err(|e| unavailable(format!("{} gave no device: {e}", info.name)))?;
+        let (device, queue) = pollster::block_on(chosen.request_device(&wgpu::DeviceDescriptor {
+            label: Some("longsight"),
+            required_features: wgpu::Features::empty(),
+            required_limits: chosen.limits(),
+            ..Default::default()
+        }))
+        .map_err(|e| unavailable(format!("{} gave no device: {e}", info.name)))?;
         let faults = catch_faults(&device);
         let small = |label, size, usage| {
             device.create_buffer(&wgpu::BufferDescriptor {
@@ -259,3 +258,7 @@ impl Backend for WgpuBackend {
         attend::merge(&self.gpu, p)
     }
 }
+
+#[cfg(test)]
+#[path = "tests/device.rs"]
+mod tests;

@@ -110,12 +110,8 @@ pub static SCORE_DIMS: Kernel = kernel(
 );
 pub static POOL_PARTIALS: Kernel =
     kernel("pool_scores", "partials", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write)]);
-pub static POOL_SCORES: Kernel = kernel(
-    "pool_scores",
-    "pool",
-    POOL_SCORES_SRC,
-    &[(1, Read), (2, Read), (3, Write), (4, Write)],
-);
+pub static POOL_SCORES: Kernel =
+    kernel("pool_scores", "pool", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static TOP_K: Kernel =
     kernel("top_k", "main", TOP_K_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
@@ -148,14 +144,9 @@ pub static ATTEND_ROWS_LSE: Kernel = kernel(
         (9, Read),
     ],
 );
-pub static MERGE: Kernel = kernel(
-    "merge",
-    "main",
-    MERGE_SRC,
-    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)],
-);
-pub static BANDWIDTH: Kernel =
-    kernel("bandwidth", "main", BANDWIDTH_SRC, &[(1, Read), (2, Write)]);
+pub static MERGE: Kernel =
+    kernel("merge", "main", MERGE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)]);
+pub static BANDWIDTH: Kernel = kernel("bandwidth", "main", BANDWIDTH_SRC, &[(1, Read), (2, Write)]);
 
 /// Values of a kernel's `override` constants.
 pub type Constants<'a> = &'a [(&'static str, u32)];

@@ -4,8 +4,8 @@ use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, DimMetric, Force, LogitScale, PAGE, Pool, PoolScores, Refresh, Result,
-    ScoreDims, ScoreSource, SelectDims, TopK,
+    BackendError, DimMetric, Force, LogitScale, PAGE, Pool, PoolScores, Refresh, Result, ScoreDims,
+    ScoreSource, SelectDims, TopK,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -125,11 +125,10 @@ pub fn score_dims(gpu: &Gpu, p: &ScoreDims<'_>) -> Result<()> {
             word(OP, slots)?,
             word(OP, int8_dims)?,
             word(OP, capacity)?,
+            word(OP, n)?,
+            word(OP, cache.head_dim)?,
         ],
-        grid: grid(
-            OP,
-            [p.seqs.max_kv.div_ceil(PAGE).min(MAX_GROUPS), cache.kv_heads, p.seqs.n],
-        )?,
+        grid: grid(OP, [p.seqs.max_kv.div_ceil(PAGE).min(MAX_GROUPS), cache.kv_heads, p.seqs.n])?,
     })
 }
 
@@ -146,10 +145,7 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     }
     let chunks = p.seqs.max_kv.div_ceil(POOL_CHUNK);
     let parts = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
-    let constants = [
-        ("GROUP", word(OP, group)?),
-        ("MEAN", u32::from(p.pool == Pool::MeanSoftmax)),
-    ];
+    let constants = [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool == Pool::MeanSoftmax))];
     let params =
         [word(OP, p.heads)?, word(OP, p.kv_heads)?, word(OP, p.stride)?, word(OP, chunks)?];
     let (meta, scores) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.scores));
@@ -184,10 +180,7 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
             word(OP, sinks)?,
             word(OP, recent)?,
         ],
-        grid: grid(
-            OP,
-            [(sinks + recent).div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n],
-        )?,
+        grid: grid(OP, [(sinks + recent).div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
     })
 }
 
