@@ -7,13 +7,15 @@
 
 mod caps;
 pub mod cpu;
-// pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod open;
 pub mod ops;
 pub mod reference;
 mod tensor;
-// pub mod wgpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 pub use caps::{Bandwidth, Capabilities, Topology};
 pub use error::{BackendError, Result};

@@ -67,9 +67,8 @@ fn cpu() -> Result<Arc<dyn Backend>> {
 }
 
 #[cfg(feature = "wgpu")]
-fn wgpu(_adapter: Option<&str>) -> Result<Arc<dyn Backend>> {
-    // Ok(Arc::new(super::wgpu::WgpuBackend::open(adapter)?))
-    Err(missing("wgpu"))
+fn wgpu(adapter: Option<&str>) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(super::wgpu::WgpuBackend::open(adapter)?))
 }
 
 #[cfg(not(feature = "wgpu"))]
@@ -78,9 +77,8 @@ fn wgpu(_: Option<&str>) -> Result<Arc<dyn Backend>> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(_ordinal: usize) -> Result<Arc<dyn Backend>> {
-    // Ok(Arc::new(super::cuda::CudaBackend::open(ordinal)?))
-    Err(missing("cuda"))
+fn cuda(ordinal: usize) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(super::cuda::CudaBackend::open(ordinal)?))
 }
 
 #[cfg(not(feature = "cuda"))]
