@@ -5,8 +5,8 @@ use super::inputs::{KvSet, Rig, sets_for, words};
 use super::run::Case;
 use super::{KernelBench, Op};
 use crate::backend::{
-    CompactSlice, DType, Int8Keys, LogitScale, PAGE, Pool, Result, ScoreDims, ScoreSource, Tensor,
-    reference,
+    Backend, CompactSlice, DType, Int8Keys, LogitScale, PAGE, Pool, Result, ScoreDims, ScoreSource,
+    Tensor, reference,
 };
 use crate::bench::random::Values;
 
