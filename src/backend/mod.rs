@@ -14,7 +14,8 @@ mod open;
 pub mod ops;
 pub mod reference;
 mod tensor;
-// pub mod wgpu;
+#[cfg(feature = "wgpu")]
+pub mod wgpu;
 
 pub use caps::{Bandwidth, Capabilities, Topology};
 pub use error::{BackendError, Result};

@@ -67,9 +67,8 @@ fn cpu() -> Result<Arc<dyn Backend>> {
 }
 
 #[cfg(feature = "wgpu")]
-fn wgpu(_adapter: Option<&str>) -> Result<Arc<dyn Backend>> {
-    // Ok(Arc::new(super::wgpu::WgpuBackend::open(adapter)?))
-    Err(missing("wgpu"))
+fn wgpu(adapter: Option<&str>) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(super::wgpu::WgpuBackend::open(adapter)?))
 }
 
 #[cfg(not(feature = "wgpu"))]

@@ -84,8 +84,9 @@ pub fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
     let it = values.iter();
     match dtype {
         DType::F32 => it.flat_map(|v| (*v as f32).to_le_bytes()).collect(),
-        DType::F16 => it.flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
-        DType::BF16 => it.flat_map(|v| bf16::from_f64(*v).to_le_bytes()).collect(),
+        // Through f32: from_f64 of the half crate drops the low half of the mantissa before it rounds.
+        DType::F16 => it.flat_map(|v| f16::from_f32(*v as f32).to_le_bytes()).collect(),
+        DType::BF16 => it.flat_map(|v| bf16::from_f32(*v as f32).to_le_bytes()).collect(),
         DType::I8 => it.map(|v| v.round_ties_even() as i8 as u8).collect(),
         DType::U32 => it.flat_map(|v| (*v as u32).to_le_bytes()).collect(),
     }

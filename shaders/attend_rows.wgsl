@@ -1,0 +1,50 @@
+// Decode attention over listed tokens; workgroups of (split, heads of one list, sequence).
+
+struct Params {
+    rows: u32,
+    heads: u32,
+    kv_heads: u32,
+    // Room of one list, and lists per sequence.
+    k: u32,
+    lists: u32,
+    splits: u32,
+    scale: f32,
+    // HEAD_DIM, for loops that are not to be unrolled.
+    head_dim: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(8) var<storage, read> indices: array<u32>;
+@group(0) @binding(9) var<storage, read> counts: array<u32>;
+
+var<private> list_base: u32;
+var<private> list_tokens: u32;
+
+fn token_at(i: u32) -> u32 {
+    let t = indices[list_base + i];
+    return select(NO_TOKEN, t, t < list_tokens);
+}
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let sequence = group.z;
+    if record(sequence, META_Q_LEN) == 0u {
+        return;
+    }
+    let head = group.y * HEADS;
+    let list = sequence * p.lists + head / (p.heads / p.lists);
+    let row = record(sequence, META_Q_START);
+    list_base = list * p.k;
+    list_tokens = record(sequence, META_KV_LEN);
+    let count = min(counts[list], p.k);
+    let piece = (count + p.splits - 1u) / p.splits;
+    let first = min(group.x * piece, count);
+    let last = min(first + piece, count);
+    let out_row = (group.x * p.rows + row) * p.heads + head;
+    flash_decode(
+        lane, sequence, row, p.heads, p.kv_heads, head, first, last, p.scale, p.head_dim, out_row,
+    );
+}

@@ -1,0 +1,96 @@
+// Pools per-query-head logits over a GQA group after a softmax per head, in the log domain. `partials` leaves
+// (largest, sum of exponentials) of every chunk of CHUNK tokens in `parts`; `pool` joins them and writes.
+
+// Query heads per KV head.
+override GROUP: u32 = 1u;
+// Mean of the probabilities instead of the largest.
+override MEAN: bool = false;
+
+// Tokens of one partial log-sum-exp.
+const CHUNK: u32 = 4096u;
+
+struct Params {
+    heads: u32,
+    kv_heads: u32,
+    stride: u32,
+    // Chunks of a row in `parts`.
+    chunks: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> sequences: array<u32>;
+@group(0) @binding(2) var<storage, read> scores: array<f32>;
+@group(0) @binding(3) var<storage, read_write> parts: array<vec2<f32>>;
+@group(0) @binding(4) var<storage, read_write> out: array<u32>;
+
+// Joins two (largest, sum) pairs.
+fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
+    let m = max(a.x, b.x);
+    return vec2<f32>(m, a.y * exp(a.x - m) + b.y * exp(b.x - m));
+}
+
+var<workgroup> lane_part: array<vec2<f32>, 64>;
+
+@compute @workgroup_size(64)
+fn partials(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let kv_len = sequences[group.z * META_WORDS + META_KV_LEN];
+    let row = group.z * p.heads + group.y;
+    let first = group.x * CHUNK;
+    let last = min(first + CHUNK, kv_len);
+    var part = vec2<f32>(LOWEST, 0.0);
+    for (var t = first + lane; t < last; t += 64u) {
+        let s = scores[row * p.stride + t];
+        if s > part.x {
+            part = vec2<f32>(s, part.y * exp(part.x - s) + 1.0);
+        } else if s > LOWEST {
+            part.y += exp(s - part.x);
+        }
+    }
+    lane_part[lane] = part;
+    workgroupBarrier();
+    if lane == 0u {
+        for (var i = 1u; i < 64u; i += 1u) {
+            part = join(part, lane_part[i]);
+        }
+        parts[row * p.chunks + group.x] = part;
+    }
+}
+
+var<workgroup> head_lse: array<f32, 16>;
+
+@compute @workgroup_size(64)
+fn pool(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let kv_len = sequences[group.z * META_WORDS + META_KV_LEN];
+    let head0 = group.z * p.heads + group.y * GROUP;
+    if lane < GROUP {
+        var part = vec2<f32>(LOWEST, 0.0);
+        for (var c = 0u; c * CHUNK < kv_len; c += 1u) {
+            part = join(part, parts[(head0 + lane) * p.chunks + c]);
+        }
+        // A head whose scores are all -infinity leaves them as they are.
+        head_lse[lane] = select(0.0, part.x + log(part.y), part.y > 0.0);
+    }
+    workgroupBarrier();
+    let base = (group.z * p.kv_heads + group.y) * p.stride;
+    for (var t = group.x * 64u + lane; t < kv_len; t += groups.x * 64u) {
+        var largest = LOWEST;
+        for (var h = 0u; h < GROUP; h += 1u) {
+            largest = max(largest, scores[(head0 + h) * p.stride + t] - head_lse[h]);
+        }
+        if MEAN && largest > LOWEST {
+            var sum = 0.0;
+            for (var h = 0u; h < GROUP; h += 1u) {
+                sum += exp(scores[(head0 + h) * p.stride + t] - head_lse[h] - largest);
+            }
+            largest += log(sum);
+        }
+        out[base + t] = select(MINUS_INF, bitcast<u32>(largest), largest > LOWEST);
+    }
+}

@@ -1,0 +1,146 @@
+// The k largest scores of a row as ascending indices: radix select over the ordered u32 image of f32, eight
+// bits a pass, then an ordered compaction by prefix sums. One workgroup per row; no result depends on timing.
+
+struct Params {
+    rows_per_seq: u32,
+    stride: u32,
+    k: u32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> sequences: array<u32>;
+@group(0) @binding(2) var<storage, read> scores: array<u32>;
+@group(0) @binding(3) var<storage, read_write> indices: array<u32>;
+@group(0) @binding(4) var<storage, read_write> counts: array<u32>;
+
+var<workgroup> histogram: array<atomic<u32>, 256>;
+var<workgroup> sums: array<u32, 16>;
+// Bits of the threshold found so far, and how many are still to be taken among equal prefixes.
+var<workgroup> prefix: u32;
+var<workgroup> wanted: u32;
+var<workgroup> above: array<u32, 256>;
+var<workgroup> equal: array<u32, 256>;
+var<workgroup> above_sums: array<u32, 16>;
+var<workgroup> equal_sums: array<u32, 16>;
+
+// Order-preserving image; 0 for NaN and -infinity, which are never chosen.
+fn image(bits: u32) -> u32 {
+    if (bits & 0x7fffffffu) > PLUS_INF || bits == MINUS_INF {
+        return 0u;
+    }
+    if bits == 0x80000000u {
+        return 0x80000000u;
+    }
+    return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
+}
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let sequence = group.y;
+    let row = sequence * p.rows_per_seq + group.x;
+    let kv_len = sequences[sequence * META_WORDS + META_KV_LEN];
+    let base = row * p.stride;
+    if lane == 0u {
+        prefix = 0u;
+        wanted = p.k;
+    }
+    for (var shift = 24i; shift >= 0i; shift -= 8i) {
+        atomicStore(&histogram[lane], 0u);
+        workgroupBarrier();
+        // Bits above the digit; a shift by 32 is undefined.
+        let high = select(0xffffffffu << (u32(shift) + 8u), 0u, shift == 24i);
+        let chosen = prefix;
+        for (var t = lane; t < kv_len; t += 256u) {
+            let key = image(scores[base + t]);
+            if key != 0u && (key & high) == chosen {
+                atomicAdd(&histogram[(key >> u32(shift)) & 255u], 1u);
+            }
+        }
+        workgroupBarrier();
+        if lane < 16u {
+            var sum = 0u;
+            for (var i = 0u; i < 16u; i += 1u) {
+                sum += atomicLoad(&histogram[lane * 16u + i]);
+            }
+            sums[lane] = sum;
+        }
+        workgroupBarrier();
+        if lane == 0u {
+            // The digit where the count from the top reaches `wanted`; digit 0 where it never does.
+            var left = wanted;
+            var part = 15i;
+            for (; part > 0i && sums[part] < left; part -= 1i) {
+                left -= sums[part];
+            }
+            var digit = part * 16i + 15i;
+            for (; digit > part * 16i; digit -= 1i) {
+                let n = atomicLoad(&histogram[digit]);
+                if n >= left {
+                    break;
+                }
+                left -= n;
+            }
+            wanted = left;
+            prefix = chosen | (u32(digit) << u32(shift));
+        }
+        workgroupBarrier();
+    }
+    // Fewer candidates than k: the search ends at 0, which no candidate has.
+    let threshold = prefix;
+    let ties = select(wanted, 0u, threshold == 0u);
+
+    // Each thread owns a contiguous piece, so that its output is contiguous too.
+    let piece = (kv_len + 255u) / 256u;
+    let first = min(lane * piece, kv_len);
+    let last = min(first + piece, kv_len);
+    var n_above = 0u;
+    var n_equal = 0u;
+    for (var t = first; t < last; t += 1u) {
+        let key = image(scores[base + t]);
+        n_above += select(0u, 1u, key > threshold);
+        n_equal += select(0u, 1u, key == threshold);
+    }
+    above[lane] = n_above;
+    equal[lane] = n_equal;
+    workgroupBarrier();
+    if lane < 16u {
+        var a = 0u;
+        var e = 0u;
+        for (var i = 0u; i < 16u; i += 1u) {
+            a += above[lane * 16u + i];
+            e += equal[lane * 16u + i];
+        }
+        above_sums[lane] = a;
+        equal_sums[lane] = e;
+    }
+    workgroupBarrier();
+    var a = 0u;
+    var e = 0u;
+    for (var i = 0u; i < lane / 16u; i += 1u) {
+        a += above_sums[i];
+        e += equal_sums[i];
+    }
+    for (var i = lane & ~15u; i < lane; i += 1u) {
+        a += above[i];
+        e += equal[i];
+    }
+    for (var t = first; t < last; t += 1u) {
+        let key = image(scores[base + t]);
+        if key > threshold {
+            indices[row * p.k + a + min(e, ties)] = t;
+            a += 1u;
+        } else if key == threshold {
+            if e < ties {
+                indices[row * p.k + a + e] = t;
+            }
+            e += 1u;
+        }
+    }
+    if lane == 255u {
+        counts[row] = a + min(e, ties);
+    }
+}

@@ -1,0 +1,109 @@
+//! The ops that write the KV cache and its summaries: kv_append, key_stats, rebuild_slice.
+
+use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, loose_offset, word};
+use super::memory::Gpu;
+use super::{acts_are_f32, dtype_code, pipelines};
+use crate::backend::{KeyStats, KvAppend, PAGE, RebuildSlice, Result};
+
+pub fn kv_append(gpu: &Gpu, p: &KvAppend<'_>) -> Result<()> {
+    const OP: &str = "kv_append";
+    p.check()?;
+    acts_are_f32(OP, &[p.k, p.v])?;
+    let pool = &p.pool;
+    let params = [
+        word(OP, p.k_stride)?,
+        word(OP, p.v_stride)?,
+        word(OP, loose_offset(p.k))?,
+        word(OP, loose_offset(p.v))?,
+        word(OP, pool.kv_heads)?,
+        word(OP, pool.head_dim)?,
+        word(OP, pool.lead)?,
+        word(OP, pool.n_pages)?,
+        word(OP, p.int8.map_or(0, |q| q.dims))?,
+        word(OP, p.slice.map_or(0, |s| s.n_dims))?,
+        word(OP, p.slice.map_or(0, |s| s.capacity))?,
+        word(OP, p.slice.map_or(0, |s| s.slots))?,
+    ];
+    let constants = [("DTYPE", dtype_code(pool.k.dtype()))];
+    // The kernels walk on where a sequence has more rows than the grid.
+    let grid = grid(OP, [p.seqs.max_q.min(MAX_GROUPS), pool.kv_heads, p.seqs.n])?;
+    let (k, meta, pages) =
+        (Bind::Loose(p.k), Bind::Tensor(p.seqs.meta), Bind::Tensor(p.seqs.pages));
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::KV_APPEND,
+        constants: &constants,
+        binds: &[k, Bind::Loose(p.v), meta, pages, Bind::Tensor(pool.k), Bind::Tensor(pool.v)],
+        params: &params,
+        grid,
+    })?;
+    if let Some(q) = &p.int8 {
+        gpu.dispatch(&Dispatch {
+            kernel: &pipelines::KV_APPEND_INT8,
+            constants: &constants,
+            binds: &[k, meta, pages, Bind::Tensor(q.data), Bind::Tensor(q.scale)],
+            params: &params,
+            grid,
+        })?;
+    }
+    if let Some(s) = &p.slice {
+        gpu.dispatch(&Dispatch {
+            kernel: &pipelines::KV_APPEND_SLICE,
+            constants: &constants,
+            binds: &[k, meta, Bind::Tensor(s.data), Bind::Tensor(s.dims)],
+            params: &params,
+            grid,
+        })?;
+    }
+    Ok(())
+}
+
+pub fn key_stats(gpu: &Gpu, p: &KeyStats<'_>) -> Result<()> {
+    const OP: &str = "key_stats";
+    p.check()?;
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::KEY_STATS,
+        constants: &[("DTYPE", dtype_code(p.pool.k.dtype()))],
+        binds: &[
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(p.pool.k),
+            Bind::Tensor(p.stats),
+        ],
+        params: &[
+            word(OP, p.pool.kv_heads)?,
+            word(OP, p.pool.head_dim)?,
+            word(OP, p.pool.lead)?,
+            word(OP, p.pool.n_pages)?,
+            word(OP, p.slots)?,
+        ],
+        grid: grid(OP, [p.pool.kv_heads, p.seqs.n, 1])?,
+    })
+}
+
+pub fn rebuild_slice(gpu: &Gpu, p: &RebuildSlice<'_>) -> Result<()> {
+    const OP: &str = "rebuild_slice";
+    p.check()?;
+    let page_groups = p.seqs.max_kv.div_ceil(PAGE).min(MAX_GROUPS);
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::REBUILD_SLICE,
+        constants: &[("DTYPE", dtype_code(p.pool.k.dtype()))],
+        binds: &[
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(p.pool.k),
+            Bind::Tensor(p.slice.dims),
+            Bind::Tensor(p.changed),
+            Bind::Tensor(p.slice.data),
+        ],
+        params: &[
+            word(OP, p.pool.kv_heads)?,
+            word(OP, p.pool.head_dim)?,
+            word(OP, p.pool.lead)?,
+            word(OP, p.pool.n_pages)?,
+            word(OP, p.slice.n_dims)?,
+            word(OP, p.slice.capacity)?,
+            word(OP, p.slice.slots)?,
+        ],
+        grid: grid(OP, [page_groups, p.pool.kv_heads, p.seqs.n])?,
+    })
+}

@@ -1,0 +1,273 @@
+//! The shaders, their binding tables and the cache of compiled pipelines.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
+use super::encoder::lock;
+use crate::backend::{BackendError, Result};
+
+/// How a shader uses a storage binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    Read,
+    Write,
+}
+use Access::{Read, Write};
+
+/// One entry point of a shader file: `shaders/<op>.wgsl`, compiled with `parts` in front of it.
+///
+/// Binding 0 of every kernel is its uniform parameter block; `bindings` lists the storage bindings.
+#[derive(Debug)]
+pub struct Kernel {
+    pub op: &'static str,
+    pub entry: &'static str,
+    parts: &'static [&'static str],
+    pub bindings: &'static [(u32, Access)],
+}
+
+const COMMON: &str = include_str!("../../../shaders/common.wgsl");
+const ATTEND_BUFFERS: &str = include_str!("../../../shaders/attend_buffers.wgsl");
+const FLASH_DECODE: &str = include_str!("../../../shaders/flash_decode.wgsl");
+
+const EMBED_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/embed.wgsl")];
+const GATHER_ROWS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/gather_rows.wgsl")];
+const RMS_NORM_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rms_norm.wgsl")];
+const LINEAR_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/linear.wgsl")];
+const ROPE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rope.wgsl")];
+const SWIGLU_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/swiglu.wgsl")];
+const KV_APPEND_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_append.wgsl")];
+const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stats.wgsl")];
+const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
+const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
+const SCORE_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/score_dims.wgsl")];
+const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
+const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
+const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
+const ATTEND_DENSE_SRC: &[&str] =
+    &[COMMON, ATTEND_BUFFERS, FLASH_DECODE, include_str!("../../../shaders/attend_dense.wgsl")];
+const ATTEND_ROWS_SRC: &[&str] =
+    &[COMMON, ATTEND_BUFFERS, FLASH_DECODE, include_str!("../../../shaders/attend_rows.wgsl")];
+const MERGE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/merge.wgsl")];
+const BANDWIDTH_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/bandwidth.wgsl")];
+
+const fn kernel(
+    op: &'static str,
+    entry: &'static str,
+    parts: &'static [&'static str],
+    bindings: &'static [(u32, Access)],
+) -> Kernel {
+    Kernel { op, entry, parts, bindings }
+}
+
+pub static EMBED: Kernel = kernel("embed", "main", EMBED_SRC, &[(1, Read), (2, Read), (3, Write)]);
+pub static GATHER_ROWS: Kernel =
+    kernel("gather_rows", "main", GATHER_ROWS_SRC, &[(1, Read), (2, Read), (3, Write)]);
+pub static RMS_NORM: Kernel =
+    kernel("rms_norm", "main", RMS_NORM_SRC, &[(1, Read), (2, Read), (3, Write)]);
+const LINEAR_BINDINGS: &[(u32, Access)] = &[(1, Read), (2, Read), (3, Read), (4, Write)];
+pub static MATVEC: Kernel = kernel("linear", "matvec", LINEAR_SRC, LINEAR_BINDINGS);
+pub static MATMUL: Kernel = kernel("linear", "matmul", LINEAR_SRC, LINEAR_BINDINGS);
+pub static ROPE: Kernel =
+    kernel("rope", "main", ROPE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)]);
+pub static SWIGLU: Kernel = kernel("swiglu", "main", SWIGLU_SRC, &[(1, Read), (2, Write)]);
+pub static KV_APPEND: Kernel = kernel(
+    "kv_append",
+    "pages_main",
+    KV_APPEND_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write), (6, Write)],
+);
+pub static KV_APPEND_INT8: Kernel = kernel(
+    "kv_append",
+    "int8_main",
+    KV_APPEND_SRC,
+    &[(1, Read), (3, Read), (4, Read), (7, Write), (8, Write)],
+);
+pub static KV_APPEND_SLICE: Kernel = kernel(
+    "kv_append",
+    "slice_main",
+    KV_APPEND_SRC,
+    &[(1, Read), (3, Read), (9, Write), (10, Read)],
+);
+pub static KEY_STATS: Kernel =
+    kernel("key_stats", "main", KEY_STATS_SRC, &[(1, Read), (2, Read), (3, Read), (4, Write)]);
+pub static SELECT_DIMS: Kernel = kernel(
+    "select_dims",
+    "main",
+    SELECT_DIMS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write), (6, Write), (7, Write)],
+);
+pub static REBUILD_SLICE: Kernel = kernel(
+    "rebuild_slice",
+    "main",
+    REBUILD_SLICE_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write)],
+);
+pub static SCORE_DIMS: Kernel = kernel(
+    "score_dims",
+    "main",
+    SCORE_DIMS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Read), (7, Write)],
+);
+pub static POOL_PARTIALS: Kernel =
+    kernel("pool_scores", "partials", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write)]);
+pub static POOL_SCORES: Kernel =
+    kernel("pool_scores", "pool", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
+pub static TOP_K: Kernel =
+    kernel("top_k", "main", TOP_K_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+// Without `lse` (binding 7) every kernel stays within the eight storage buffers that any device has.
+const ATTEND_DENSE_BINDINGS: &[(u32, Access)] =
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write), (7, Write)];
+pub static ATTEND_DECODE: Kernel =
+    kernel("attend_dense", "decode", ATTEND_DENSE_SRC, ATTEND_DENSE_BINDINGS);
+pub static ATTEND_PREFILL: Kernel =
+    kernel("attend_dense", "prefill", ATTEND_DENSE_SRC, ATTEND_DENSE_BINDINGS);
+pub static ATTEND_ROWS: Kernel = kernel(
+    "attend_rows",
+    "main",
+    ATTEND_ROWS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write), (8, Read), (9, Read)],
+);
+pub static ATTEND_ROWS_LSE: Kernel = kernel(
+    "attend_rows",
+    "main",
+    ATTEND_ROWS_SRC,
+    &[
+        (1, Read),
+        (2, Read),
+        (3, Read),
+        (4, Read),
+        (5, Read),
+        (6, Write),
+        (7, Write),
+        (8, Read),
+        (9, Read),
+    ],
+);
+pub static MERGE: Kernel =
+    kernel("merge", "main", MERGE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)]);
+pub static BANDWIDTH: Kernel = kernel("bandwidth", "main", BANDWIDTH_SRC, &[(1, Read), (2, Write)]);
+
+/// Values of a kernel's `override` constants.
+pub type Constants<'a> = &'a [(&'static str, u32)];
+
+/// A compiled kernel with the layout of its bindings.
+#[derive(Debug, Clone)]
+pub struct Pipeline {
+    pub raw: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+type PipelineKey = (&'static str, &'static str, usize, Vec<(&'static str, u32)>);
+
+/// Compiled modules and pipelines, made at first use.
+#[derive(Debug, Default)]
+pub struct Pipelines {
+    modules: Mutex<HashMap<&'static str, wgpu::ShaderModule>>,
+    pipelines: Mutex<HashMap<PipelineKey, Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    /// The pipeline of `kernel` with these constants.
+    pub fn get(
+        &self,
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        constants: Constants<'_>,
+    ) -> Result<Arc<Pipeline>> {
+        let key = (kernel.op, kernel.entry, kernel.bindings.len(), constants.to_vec());
+        if let Some(p) = lock(&self.pipelines).get(&key) {
+            return Ok(p.clone());
+        }
+        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let pipeline = Arc::new(self.compile(device, kernel, constants));
+        let internal = pollster::block_on(internal.pop());
+        let invalid = pollster::block_on(scope.pop());
+        if let Some(e) = internal.or(invalid) {
+            return Err(BackendError::Compile {
+                backend: "wgpu",
+                kernel: format!("{}.wgsl ({})", kernel.op, kernel.entry),
+                reason: e.to_string(),
+            });
+        }
+        lock(&self.pipelines).insert(key, pipeline.clone());
+        Ok(pipeline)
+    }
+
+    fn compile(
+        &self,
+        device: &wgpu::Device,
+        kernel: &Kernel,
+        constants: Constants<'_>,
+    ) -> Pipeline {
+        let module = lock(&self.modules)
+            .entry(kernel.op)
+            .or_insert_with(|| create_module(device, kernel))
+            .clone();
+        let mut entries = vec![wgpu::BindGroupLayoutEntry {
+            binding: 0,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Uniform,
+                has_dynamic_offset: true,
+                min_binding_size: None,
+            },
+            count: None,
+        }];
+        entries.extend(kernel.bindings.iter().map(|&(binding, access)| {
+            let read_only = access == Access::Read;
+            wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty: wgpu::BindingType::Buffer {
+                    ty: wgpu::BufferBindingType::Storage { read_only },
+                    has_dynamic_offset: false,
+                    min_binding_size: None,
+                },
+                count: None,
+            }
+        }));
+        let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor {
+            label: Some(kernel.op),
+            entries: &entries,
+        });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(kernel.op),
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let values: Vec<(&str, f64)> = constants.iter().map(|&(n, v)| (n, f64::from(v))).collect();
+        let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(kernel.op),
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some(kernel.entry),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &values,
+                // Every kernel writes its workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: None,
+        });
+        Pipeline { raw, layout }
+    }
+}
+
+fn create_module(device: &wgpu::Device, kernel: &Kernel) -> wgpu::ShaderModule {
+    let descriptor = wgpu::ShaderModuleDescriptor {
+        label: Some(kernel.op),
+        source: wgpu::ShaderSource::Wgsl(kernel.parts.concat().into()),
+    };
+    // Bounds and divisions stay checked; only the counters that wgpu adds to every loop are left out.
+    let checks = wgpu::ShaderRuntimeChecks {
+        force_loop_bounding: false,
+        ..wgpu::ShaderRuntimeChecks::checked()
+    };
+    // SAFETY: every loop of the shaders counts up to a bound (a length, a constant), so none is endless.
+    unsafe { device.create_shader_module_trusted(descriptor, checks) }
+}
+
+#[cfg(test)]
+#[path = "tests/shaders.rs"]
+mod tests;
