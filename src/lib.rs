@@ -10,6 +10,7 @@ pub mod backend;
 pub mod bench;
 pub mod cli;
 pub mod engine;
+pub mod eval;
 pub mod kv;
 pub mod model;
 pub mod select;

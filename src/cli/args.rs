@@ -3,7 +3,7 @@
 use super::ui;
 use crate::backend::{DType, DimMetric, Pool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Sampling};
-use crate::select::{METHODS, MethodSpec, Plan};
+use crate::select::{METHODS, MethodSpec, Plan, parse_name};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -82,13 +82,13 @@ pub struct MethodOptions {
     #[arg(long, value_name = "SHARE")]
     pub beta: Option<f32>,
     /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
-    #[arg(long, value_parser = parse_serde::<DimMetric>, value_name = "METRIC")]
+    #[arg(long, value_parser = parse_name::<DimMetric>, value_name = "METRIC")]
     pub metric: Option<DimMetric>,
     /// Dimensions chosen together: 1, 2, 8 or 16
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none
-    #[arg(long, value_parser = parse_serde::<Pool>, value_name = "POOL")]
+    #[arg(long, value_parser = parse_name::<Pool>, value_name = "POOL")]
     pub pool: Option<Pool>,
     /// First tokens that are always attended to
     #[arg(long, value_name = "TOKENS")]
@@ -102,11 +102,6 @@ pub struct MethodOptions {
     /// Stay dense up to this many tokens [default: 2048; sparcas-paper: 0]
     #[arg(long, value_name = "TOKENS")]
     pub dense_below: Option<usize>,
-}
-
-fn parse_serde<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
-    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
-        .map_err(|e| e.to_string())
 }
 
 impl MethodOptions {

@@ -4,6 +4,7 @@ mod args;
 mod bench;
 mod chat;
 mod devices;
+mod eval;
 mod interrupt;
 mod output;
 mod plan;
@@ -22,6 +23,7 @@ Examples:
   longsight chat -m path/to/model.gguf --device wgpu
   longsight devices
   longsight plan --method sparcas --budget 1024
+  longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]
@@ -43,6 +45,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure prefill and decode speed, dense and sparse; `bench kernels` measures single ops
     Bench(bench::BenchArgs),
+    /// Measure what sparsity costs: prose, copying, pass keys, every method against dense
+    Eval(eval::EvalArgs),
 }
 
 /// Parses the command line and runs it. Errors go to stderr as one sentence with their causes.
@@ -53,6 +57,7 @@ pub fn main() -> ExitCode {
         Command::Chat(a) => chat::chat(a),
         Command::Devices(a) => devices::devices(a),
         Command::Plan(a) => plan::plan(a),
+        Command::Eval(a) => eval::eval(a),
         Command::Bench(a) => bench::bench(a),
     };
     match result {

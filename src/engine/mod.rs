@@ -28,7 +28,7 @@ pub use builder::{EngineBuilder, Progress};
 pub use error::EngineError;
 pub use generate::Generation;
 pub use request::{Event, Finish, Piece, Prompt, Request, Stats};
-pub use sampling::{Sampler, Sampling};
+pub use sampling::{Sampler, Sampling, greedy};
 pub use scheduler::Scheduler;
 pub use sequences::{Engine, SeqId, WantLogits, Work};
 pub use stop::StopFilter;

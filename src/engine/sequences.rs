@@ -383,6 +383,25 @@ impl Engine {
         Ok(out)
     }
 
+    /// The `n` most likely tokens after a prompt, one by one; the model's own end tokens do not end it.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn greedy_tokens(&mut self, prompt: &[u32], n: usize) -> Result<Vec<u32>, EngineError> {
+        let seq = self.open_sequence()?;
+        let mut out = Vec::with_capacity(n);
+        let first = |_: usize, l: &[f32]| out.push(super::greedy(l));
+        let result = self.prefill(seq, prompt, WantLogits::Last, first, |_| true).and_then(|()| {
+            while out.len() < n {
+                let last = *out.last().ok_or(EngineError::EmptyPrompt)?;
+                out.push(super::greedy(&self.decode(seq, last)?));
+            }
+            Ok(())
+        });
+        self.close(seq);
+        result.map(|()| out)
+    }
+
     pub(super) fn too_long(&self, tokens: usize, kept: usize) -> EngineError {
         let most = self.decoder.config().max_context;
         EngineError::ContextTooLong {

@@ -124,15 +124,61 @@ impl From<Variant> for MethodSpec {
 
 impl std::str::FromStr for MethodSpec {
     type Err = SelectError;
+
+    /// A method's name, with options where wanted: `sparcas:dims=16:budget=256`.
     fn from_str(s: &str) -> Result<Self, SelectError> {
-        METHODS.iter().find(|m| m.name == s).map(|m| m.variant.into()).ok_or_else(|| {
+        let mut parts = s.split(':');
+        let name = parts.next().unwrap_or_default();
+        let Some(info) = METHODS.iter().find(|m| m.name == name) else {
             let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
-            SelectError::UnknownMethod { name: s.into(), known: known.join(", ") }
-        })
+            return Err(SelectError::UnknownMethod { name: name.into(), known: known.join(", ") });
+        };
+        let mut spec: MethodSpec = info.variant.into();
+        for part in parts {
+            let set = part.split_once('=').is_some_and(|(key, value)| spec.set(key, value));
+            if !set {
+                return Err(SelectError::BadPlan {
+                    method: name.into(),
+                    reason: format!("{part:?} is no option; write key=value with one of {OPTIONS}"),
+                });
+            }
+        }
+        Ok(spec)
     }
 }
 
+const OPTIONS: &str = "budget, dims, update, beta, metric, unit, pool, sinks, recent, dense-layers, \
+                       dense-below";
+
+/// A value of an enum by its name in plans; dashes may stand for underscores.
+pub fn parse_name<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
+        .map_err(|e| e.to_string())
+}
+
 impl MethodSpec {
+    /// Sets one option by name; false when there is no such option or the value is none.
+    fn set(&mut self, key: &str, value: &str) -> bool {
+        fn to<T>(slot: &mut Option<T>, value: Option<T>) -> bool {
+            *slot = value;
+            slot.is_some()
+        }
+        match key {
+            "budget" => to(&mut self.budget, value.parse().ok()),
+            "dims" => to(&mut self.dims, value.parse().ok()),
+            "update" => to(&mut self.update, value.parse().ok()),
+            "beta" => to(&mut self.beta, value.parse().ok()),
+            "metric" => to(&mut self.metric, parse_name(value).ok()),
+            "unit" => to(&mut self.unit, value.parse().ok()),
+            "pool" => to(&mut self.pool, parse_name(value).ok()),
+            "sinks" => to(&mut self.sinks, value.parse().ok()),
+            "recent" => to(&mut self.recent, value.parse().ok()),
+            "dense-layers" => to(&mut self.dense_layers, value.parse().ok()),
+            "dense-below" => to(&mut self.dense_below, value.parse().ok()),
+            _ => false,
+        }
+    }
+
     /// Name on the command line.
     pub fn name(&self) -> &'static str {
         METHODS.iter().find(|m| m.variant == self.variant).map_or("dense", |m| m.name)
@@ -280,6 +326,18 @@ mod tests {
         let p = spec.plan("m", &[None, None, Some(128), None], 64, 8192).unwrap();
         let roles: Vec<_> = p.layers.iter().map(|l| l.role).collect();
         assert_eq!(roles, [Role::Dense, Role::Dense, Role::Dense, Role::Select]);
+    }
+
+    #[test]
+    fn options_in_the_name_are_read_and_checked() {
+        let spec: MethodSpec = "sparcas-paper:dims=16:metric=pair-qk:update=8".parse().unwrap();
+        assert_eq!(
+            (spec.dims, spec.update, spec.metric),
+            (Some(16), Some(8), Some(DimMetric::PairQk))
+        );
+        for bad in ["sparcas:dims", "sparcas:dims=x", "sparcas:size=3", "sparc"] {
+            assert!(bad.parse::<MethodSpec>().is_err(), "{bad}");
+        }
     }
 
     #[test]

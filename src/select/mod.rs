@@ -15,7 +15,7 @@ mod window;
 
 pub use dims::DimsSelector;
 pub use error::SelectError;
-pub use method::{METHODS, MethodInfo, MethodSpec, Variant};
+pub use method::{METHODS, MethodInfo, MethodSpec, Variant, parse_name};
 pub use oracle::ExactSelector;
 pub use plan::{Budget, Keep, LayerPlan, Plan, Role, Scorer};
 pub use selector::{

@@ -1,0 +1,11 @@
+//! What sparsity costs in quality: the same tokens decoded with every method from one shared prefill.
+//!
+//! Selection only happens while decoding, so a sample names the token from which it is fed one by one; what
+//! comes before is prefilled densely, once, and every method continues a fork of it. Differences to dense are
+//! paired, token by token.
+
+mod runner;
+mod samples;
+
+pub use runner::{Difference, Row, evaluate};
+pub use samples::{DEPTHS, Sample, SampleError, continuation, copy, key_sequence, passkey};

@@ -1,0 +1,157 @@
+//! Runs samples through methods.
+
+use super::Sample;
+use crate::engine::{AuditConfig, AuditSummary, Engine, EngineError, WantLogits};
+use crate::select::Plan;
+use serde::Serialize;
+
+/// Paired difference to dense, mean and standard error over the scored tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Difference {
+    pub mean: f64,
+    pub error: f64,
+}
+
+impl Difference {
+    /// Of `a - b`, pair by pair.
+    pub fn paired(a: &[f32], b: &[f32]) -> Self {
+        let d: Vec<f64> = a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
+        let n = d.len().max(1) as f64;
+        let mean = d.iter().sum::<f64>() / n;
+        let var = d.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        Difference { mean, error: (var / n).sqrt() }
+    }
+}
+
+/// One sample under one method.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    pub sample: String,
+    /// Method with its options, as given.
+    pub method: String,
+    /// Mean NLL of the scored tokens in nats.
+    pub nll: f64,
+    /// To the dense run of the same sample.
+    pub nll_difference: Difference,
+    /// Share of scored tokens that were the most likely one.
+    pub top1: f64,
+    /// Every scored token was the most likely one: greedy decoding would have written them all.
+    pub exact: bool,
+    /// NLL per scored token.
+    pub nlls: Vec<f32>,
+    /// KV bytes that the last decode step read under the plan.
+    pub kv_bytes: u64,
+    /// Seconds of the decode steps.
+    pub seconds: f64,
+    pub audit: AuditSummary,
+}
+
+/// NLL of `target` in nats and whether it has the largest logit.
+fn score(logits: &[f32], target: u32) -> (f32, bool) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    let own = logits.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
+    let nll = sum.ln() + f64::from(max) - f64::from(own);
+    (nll as f32, crate::engine::greedy(logits) == target)
+}
+
+/// Decodes every sample with every plan, dense first. The engine needs two sequences and a cache that was built
+/// for all plans.
+///
+/// `audit`: measure the selections of every sparse layer in every n-th step. `progress` gets (decode steps
+/// done, all) and answers whether to go on; `each` gets finished rows.
+///
+/// # Errors
+/// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
+pub fn evaluate(
+    engine: &mut Engine,
+    samples: &[Sample],
+    plans: &[(String, Plan)],
+    audit: Option<usize>,
+    mut progress: impl FnMut(u64, u64) -> bool,
+    mut each: impl FnMut(&Row),
+) -> Result<Vec<Row>, EngineError> {
+    let layers = engine.plan().layers.len();
+    let dense = ("dense".to_string(), Plan::dense(layers));
+    let others = plans.iter().filter(|(_, p)| p.method != "dense");
+    let plans: Vec<&(String, Plan)> = std::iter::once(&dense).chain(others).collect();
+    let steps = |s: &Sample| s.tokens.len() - s.decode_from;
+    let all: u64 = samples.iter().map(|s| (s.decode_from + plans.len() * steps(s)) as u64).sum();
+    let mut done = 0;
+    let mut rows = Vec::with_capacity(samples.len() * plans.len());
+    for sample in samples {
+        engine.set_audit(None);
+        engine.set_plan(dense.1.clone())?;
+        let base = engine.open_sequence()?;
+        let before = done;
+        engine.prefill(
+            base,
+            &sample.tokens[..sample.decode_from],
+            WantLogits::None,
+            |_, _| (),
+            |n| progress(before + n as u64, all),
+        )?;
+        done += sample.decode_from as u64;
+        let mut reference: Option<Vec<f32>> = None;
+        for (name, plan) in &plans {
+            engine.set_plan(plan.clone())?;
+            engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
+            let seq = engine.fork(base)?;
+            let start = std::time::Instant::now();
+            let (mut nlls, mut hits) = (Vec::new(), 0);
+            for t in sample.decode_from..sample.tokens.len() - 1 {
+                let logits = engine.decode(seq, sample.tokens[t])?;
+                if t + 1 >= sample.score_from {
+                    let (nll, hit) = score(&logits, sample.tokens[t + 1]);
+                    nlls.push(nll);
+                    hits += usize::from(hit);
+                }
+                done += 1;
+                if !progress(done, all) {
+                    return Err(EngineError::Interrupted);
+                }
+            }
+            done += 1;
+            let tokens = engine.cached(seq)?;
+            engine.close(seq);
+            let n = nlls.len().max(1) as f64;
+            let row = Row {
+                sample: sample.name.clone(),
+                method: name.clone(),
+                nll: nlls.iter().map(|&x| f64::from(x)).sum::<f64>() / n,
+                nll_difference: Difference::paired(&nlls, reference.as_ref().unwrap_or(&nlls)),
+                top1: hits as f64 / n,
+                exact: hits == nlls.len(),
+                kv_bytes: engine.bytes_read(tokens),
+                seconds: start.elapsed().as_secs_f64(),
+                audit: AuditSummary::new(&engine.take_audits()),
+                nlls,
+            };
+            reference.get_or_insert_with(|| row.nlls.clone());
+            each(&row);
+            rows.push(row);
+        }
+        engine.close(base);
+    }
+    Ok(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_log_probabilities() {
+        let (nll, hit) = score(&[0.0, 3f32.ln()], 1);
+        assert!((nll - (4f32 / 3.0).ln()).abs() < 1e-6 && hit);
+        assert!(!score(&[1.0, 0.0], 1).1);
+    }
+
+    #[test]
+    fn differences_are_paired() {
+        let d = Difference::paired(&[1.0, 2.0, 3.0], &[0.5, 1.5, 2.5]);
+        assert_eq!((d.mean, d.error), (0.5, 0.0));
+        let d = Difference::paired(&[1.0, 3.0], &[1.0, 1.0]);
+        assert!((d.error - 1.0).abs() < 1e-12);
+    }
+}

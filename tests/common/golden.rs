@@ -1,0 +1,81 @@
+//! The recorded reference of SmolLM2 and engines to compare with it.
+
+use longsight::backend::{DType, open_all};
+use longsight::engine::Engine;
+use safetensors::SafeTensors;
+use std::path::PathBuf;
+
+/// `tests/data/reference_smollm2.*`.
+pub struct Reference {
+    tensors: Vec<u8>,
+    json: serde_json::Value,
+}
+
+fn data(name: &str) -> PathBuf {
+    // A test binary carried to another machine runs in the root of a checkout there.
+    let here = PathBuf::from("tests/data").join(name);
+    if here.exists() { here } else { PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(here) }
+}
+
+impl Reference {
+    pub fn load() -> Self {
+        let read = |n: &str| std::fs::read(data(n)).unwrap_or_else(|e| panic!("{n}: {e}"));
+        Reference {
+            tensors: read("reference_smollm2.safetensors"),
+            json: serde_json::from_slice(&read("reference_smollm2.json")).unwrap(),
+        }
+    }
+
+    fn bytes(&self, name: &str) -> Vec<[u8; 4]> {
+        let all = SafeTensors::deserialize(&self.tensors).unwrap();
+        let t = all.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+        t.data().chunks_exact(4).map(|c| [c[0], c[1], c[2], c[3]]).collect()
+    }
+
+    pub fn u32(&self, name: &str) -> Vec<u32> {
+        self.bytes(name).into_iter().map(u32::from_le_bytes).collect()
+    }
+
+    pub fn f32(&self, name: &str) -> Vec<f32> {
+        self.bytes(name).into_iter().map(f32::from_le_bytes).collect()
+    }
+
+    pub fn nll_mean(&self) -> f64 {
+        self.json["emma"]["nll_mean"].as_f64().unwrap()
+    }
+
+    /// Mean over the predictions of the first `n` tokens (n - 1 of them).
+    pub fn nll_mean_of(&self, n: usize) -> f64 {
+        let nll = self.f32("emma.nll");
+        nll[..n - 1].iter().map(|&x| f64::from(x)).sum::<f64>() / (n - 1) as f64
+    }
+}
+
+/// Backends of this machine: (name, is a software renderer). `LONGSIGHT_BACKENDS` restricts them.
+pub fn backends() -> Vec<(String, bool)> {
+    let only = std::env::var("LONGSIGHT_BACKENDS").ok();
+    open_all()
+        .into_iter()
+        .filter(|(name, _)| only.as_ref().is_none_or(|o| o.split(',').any(|n| n == name)))
+        .filter_map(|(name, b)| match b {
+            Ok(b) => Some((name, longsight::backend::is_software(b.caps()))),
+            Err(e) => {
+                println!("{name} is not compared: {e}");
+                None
+            }
+        })
+        .collect()
+}
+
+/// The demo model (or `LONGSIGHT_TEST_MODEL`), dense, on a device.
+pub fn engine(device: &str, dtype: DType, context: usize, sorted: bool) -> Engine {
+    let model = std::env::var("LONGSIGHT_TEST_MODEL").unwrap_or_else(|_| "smollm2".into());
+    Engine::builder()
+        .model(model)
+        .device(device)
+        .dtype(dtype)
+        .context(context)
+        .calibrate(sorted)
+        .build()
+        .unwrap_or_else(|e| panic!("{device} {dtype}: {e}"))
+}
