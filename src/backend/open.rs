@@ -86,6 +86,7 @@ fn cuda(_: usize) -> Result<Arc<dyn Backend>> {
     Err(missing("cuda"))
 }
 
+#[cfg(any(not(feature = "wgpu"), not(feature = "cuda")))]
 fn missing(backend: &'static str) -> BackendError {
     BackendError::Unavailable {
         backend,
