@@ -7,7 +7,8 @@
 
 mod caps;
 pub mod cpu;
-// pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 mod open;
 pub mod ops;

@@ -77,9 +77,8 @@ fn wgpu(_: Option<&str>) -> Result<Arc<dyn Backend>> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda(_ordinal: usize) -> Result<Arc<dyn Backend>> {
-    // Ok(Arc::new(super::cuda::CudaBackend::open(ordinal)?))
-    Err(missing("cuda"))
+fn cuda(ordinal: usize) -> Result<Arc<dyn Backend>> {
+    Ok(Arc::new(super::cuda::CudaBackend::open(ordinal)?))
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -37,9 +37,4 @@ impl Interrupt {
     pub fn disarm(&self) {
         self.armed.store(false, Ordering::SeqCst);
     }
-
-    /// Ctrl-C was pressed since the last [`Interrupt::arm`].
-    pub fn pressed(&self) -> bool {
-        self.cancel.load(Ordering::SeqCst)
-    }
 }

@@ -1,11 +1,14 @@
 //! The command line: parses, shows, measures; no tensor code.
 
 mod args;
+mod bench;
 mod chat;
 mod devices;
 mod interrupt;
+mod output;
 mod plan;
 mod run;
+mod table;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -18,7 +21,8 @@ Examples:
   longsight run -f book.txt --ask \"Who is the heroine?\" --method dense
   longsight chat -m path/to/model.gguf --device wgpu
   longsight devices
-  longsight plan --method sparcas --budget 1024";
+  longsight plan --method sparcas --budget 1024
+  longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]
 #[command(version, about, after_help = EXAMPLES, max_term_width = 110)]
@@ -37,6 +41,8 @@ enum Command {
     Devices(devices::DevicesArgs),
     /// Print (or save) what a method does in each layer, and the bytes it reads
     Plan(plan::PlanArgs),
+    /// Measure prefill and decode speed, dense and sparse; `bench kernels` measures single ops
+    Bench(bench::BenchArgs),
 }
 
 /// Parses the command line and runs it. Errors go to stderr as one sentence with their causes.
@@ -47,6 +53,7 @@ pub fn main() -> ExitCode {
         Command::Chat(a) => chat::chat(a),
         Command::Devices(a) => devices::devices(a),
         Command::Plan(a) => plan::plan(a),
+        Command::Bench(a) => bench::bench(a),
     };
     match result {
         Ok(code) => code,

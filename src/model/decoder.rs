@@ -70,6 +70,11 @@ impl Decoder {
         &self.backend
     }
 
+    /// Dtype of the weights on the device.
+    pub fn weight_dtype(&self) -> DType {
+        self.weights.embed.dtype()
+    }
+
     /// Limits it was allocated for.
     pub fn limits(&self) -> DecoderLimits {
         self.limits

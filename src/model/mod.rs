@@ -9,6 +9,7 @@ mod decoder;
 pub mod error;
 pub mod fetch;
 pub mod gguf;
+mod gguf_cursor;
 mod key_order;
 mod load;
 pub mod mapped;

@@ -111,7 +111,7 @@ impl Tokenizer {
     /// As [`Tokenizer::for_checkpoint`].
     pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
         let (json, extras) = tokenizer_gguf::describe(gguf)?;
-        let inner = serde_json::from_value(json).map_err(|e: serde_json::Error| {
+        let inner = tokenizers::Tokenizer::from_bytes(json.to_string()).map_err(|e| {
             ModelError::Tokenizer { path: gguf.path().to_owned(), what: e.to_string() }
         })?;
         Self::build(gguf.path(), inner, extras)

@@ -190,7 +190,8 @@ impl MethodSpec {
             role: Role::Select,
             scorer: self.scorer(l, n_layers, head_dim, quarter),
             pool: self.pool.unwrap_or(match self.variant {
-                Variant::SparcasPaper => Pool::SumLogit,
+                // The window has no scores to pool.
+                Variant::SparcasPaper | Variant::Window => Pool::SumLogit,
                 _ => Pool::MaxSoftmax,
             }),
             scale: match self.variant {

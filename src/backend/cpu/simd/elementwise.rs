@@ -39,25 +39,27 @@ unsafe fn put<V: Vector>(v: V, to: &mut [f32], i: usize) {
     }
 }
 
-/// `sum f(x)` over the vectors of `x` with four partial sums; the tail is padded with `pad`.
-#[inline(always)]
-unsafe fn reduce<V: Vector>(x: &[f32], pad: f32, f: impl Fn(V, V) -> V) -> f32 {
-    // SAFETY: the loads stay inside by the loop's condition and by `get`.
-    unsafe {
-        let mut acc = [V::splat(0.0); 4];
+/// `sum f(x)` over the vectors of `x` with four partial sums; the tail is padded with `pad`. A macro, because a
+/// closure is compiled without the vector features and would pass registers through memory.
+macro_rules! reduce {
+    ($V:ty, $x:expr, $pad:expr, |$v:ident, $a:ident| $f:expr) => {{
+        let x: &[f32] = $x;
+        let mut acc = [<$V>::splat(0.0); 4];
         let mut i = 0;
-        while i + 4 * V::LANES <= x.len() {
-            for (c, a) in acc.iter_mut().enumerate() {
-                *a = f(V::load(x.as_ptr().add(i + c * V::LANES)), *a);
+        while i + 4 * <$V>::LANES <= x.len() {
+            for c in 0..4 {
+                let ($v, $a) = (<$V>::load(x.as_ptr().add(i + c * <$V>::LANES)), acc[c]);
+                acc[c] = $f;
             }
-            i += 4 * V::LANES;
+            i += 4 * <$V>::LANES;
         }
         while i < x.len() {
-            acc[0] = f(get(x, i, pad), acc[0]);
-            i += V::LANES;
+            let ($v, $a) = (get::<$V>(x, i, $pad), acc[0]);
+            acc[0] = $f;
+            i += <$V>::LANES;
         }
         acc[0].add(acc[1]).add(acc[2].add(acc[3])).sum()
-    }
+    }};
 }
 
 #[inline(always)]
@@ -94,7 +96,7 @@ pub(super) unsafe fn sum_exp<V: Vector>(x: &[f32], m: f32) -> f32 {
     // SAFETY: see the head of this file.
     unsafe {
         let m = V::splat(m);
-        reduce::<V>(x, f32::NEG_INFINITY, |v, a| a.add(exp(v.sub(m))))
+        reduce!(V, x, f32::NEG_INFINITY, |v, a| a.add(exp(v.sub(m))))
     }
 }
 
@@ -125,13 +127,13 @@ pub(super) unsafe fn scale<V: Vector>(x: &mut [f32], a: f32) {
 #[inline(always)]
 pub(super) unsafe fn sum<V: Vector>(x: &[f32]) -> f32 {
     // SAFETY: see the head of this file.
-    unsafe { reduce::<V>(x, 0.0, |v, a| a.add(v)) }
+    unsafe { reduce!(V, x, 0.0, |v, a| a.add(v)) }
 }
 
 #[inline(always)]
 pub(super) unsafe fn sum_squares<V: Vector>(x: &[f32]) -> f32 {
     // SAFETY: see the head of this file.
-    unsafe { reduce::<V>(x, 0.0, |v, a| v.fma(v, a)) }
+    unsafe { reduce!(V, x, 0.0, |v, a| v.fma(v, a)) }
 }
 
 #[inline(always)]

@@ -1,7 +1,12 @@
 //! Dot products and weighted sums, generic over the vector type.
 //!
+//! Loops over registers are written out (no closures): a closure is compiled without the vector features and
+//! would pass registers through memory.
+//!
 //! SAFETY of every kernel: the CPU has the instructions of `V`. Each checks its slice lengths first; all
 //! pointers below stay inside the slices by those checks.
+
+#![allow(clippy::needless_range_loop)] // one index runs over several arrays of registers
 
 use super::vector::{Lane, Vector};
 
@@ -18,10 +23,14 @@ unsafe fn dots<V: Vector, T: Lane, const G: usize, const H: usize>(
 ) -> [[f32; H]; G] {
     // SAFETY: the caller's rows hold `n` elements.
     unsafe {
-        let mut acc = [[V::splat(0.0); H]; G];
+        let zero = [V::splat(0.0); H];
+        let mut acc = [zero; G];
         let mut i = 0;
         while i + V::LANES <= n {
-            let xv: [V; H] = std::array::from_fn(|h| V::load(x.add(h * xs + i)));
+            let mut xv = zero;
+            for h in 0..H {
+                xv[h] = V::load(x.add(h * xs + i));
+            }
             for g in 0..G {
                 let wv = T::load::<V>(w[g].add(i));
                 for h in 0..H {
@@ -39,7 +48,12 @@ unsafe fn dots<V: Vector, T: Lane, const G: usize, const H: usize>(
             }
             i += 8;
         }
-        let mut out = acc.map(|row| row.map(|v| v.sum()));
+        let mut out = [[0.0; H]; G];
+        for g in 0..G {
+            for h in 0..H {
+                out[g][h] = acc[g][h].sum();
+            }
+        }
         while i < n {
             for g in 0..G {
                 for h in 0..H {
@@ -58,10 +72,10 @@ pub(super) unsafe fn gemv<V: Vector, T: Lane>(x: &[f32], w: &[T], y: &mut [f32])
     assert!(w.len() == n * y.len());
     // SAFETY: row `o` of `w` starts at `o * n` and ends inside it.
     unsafe {
-        let row = |o: usize| w.as_ptr().add(o * n);
         let mut o = 0;
         while o + 4 <= y.len() {
-            let rows = [row(o), row(o + 1), row(o + 2), row(o + 3)];
+            let w = w.as_ptr().add(o * n);
+            let rows = [w, w.add(n), w.add(2 * n), w.add(3 * n)];
             let sums = dots::<V, T, 4, 1>(x.as_ptr(), 0, rows, n);
             for g in 0..4 {
                 y[o + g] = sums[g][0];
@@ -69,7 +83,7 @@ pub(super) unsafe fn gemv<V: Vector, T: Lane>(x: &[f32], w: &[T], y: &mut [f32])
             o += 4;
         }
         while o < y.len() {
-            y[o] = dots::<V, T, 1, 1>(x.as_ptr(), 0, [row(o)], n)[0][0];
+            y[o] = dots::<V, T, 1, 1>(x.as_ptr(), 0, [w.as_ptr().add(o * n)], n)[0][0];
             o += 1;
         }
     }
@@ -246,15 +260,17 @@ unsafe fn columns<V: Vector, T: Lane, const G: usize, const C: usize>(
 ) {
     // SAFETY: as in `axpy_rows`.
     unsafe {
-        let at = |g: usize, c: usize| sums.add(g * n + i + c * V::LANES);
         let mut s = [[V::splat(0.0); C]; G];
         for g in 0..G {
             for c in 0..C {
-                s[g][c] = V::load(at(g, c));
+                s[g][c] = V::load(sums.add(g * n + i + c * V::LANES));
             }
         }
         for (j, &row) in offsets.iter().enumerate() {
-            let w: [V; G] = std::array::from_fn(|g| V::splat(*weights.add(g * p_stride + j)));
+            let mut w = [V::splat(0.0); G];
+            for g in 0..G {
+                w[g] = V::splat(*weights.add(g * p_stride + j));
+            }
             for c in 0..C {
                 let v = T::load::<V>(base.as_ptr().add(row + i + c * V::LANES));
                 for g in 0..G {
@@ -264,7 +280,7 @@ unsafe fn columns<V: Vector, T: Lane, const G: usize, const C: usize>(
         }
         for g in 0..G {
             for c in 0..C {
-                s[g][c].store(at(g, c));
+                s[g][c].store(sums.add(g * n + i + c * V::LANES));
             }
         }
     }

@@ -1,0 +1,24 @@
+// embed: out[r, :] = table[tokens[r], :], f32 out; a token outside the vocabulary gives zeros.
+//
+// Plan: one CTA per row, 8 elements a thread. Bytes: rows * cols * (weight dtype + 4).
+#include "common.cuh"
+
+template <class T>
+DEVICE void embed(const u32* tokens, const T* table, float* out, u32 cols, u32 vocab) {
+    u32 token = tokens[blockIdx.x];
+    float* dst = out + (u64)blockIdx.x * cols;
+    for (u32 c = threadIdx.x * 8; c < cols; c += blockDim.x * 8) {
+        float x[8] = {};
+        if (token < vocab) read_part(table + (u64)token * cols + c, cols - c, x);
+        write_part(dst + c, cols - c, x);
+    }
+}
+
+#define KERNEL(T)                                                                                  \
+    extern "C" __global__ void embed_##T(const u32* tokens, const T* table, float* out, u32 cols, \
+                                         u32 vocab) {                                             \
+        embed<T>(tokens, table, out, cols, vocab);                                                 \
+    }
+KERNEL(f32)
+KERNEL(f16)
+KERNEL(bf16)

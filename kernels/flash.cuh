@@ -1,0 +1,117 @@
+// Tensor-core attention on 16 query vectors a warp: the step that decode, listed-row and prefill kernels
+// share. S = Q K^T by mma.sync m16n8k16, online softmax in base 2, O += P V.
+//
+// Rows of every shared tile are padded by 8 elements (16 bytes), which puts the 8 rows of an ldmatrix into
+// different banks: the padded row is an odd number of 16-byte chunks, as D is a multiple of 16.
+#pragma once
+#include "mma.cuh"
+#include "paged.cuh"
+
+// Elements of a padded row in shared memory.
+template <int D> struct Padded {
+    static const int value = D + 8;
+};
+
+// Running softmax of 16 query vectors: a thread holds vectors lane/4 and lane/4 + 8, and of each output
+// tile of 8 dimensions the two at 2 * (lane % 4). `sum` is the thread's own part until `finish`.
+template <int D> struct Flash {
+    float o[D / 8][4];
+    float top[2], sum[2];
+
+    DEVICE void init() {
+#pragma unroll
+        for (int i = 0; i < D / 8; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) o[i][j] = 0.0f;
+        top[0] = top[1] = NEG_INF;
+        sum[0] = sum[1] = 0.0f;
+    }
+
+    // One tile of KEYS keys. `q`: 16 padded rows; `k`, `v`: KEYS padded rows, zero where invalid.
+    // `visible(half, key)` says whether vector lane/4 + 8 * half sees key `key` of the tile; asked only
+    // when `masked`. `scale2` = logit scale * log2(e).
+    template <class T, int KEYS, class Visible>
+    DEVICE void step(const T* q, const T* k, const T* v, float scale2, bool masked, Visible visible) {
+        const int P = Padded<D>::value;
+        u32 lane = threadIdx.x & 31;
+        float s[KEYS / 8][4] = {};
+#pragma unroll
+        for (int d = 0; d < D; d += 16) {
+            u32 a[4];
+            ldmatrix4(a, q + (lane & 15) * P + d + (lane >> 4) * 8);
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; n++) {
+                u32 b[4];
+                ldmatrix4(b, k + (n * 16 + (lane & 7) + (lane >> 4) * 8) * P + d + (lane >> 3 & 1) * 8);
+                mma16816(s[2 * n], a, b[0], b[1], T());
+                mma16816(s[2 * n + 1], a, b[2], b[3], T());
+            }
+        }
+        float best[2] = {top[0], top[1]};
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float x = s[n][j] * scale2;
+                if (masked && !visible(j >> 1, n * 8 + (lane & 3) * 2 + (j & 1))) x = NEG_INF;
+                s[n][j] = x;
+                best[j >> 1] = fmaxf(best[j >> 1], x);
+            }
+        float shift[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 1));
+            best[h] = fmaxf(best[h], __shfl_xor_sync(~0u, best[h], 2));
+            shift[h] = best[h] == NEG_INF ? 0.0f : best[h];
+            float fix = exp2_fast(top[h] - shift[h]);
+            top[h] = best[h];
+            sum[h] *= fix;
+#pragma unroll
+            for (int i = 0; i < D / 8; i++) o[i][2 * h] *= fix, o[i][2 * h + 1] *= fix;
+        }
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                s[n][j] = exp2_fast(s[n][j] - shift[j >> 1]);
+                sum[j >> 1] += s[n][j];
+            }
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            u32 a[4] = {pack2<T>(s[2 * n][0], s[2 * n][1]), pack2<T>(s[2 * n][2], s[2 * n][3]),
+                        pack2<T>(s[2 * n + 1][0], s[2 * n + 1][1]),
+                        pack2<T>(s[2 * n + 1][2], s[2 * n + 1][3])};
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                u32 b[4];
+                ldmatrix4_trans(b, v + (n * 16 + (lane & 15)) * P + d + (lane >> 4) * 8);
+                mma16816(o[d / 8], a, b[0], b[1], T());
+                mma16816(o[d / 8 + 1], a, b[2], b[3], T());
+            }
+        }
+    }
+
+    // Completes `sum` over the four threads that share a vector.
+    DEVICE void finish() {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        }
+    }
+};
+
+// Arguments that both attention ops share.
+struct AttendArgs {
+    const void* q;
+    Seqs seqs;
+    Pool pool;
+    void* out;
+    float* lse;           // or null
+    const u32* indices;   // attend_rows: [n, lists, k]
+    const u32* counts;    // attend_rows: [n, lists]
+    float scale;
+    u32 out_f32, heads, rows, splits;
+    u32 window;           // attend_dense: tokens, 0 = none
+    u32 lists, list_len;  // attend_rows: lists a sequence, capacity of a list
+};

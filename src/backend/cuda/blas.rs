@@ -1,0 +1,207 @@
+//! Large matrix products through cuBLASLt, where it is installed.
+
+use super::error::Said;
+use super::memory::Memory;
+use crate::backend::{DType, Result};
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::CudaStream;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::panic::catch_unwind;
+use std::sync::{Arc, Mutex};
+
+/// What NVIDIA recommends for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// One product `y[rows, outputs] = x[rows, inputs] w[outputs, inputs]^T`, plus the old `y` when `accumulate`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(super) struct Product {
+    /// dtype of `x` and `w`.
+    pub input: DType,
+    /// dtype of `y`.
+    pub output: DType,
+    pub rows: usize,
+    pub inputs: usize,
+    pub outputs: usize,
+    pub accumulate: bool,
+}
+
+/// A cuBLASLt handle, its workspace, and the algorithms chosen so far.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: Option<Memory>,
+    /// None: cuBLASLt has nothing for this product.
+    chosen: Mutex<HashMap<Product, Option<sys::cublasLtMatmulAlgo_t>>>,
+}
+
+// SAFETY: cuBLASLt handles may be used from any thread; the algorithms are plain data behind a lock.
+unsafe impl Send for Blas {}
+// SAFETY: as above.
+unsafe impl Sync for Blas {}
+
+impl Blas {
+    /// None when the library is missing, does not start, or `LONGSIGHT_CUBLAS=off`.
+    pub fn open(stream: &Arc<CudaStream>) -> Option<Self> {
+        if std::env::var("LONGSIGHT_CUBLAS").is_ok_and(|v| v == "off") {
+            return None;
+        }
+        let handle = catch_unwind(|| {
+            // SAFETY: only tries to load the library by name.
+            if !unsafe { sys::is_culib_present() } {
+                return None;
+            }
+            result::create_handle().ok()
+        });
+        let handle = handle.ok().flatten()?;
+        // Without room for it, algorithms that need none are chosen.
+        let workspace = Memory::new(stream, WORKSPACE, "the cuBLASLt workspace").ok();
+        Some(Blas { handle, workspace, chosen: Mutex::default() })
+    }
+
+    /// Records the product; false when cuBLASLt has no algorithm for it.
+    ///
+    /// # Safety
+    /// The addresses must hold `x`, `w` and `y` of the product's shapes.
+    pub unsafe fn run(
+        &self,
+        stream: &CudaStream,
+        p: Product,
+        x: u64,
+        w: u64,
+        y: u64,
+    ) -> Result<bool> {
+        stream.context().bind_to_thread().said("binding the context")?;
+        // Row-major y[rows, outputs] is column-major outputs x rows: w transposed times x.
+        let (m, n, k) = (p.outputs as u64, p.rows as u64, p.inputs as u64);
+        let a = Layout::new(p.input, k, m)?;
+        let b = Layout::new(p.input, k, n)?;
+        let d = Layout::new(p.output, m, n)?;
+        let desc = Desc::new()?;
+        let Some(algo) = self.algorithm(p, &desc, [&a, &b, &d])? else { return Ok(false) };
+        let (alpha, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
+        let (space, bytes) = self.workspace.as_ref().map_or((0, 0), |w| (w.ptr(), WORKSPACE));
+        // SAFETY: descriptors live until the end of this call, which copies what it needs; the rest is the
+        // caller's promise.
+        unsafe {
+            result::matmul(
+                self.handle,
+                desc.0,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                w as *const c_void,
+                a.0,
+                x as *const c_void,
+                b.0,
+                y as *const c_void,
+                d.0,
+                y as *mut c_void,
+                d.0,
+                &raw const algo,
+                space as *mut c_void,
+                bytes,
+                stream.cu_stream().cast(),
+            )
+        }
+        .said("a matrix product")?;
+        Ok(true)
+    }
+
+    fn algorithm(
+        &self,
+        p: Product,
+        desc: &Desc,
+        [a, b, d]: [&Layout; 3],
+    ) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
+        let mut chosen = self.chosen.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(algo) = chosen.get(&p) {
+            return Ok(*algo);
+        }
+        let bytes = self.workspace.as_ref().map_or(0, |_| WORKSPACE);
+        let pref = Preference::new(bytes)?;
+        // SAFETY: all descriptors are live.
+        let found = unsafe {
+            result::get_matmul_algo_heuristic(self.handle, desc.0, a.0, b.0, d.0, d.0, pref.0)
+        };
+        let algo = found.ok().map(|f| f.algo);
+        chosen.insert(p, algo);
+        Ok(algo)
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        // SAFETY: created in `open`, destroyed once.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+/// A column-major matrix without gaps.
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(dtype: DType, rows: u64, cols: u64) -> Result<Self> {
+        let kind = match dtype {
+            DType::F16 => sys::cudaDataType_t::CUDA_R_16F,
+            DType::BF16 => sys::cudaDataType_t::CUDA_R_16BF,
+            _ => sys::cudaDataType_t::CUDA_R_32F,
+        };
+        let made = result::create_matrix_layout(kind, rows, cols, rows as i64);
+        Ok(Layout(made.said("describing a matrix")?))
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+/// The operation: first operand transposed, f32 sums.
+struct Desc(sys::cublasLtMatmulDesc_t);
+
+impl Desc {
+    fn new() -> Result<Self> {
+        let f32 = sys::cudaDataType_t::CUDA_R_32F;
+        let made = result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32);
+        let desc = Desc(made.said("describing a product")?);
+        // CUBLAS_OP_T of cublasOperation_t.
+        let transposed: i32 = 1;
+        let name = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA;
+        // SAFETY: the attribute is an i32, which outlives the call.
+        unsafe {
+            result::set_matmul_desc_attribute(desc.0, name, (&raw const transposed).cast(), 4)
+        }
+        .said("describing a product")?;
+        Ok(desc)
+    }
+}
+
+impl Drop for Desc {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn new(workspace: usize) -> Result<Self> {
+        let pref = Preference(result::create_matmul_pref().said("asking for an algorithm")?);
+        let name =
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+        let bytes = workspace as u64;
+        // SAFETY: the attribute is a u64, which outlives the call.
+        unsafe { result::set_matmul_pref_attribute(pref.0, name, (&raw const bytes).cast(), 8) }
+            .said("asking for an algorithm")?;
+        Ok(pref)
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: created in `new`, destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}

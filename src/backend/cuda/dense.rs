@@ -1,0 +1,108 @@
+//! The dense family, but for linear.
+
+use super::CudaBackend;
+use super::args::word;
+use super::launch::{Args, Shape};
+use crate::backend::{Embed, GatherRows, Result, RmsNorm, Rope, SwiGlu};
+use bytemuck::{Pod, Zeroable};
+
+/// Blocks along y that walk rows in strides where a grid could exceed its limit.
+const MOST_ROWS: usize = 65_535;
+
+/// `RopeArgs` of `rope.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct RopeArgs {
+    x: u64,
+    positions: u64,
+    inv_freq: u64,
+    norm: u64,
+    out: u64,
+    x_stride: u64,
+    rows: u32,
+    heads: u32,
+    head_dim: u32,
+    heads_per_freq: u32,
+    eps: f32,
+    pad: u32,
+}
+
+/// Threads for a row of `cols` at 8 elements each: whole warps, 32 to 256.
+fn row_block(cols: usize) -> usize {
+    cols.div_ceil(8).next_multiple_of(32).clamp(32, 256)
+}
+
+impl CudaBackend {
+    pub(super) fn embed_op(&self, p: &Embed<'_>) -> Result<()> {
+        const OP: &str = "embed";
+        p.check()?;
+        let args = Args::new()
+            .with(self.ptr(OP, p.tokens)?)
+            .with(self.ptr(OP, p.table)?)
+            .with(self.ptr(OP, p.out)?)
+            .with(word(OP, "cols", p.cols)?)
+            .with(word(OP, "vocab", p.vocab)?);
+        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols));
+        self.launch(OP, &format!("embed_{}", p.table.dtype()), shape, args)
+    }
+
+    pub(super) fn gather_rows_op(&self, p: &GatherRows<'_>) -> Result<()> {
+        const OP: &str = "gather_rows";
+        p.check()?;
+        let row_bytes = p.cols * p.x.dtype().bytes();
+        let args = Args::new()
+            .with(self.ptr(OP, p.x)?)
+            .with(self.ptr(OP, p.rows)?)
+            .with(self.ptr(OP, p.out)?)
+            .with(word(OP, "x_rows", p.x_rows)?)
+            .with(word(OP, "bytes of a row", row_bytes)?);
+        self.launch(OP, OP, Shape::new([p.n, 1, 1], row_block(row_bytes / 2)), args)
+    }
+
+    pub(super) fn rms_norm_op(&self, p: &RmsNorm<'_>) -> Result<()> {
+        const OP: &str = "rms_norm";
+        p.check()?;
+        let args = Args::new()
+            .with(self.ptr(OP, p.x)?)
+            .with(self.ptr(OP, p.weight)?)
+            .with(self.ptr(OP, p.out)?)
+            .with(word(OP, "cols", p.cols)?)
+            .with(p.eps);
+        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols));
+        self.launch(OP, &format!("rms_norm_{}", p.out.dtype()), shape, args)
+    }
+
+    pub(super) fn swiglu_op(&self, p: &SwiGlu<'_>) -> Result<()> {
+        const OP: &str = "swiglu";
+        p.check()?;
+        let args = Args::new()
+            .with(self.ptr(OP, p.x)?)
+            .with(self.ptr(OP, p.out)?)
+            .with(word(OP, "rows", p.rows)?)
+            .with(word(OP, "2 * ffn", 2 * p.ffn)? / 2);
+        let shape = Shape::new([p.ffn.div_ceil(8 * 128), p.rows.min(MOST_ROWS), 1], 128);
+        self.launch(OP, &format!("swiglu_{}", p.x.dtype()), shape, args)
+    }
+
+    pub(super) fn rope_op(&self, p: &Rope<'_>) -> Result<()> {
+        const OP: &str = "rope";
+        const WARPS: usize = 4;
+        p.check()?;
+        let args = RopeArgs {
+            x: self.ptr(OP, p.x)?,
+            positions: self.ptr(OP, p.positions)?,
+            inv_freq: self.ptr(OP, p.inv_freq)?,
+            norm: p.norm.as_ref().map_or(Ok(0), |n| self.ptr(OP, n.weight))?,
+            out: self.ptr(OP, p.out)?,
+            x_stride: p.x_stride as u64,
+            rows: word(OP, "rows", p.rows)?,
+            heads: word(OP, "heads", p.heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
+            eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
+            pad: 0,
+        };
+        let shape = Shape::new([(p.rows * p.heads).div_ceil(WARPS), 1, 1], WARPS * 32);
+        self.launch(OP, &format!("rope_{}", p.x.dtype()), shape, Args::new().with(args))
+    }
+}

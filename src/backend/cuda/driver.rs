@@ -1,0 +1,121 @@
+//! Looking for the driver and its devices, without panics where there are none.
+
+use super::error::Said;
+use crate::backend::{BackendError, Capabilities, DType, Result, Topology};
+use cudarc::driver::result::{device, init};
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use std::panic::catch_unwind;
+
+/// Smallest compute capability that the kernels are written for (cp.async, bf16 mma).
+const OLDEST: (i32, i32) = (8, 0);
+
+fn unavailable(reason: String) -> BackendError {
+    BackendError::Unavailable { backend: "cuda", reason }
+}
+
+/// Number of CUDA devices.
+///
+/// # Errors
+/// [`BackendError::Unavailable`] without a driver or a device.
+pub(super) fn count() -> Result<usize> {
+    let found = catch_unwind(|| {
+        // SAFETY: only tries to load the library by name.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(unavailable(
+                "no NVIDIA driver: looked for libcuda.so.1 (nvcuda.dll on Windows) on the library \
+                 path; install the driver, or use another device (--device wgpu or cpu)"
+                    .into(),
+            ));
+        }
+        init().said("the NVIDIA driver does not start").map_err(|e| unavailable(e.to_string()))?;
+        device::get_count().said("counting devices")
+    });
+    let n = match found {
+        Ok(n) => n?,
+        // cudarc panics when libcuda lacks a symbol that it wants.
+        Err(_) => {
+            return Err(unavailable(
+                "libcuda.so.1 was found but lacks functions of CUDA 11.4 or newer; update the NVIDIA \
+                 driver"
+                    .into(),
+            ));
+        }
+    };
+    match usize::try_from(n) {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err(unavailable("the NVIDIA driver is there but reports no CUDA device".into())),
+    }
+}
+
+/// Facts that launches need.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Compute capability.
+    pub cc: (i32, i32),
+    /// Streaming multiprocessors.
+    pub sms: usize,
+    /// Most shared memory of one block in bytes, after opting in.
+    pub shared: usize,
+}
+
+/// Capabilities and limits of device `ordinal`; opens no context.
+///
+/// # Errors
+/// [`BackendError::Unavailable`] when there is no such device or it is too old.
+pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
+    let n = count()?;
+    if ordinal >= n {
+        return Err(unavailable(format!(
+            "there is no device {ordinal}: the driver reports {n}, numbered from 0"
+        )));
+    }
+    let dev = device::get(ordinal as i32).said("opening the device")?;
+    let get = |a: Attribute| {
+        // SAFETY: `dev` was just returned by the driver.
+        unsafe { device::get_attribute(dev, a) }.said("reading a device attribute")
+    };
+    let cc = (
+        get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    );
+    let name = device::get_name(dev).said("reading the device's name")?;
+    if cc < OLDEST {
+        return Err(unavailable(format!(
+            "{name} has compute capability {}.{}, the kernels need {}.{} or newer (Ampere); use \
+             --device wgpu on this GPU",
+            cc.0, cc.1, OLDEST.0, OLDEST.1
+        )));
+    }
+    // SAFETY: as above.
+    let memory = unsafe { device::total_mem(dev) }.said("reading the memory size")? as u64;
+    let unified = get(Attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0;
+    let caps = Capabilities {
+        backend: "cuda",
+        device: name,
+        driver: driver_version(),
+        memory: Some(memory),
+        topology: if unified { Topology::Unified } else { Topology::Discrete },
+        f16: true,
+        subgroup: (32, 32),
+        tensor_cores: format!("mma.sync bf16/f16 m16n8k16 (sm_{}{})", cc.0, cc.1),
+        max_binding: memory,
+        storage: vec![DType::F32, DType::F16, DType::BF16],
+        activations_follow_weights: true,
+    };
+    let limits = Limits {
+        cc,
+        sms: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
+        shared: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0)
+            as usize,
+    };
+    Ok((caps, limits))
+}
+
+fn driver_version() -> String {
+    let mut v = 0;
+    // SAFETY: `v` outlives the call; the library is loaded by now.
+    match unsafe { sys::cuDriverGetVersion(&mut v) }.result() {
+        Ok(()) => format!("CUDA {}.{}", v / 1000, v % 1000 / 10),
+        Err(_) => "CUDA, unknown version".into(),
+    }
+}

@@ -1,0 +1,167 @@
+//! Writing the KV cache: keys and values, statistics, chosen dimensions, the compact slice.
+
+use super::CudaBackend;
+use super::args::{PoolArg, SeqsArg, word};
+use super::launch::{Args, Shape};
+use crate::backend::{
+    DimMetric, KeyStats, KvAppend, PAGE, RebuildSlice, Refresh, Result, SelectDims,
+};
+use bytemuck::{Pod, Zeroable};
+
+/// `AppendArgs` of `kv_append.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct AppendArgs {
+    k: u64,
+    v: u64,
+    k_stride: u64,
+    v_stride: u64,
+    seqs: SeqsArg,
+    pool: PoolArg,
+    int8_data: u64,
+    int8_scale: u64,
+    slice: u64,
+    slice_dims: u64,
+    int8_dims: u32,
+    slice_n: u32,
+    capacity: u32,
+    pad: u32,
+}
+
+/// `SelectArgs` of `select_dims.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SelectArgs {
+    q: u64,
+    seqs: SeqsArg,
+    stats: u64,
+    dims: u64,
+    state: u64,
+    changed: u64,
+    coverage: u64,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    n_dims: u32,
+    unit: u32,
+    metric: u32,
+    refresh: u32,
+    every_or_min: u32,
+    phase_or_max: u32,
+    beta: f32,
+}
+
+/// `SliceArgs` of `rebuild_slice.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct SliceArgs {
+    seqs: SeqsArg,
+    pool: PoolArg,
+    slice: u64,
+    dims: u64,
+    changed: u64,
+    n_dims: u32,
+    capacity: u32,
+}
+
+impl CudaBackend {
+    pub(super) fn kv_append_op(&self, p: &KvAppend<'_>) -> Result<()> {
+        const OP: &str = "kv_append";
+        p.check()?;
+        let mut args = AppendArgs {
+            k: self.ptr(OP, p.k)?,
+            v: self.ptr(OP, p.v)?,
+            k_stride: p.k_stride as u64,
+            v_stride: p.v_stride as u64,
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.pool)?,
+            ..AppendArgs::zeroed()
+        };
+        if let Some(q) = &p.int8 {
+            args.int8_data = self.ptr(OP, q.data)?;
+            args.int8_scale = self.ptr(OP, q.scale)?;
+            args.int8_dims = word(OP, "int8 dims", q.dims)?;
+        }
+        if let Some(s) = &p.slice {
+            args.slice = self.ptr(OP, s.data)?;
+            args.slice_dims = self.ptr(OP, s.dims)?;
+            args.slice_n = word(OP, "n_dims", s.n_dims)?;
+            args.capacity = word(OP, "capacity", s.capacity)?;
+        }
+        // A decode step has one row a sequence: one warp per KV head then fills the device best.
+        let warps = p.pool.kv_heads.clamp(1, 8);
+        let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], warps * 32);
+        let entry = format!("kv_append_{}_{}", p.k.dtype(), p.pool.k.dtype());
+        self.launch(OP, &entry, shape, Args::new().with(args))
+    }
+
+    pub(super) fn key_stats_op(&self, p: &KeyStats<'_>) -> Result<()> {
+        const OP: &str = "key_stats";
+        /// Threads of a block, and f32 partial sums of each.
+        const BLOCK: usize = 512;
+        const SUMS: usize = 6;
+        p.check()?;
+        let args = Args::new()
+            .with(self.seqs(OP, &p.seqs)?)
+            .with(self.pool(OP, &p.pool)?)
+            .with(self.ptr(OP, p.stats)?);
+        let shape = Shape::new([p.pool.kv_heads, p.seqs.n, 1], BLOCK).shared(BLOCK * SUMS * 4);
+        self.launch(OP, &format!("key_stats_{}", p.pool.k.dtype()), shape, args)
+    }
+
+    pub(super) fn select_dims_op(&self, p: &SelectDims<'_>) -> Result<()> {
+        const OP: &str = "select_dims";
+        p.check()?;
+        // The kernel gives each dimension a thread of one block.
+        if p.head_dim > 256 {
+            return Err(self.unsupported(OP, format!("head_dim = {}", p.head_dim)));
+        }
+        let (refresh, every_or_min, phase_or_max, beta) = match p.refresh {
+            Refresh::Every { every, phase } => (0, every, phase, 0.0),
+            Refresh::Adaptive { beta, min, max } => (1, min, max, beta),
+        };
+        let args = SelectArgs {
+            q: self.ptr(OP, p.q)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            stats: p.stats.map_or(Ok(0), |t| self.ptr(OP, t))?,
+            dims: self.ptr(OP, p.dims)?,
+            state: self.ptr(OP, p.state)?,
+            changed: self.ptr(OP, p.changed)?,
+            coverage: self.ptr(OP, p.coverage)?,
+            heads: word(OP, "heads", p.heads)?,
+            kv_heads: word(OP, "kv_heads", p.kv_heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            n_dims: word(OP, "n_dims", p.n_dims)?,
+            unit: word(OP, "unit", p.unit)?,
+            metric: match p.metric {
+                DimMetric::AbsQ => 0,
+                DimMetric::PairNorm => 1,
+                DimMetric::AbsQk => 2,
+                DimMetric::PairQk => 3,
+            },
+            refresh,
+            every_or_min,
+            phase_or_max,
+            beta,
+        };
+        let shape = Shape::new([p.kv_heads, p.seqs.n, 1], 256);
+        self.launch(OP, &format!("select_dims_{}", p.q.dtype()), shape, Args::new().with(args))
+    }
+
+    pub(super) fn rebuild_slice_op(&self, p: &RebuildSlice<'_>) -> Result<()> {
+        const OP: &str = "rebuild_slice";
+        p.check()?;
+        let args = SliceArgs {
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.pool)?,
+            slice: self.ptr(OP, p.slice.data)?,
+            dims: self.ptr(OP, p.slice.dims)?,
+            changed: self.ptr(OP, p.changed)?,
+            n_dims: word(OP, "n_dims", p.slice.n_dims)?,
+            capacity: word(OP, "capacity", p.slice.capacity)?,
+        };
+        let grid = [p.seqs.max_kv.div_ceil(PAGE), p.pool.kv_heads, p.seqs.n];
+        let entry = format!("rebuild_slice_{}", p.pool.k.dtype());
+        self.launch(OP, &entry, Shape::new(grid, 256), Args::new().with(args))
+    }
+}

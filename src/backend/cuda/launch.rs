@@ -1,0 +1,224 @@
+//! Kernel modules, entry points and launches.
+
+use super::driver::Limits;
+use super::error::Said;
+use super::nvrtc;
+use crate::backend::{BackendError, Result};
+use bytemuck::Pod;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result, sys};
+use cudarc::nvrtc::Ptx;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// One op's kernels: CUDA source without includes, and machine code where nvcc was there at build time.
+pub(super) struct Source {
+    pub op: &'static str,
+    pub text: &'static str,
+    pub fatbin: Option<&'static [u8]>,
+}
+
+include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+/// Shared memory that a block may use without opting in.
+const PLAIN_SHARED: usize = 48 << 10;
+/// Largest y and z of a grid.
+const GRID_YZ: usize = 65_535;
+
+/// Kernel arguments by value, in order.
+#[derive(Default)]
+pub(super) struct Args {
+    words: Vec<u64>,
+    starts: Vec<usize>,
+}
+
+impl Args {
+    pub fn new() -> Self {
+        Args::default()
+    }
+    /// Appends one argument; `T` has the layout of the kernel's parameter (at most 8-byte alignment).
+    pub fn with<T: Pod>(mut self, value: T) -> Self {
+        self.starts.push(self.words.len());
+        let bytes = bytemuck::bytes_of(&value);
+        for part in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..part.len()].copy_from_slice(part);
+            self.words.push(u64::from_ne_bytes(word));
+        }
+        self
+    }
+}
+
+/// Grid, block and dynamic shared memory (bytes) of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub grid: [usize; 3],
+    pub block: usize,
+    pub shared: usize,
+}
+
+impl Shape {
+    pub fn new(grid: [usize; 3], block: usize) -> Self {
+        Shape { grid, block, shared: 0 }
+    }
+    pub fn shared(self, bytes: usize) -> Self {
+        Shape { shared: bytes, ..self }
+    }
+}
+
+/// Loads modules and entry points at first use and keeps them.
+pub(super) struct Kernels {
+    ctx: Arc<CudaContext>,
+    limits: Limits,
+    modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    functions: Mutex<HashMap<String, CudaFunction>>,
+}
+
+/// A poisoned lock only says that another thread panicked; the maps stay valid.
+fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Kernels {
+    pub fn new(ctx: Arc<CudaContext>, limits: Limits) -> Self {
+        Kernels { ctx, limits, modules: Mutex::default(), functions: Mutex::default() }
+    }
+
+    fn module(&self, op: &'static str) -> Result<Arc<CudaModule>> {
+        if let Some(m) = lock(&self.modules).get(op) {
+            return Ok(m.clone());
+        }
+        let source = SOURCES.iter().find(|s| s.op == op).ok_or_else(|| BackendError::Compile {
+            backend: "cuda",
+            kernel: op.into(),
+            reason: "no such kernel file in this build".into(),
+        })?;
+        let embedded = source.fatbin.map(|f| self.ctx.load_module(Ptx::from_binary(f.to_vec())));
+        let module = match embedded {
+            Some(Ok(m)) => m,
+            // No machine code for this GPU in the fatbin, or none at all: compile for it now.
+            _ => {
+                let cubin = nvrtc::cubin(source, self.limits.cc)?;
+                let loaded = self.ctx.load_module(Ptx::from_binary(cubin));
+                loaded.said(&format!("loading the kernels of {op}"))?
+            }
+        };
+        lock(&self.modules).insert(op, module.clone());
+        Ok(module)
+    }
+
+    fn function(&self, op: &'static str, entry: &str) -> Result<CudaFunction> {
+        if let Some(f) = lock(&self.functions).get(entry) {
+            return Ok(f.clone());
+        }
+        let f = self.module(op)?.load_function(entry).said(&format!("kernel {entry} of {op}"))?;
+        let fixed = f.shared_size_bytes().said("reading a kernel's shared memory")?.max(0) as usize;
+        let most = self.limits.shared.saturating_sub(fixed);
+        if most > PLAIN_SHARED {
+            let name = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            f.set_attribute(name, most as i32).said("raising a kernel's shared memory")?;
+        }
+        lock(&self.functions).insert(entry.to_string(), f.clone());
+        Ok(f)
+    }
+
+    /// Launches `entry` of `kernels/<op>.cu` on `stream`. An empty grid launches nothing.
+    ///
+    /// # Safety
+    /// `args` must match the kernel's parameters, and the device memory that they point to must be large
+    /// enough for the shapes in them (the op's `check`) and live until the stream has run the kernel.
+    pub unsafe fn launch(
+        &self,
+        stream: &CudaStream,
+        op: &'static str,
+        entry: &str,
+        shape: Shape,
+        args: Args,
+    ) -> Result<()> {
+        let Shape { grid, block, shared } = shape;
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        let fits = grid[0] <= i32::MAX as usize && grid[1] <= GRID_YZ && grid[2] <= GRID_YZ;
+        if !fits {
+            return Err(BackendError::BadArgument {
+                op,
+                reason: format!("a grid of {grid:?} blocks is too large; use a smaller batch"),
+            });
+        }
+        if shared > self.limits.shared {
+            return Err(BackendError::Unsupported {
+                op,
+                backend: "cuda",
+                what: format!(
+                    "{entry} on this GPU: it needs {shared} bytes of shared memory, a block has {}",
+                    self.limits.shared
+                ),
+            });
+        }
+        let f = self.function(op, entry)?;
+        self.ctx.bind_to_thread().said("binding the context")?;
+        let Args { mut words, starts } = args;
+        let mut pointers: Vec<*mut c_void> =
+            starts.iter().map(|i| std::ptr::from_mut(&mut words[*i]).cast()).collect();
+        let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
+        // SAFETY: the function's module is kept by `f`; the pointers are into `words`, which the driver
+        // copies before it returns; the rest is the caller's promise.
+        unsafe {
+            result::launch_kernel(
+                f.cu_function(),
+                grid,
+                (block as u32, 1, 1),
+                shared as u32,
+                stream.cu_stream(),
+                &mut pointers,
+            )
+        }
+        .said(&format!("launching {entry}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn args_keep_order_and_bytes() {
+        let a = Args::new().with(7u32).with([1u64, 2]).with(0.5f32);
+        assert_eq!(a.starts, [0, 1, 3]);
+        assert_eq!(a.words[1..3], [1, 2]);
+        assert_eq!(a.words[0] as u32, 7);
+        assert_eq!(f32::from_bits(a.words[3] as u32), 0.5);
+    }
+
+    #[test]
+    fn no_kernel_spills_registers() {
+        if PTXAS.is_empty() {
+            println!("skipped: the kernels were not compiled with nvcc in this build");
+            return;
+        }
+        for (op, log) in PTXAS {
+            let mut entry = "";
+            let mut seen = 0;
+            for line in log.lines() {
+                if line.contains("Compiling entry function") {
+                    entry = line;
+                }
+                if line.contains("bytes spill stores") {
+                    seen += 1;
+                    let clean = line.contains(" 0 bytes spill stores, 0 bytes spill loads");
+                    assert!(clean, "{op}: {entry}\n{line}");
+                }
+            }
+            assert!(seen >= 2, "{op}: ptxas reported {seen} kernels for two architectures");
+        }
+    }
+
+    #[test]
+    fn sources_are_self_contained() {
+        assert!(!SOURCES.is_empty());
+        for s in SOURCES {
+            assert!(!s.text.contains("#include"), "{}", s.op);
+        }
+    }
+}

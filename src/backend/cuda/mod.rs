@@ -1,0 +1,280 @@
+//! NVIDIA GPUs through the driver API: compute capability 8.0 and newer.
+//!
+//! One stream; kernels come from `kernels/<op>.cu`, embedded as machine code or compiled at first use
+//! ([`nvrtc`]). Everything that varies inside a step is read from device memory by the kernels; grids are
+//! sized from the bounds in the parameter structs. Environment variables: `LONGSIGHT_CUBLAS=off` keeps
+//! cuBLASLt out, `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
+
+mod args;
+mod attend;
+mod blas;
+mod dense;
+mod driver;
+mod error;
+mod kv;
+mod launch;
+mod linear;
+mod memory;
+mod nvrtc;
+mod score;
+
+use super::{
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
+    GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
+    ScoreDims, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+};
+use blas::Blas;
+use cudarc::driver::{CudaContext, CudaStream, result};
+use driver::Limits;
+use error::Said;
+use launch::{Args, Kernels, Shape};
+use memory::{Memory, Staging, timed};
+use std::fmt;
+use std::sync::{Arc, Mutex};
+
+/// A CUDA device.
+pub struct CudaBackend {
+    caps: Capabilities,
+    limits: Limits,
+    ctx: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    kernels: Kernels,
+    blas: Option<Blas>,
+    staging: Mutex<Staging>,
+    scratch: Mutex<Option<Arc<Memory>>>,
+}
+
+impl fmt::Debug for CudaBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CudaBackend").field("caps", &self.caps).finish_non_exhaustive()
+    }
+}
+
+impl Drop for CudaBackend {
+    fn drop(&mut self) {
+        // Modules must not be unloaded under running kernels.
+        let _ = self.stream.synchronize();
+    }
+}
+
+/// Capabilities of every CUDA device of this machine.
+///
+/// # Errors
+/// [`BackendError::Unavailable`] without a driver or a device, or when a device is too old.
+pub fn list() -> Result<Vec<Capabilities>> {
+    (0..driver::count()?).map(|i| Ok(driver::describe(i)?.0)).collect()
+}
+
+impl CudaBackend {
+    /// Opens device `ordinal` (0 is the first).
+    ///
+    /// # Errors
+    /// [`BackendError::Unavailable`] with a sentence that says what is missing; [`BackendError::Driver`] when
+    /// the driver fails.
+    pub fn open(ordinal: usize) -> Result<CudaBackend> {
+        let (caps, limits) = driver::describe(ordinal)?;
+        let ctx = CudaContext::new(ordinal).said("opening the device")?;
+        // SAFETY: one stream orders everything; no slice of cudarc's own is ever shared between streams.
+        unsafe { ctx.disable_event_tracking() };
+        let stream = ctx.new_stream().said("creating a stream")?;
+        Ok(CudaBackend {
+            caps,
+            limits,
+            kernels: Kernels::new(ctx.clone(), limits),
+            blas: Blas::open(&stream),
+            staging: Mutex::new(Staging::new(&stream)),
+            scratch: Mutex::default(),
+            ctx,
+            stream,
+        })
+    }
+
+    fn ptr(&self, op: &'static str, t: &Tensor) -> Result<u64> {
+        memory::address(op, t, &self.stream)
+    }
+
+    /// Launches a kernel whose arguments an op's `check` has gone over.
+    fn launch(&self, op: &'static str, entry: &str, shape: Shape, args: Args) -> Result<()> {
+        // SAFETY: every caller builds `args` from the struct of its kernel and from tensors that the op's
+        // `check` found large enough; their memory is freed only after the stream has drained.
+        unsafe { self.kernels.launch(&self.stream, op, entry, shape, args) }
+    }
+
+    fn unsupported(&self, op: &'static str, what: String) -> BackendError {
+        BackendError::Unsupported { op, backend: "cuda", what }
+    }
+
+    /// Kernels exist for queries of `act` over a cache of `kv`.
+    fn attends(&self, act: DType, kv: DType) -> bool {
+        act == kv || act == DType::F32
+    }
+
+    /// At least `bytes` of device memory for use inside one op; ops share it, as the stream orders them.
+    fn scratch(&self, bytes: usize) -> Result<Arc<Memory>> {
+        use crate::backend::DeviceBuffer;
+        let mut held = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
+        match held.as_ref().filter(|m| m.bytes() >= bytes) {
+            Some(m) => Ok(m.clone()),
+            None => {
+                let size = bytes.next_power_of_two().max(1 << 16);
+                let memory = Arc::new(Memory::new(&self.stream, size, "scratch space")?);
+                *held = Some(memory.clone());
+                Ok(memory)
+            }
+        }
+    }
+
+    /// GB/s of a kernel that reads as much memory as fits, up to 8 GiB.
+    fn read_bandwidth(&self) -> Result<f64> {
+        let free = self.free_memory().unwrap_or(0) as usize;
+        let bytes = (8usize << 30).min(free / 2).max(1 << 20) / 64 * 64;
+        let memory = Memory::new(&self.stream, bytes, "the bandwidth test")?;
+        let sink = self.scratch(4)?;
+        let mut best = f64::INFINITY;
+        for _ in 0..4 {
+            let ms = timed(&self.stream, &mut || {
+                let args =
+                    Args::new().with(memory.ptr()).with((bytes / 16) as u64).with(sink.ptr());
+                let shape = Shape::new([self.limits.sms * 8, 1, 1], 256);
+                self.launch("device_read", "device_read", shape, args)
+            })?;
+            best = best.min(ms);
+        }
+        Ok(bytes as f64 / best / 1e6)
+    }
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+    fn caps(&self) -> &Capabilities {
+        &self.caps
+    }
+
+    fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Tensor> {
+        let memory = Memory::new(&self.stream, memory::size(dtype, len, what)?, what)?;
+        Ok(Tensor::from_buffer(Arc::new(memory), dtype, len))
+    }
+    fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
+        check_host("upload", dst, bytes.len())?;
+        let at = self.ptr("upload", dst)?;
+        self.staging.lock().unwrap_or_else(|e| e.into_inner()).upload(at, bytes)
+    }
+    fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
+        check_host("download", src, out.len())?;
+        let at = self.ptr("download", src)?;
+        if out.is_empty() {
+            return self.sync();
+        }
+        self.staging.lock().unwrap_or_else(|e| e.into_inner()).download(at, out)
+    }
+    fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
+        check_copy(src, dst)?;
+        let (from, to) = (self.ptr("copy", src)?, self.ptr("copy", dst)?);
+        if src.is_empty() {
+            return Ok(());
+        }
+        self.ctx.bind_to_thread().said("binding the context")?;
+        // SAFETY: both views hold `src.bytes()` and do not overlap.
+        unsafe { result::memcpy_dtod_async(to, from, src.bytes(), self.stream.cu_stream()) }
+            .said("copying on the device")
+    }
+    fn zero(&self, dst: &Tensor) -> Result<()> {
+        let at = self.ptr("zero", dst)?;
+        if dst.is_empty() {
+            return Ok(());
+        }
+        self.ctx.bind_to_thread().said("binding the context")?;
+        // SAFETY: the view holds `dst.bytes()`.
+        unsafe { result::memset_d8_async(at, 0, dst.bytes(), self.stream.cu_stream()) }
+            .said("clearing memory")
+    }
+    fn sync(&self) -> Result<()> {
+        self.stream.synchronize().said("waiting for the device")
+    }
+    fn free_memory(&self) -> Option<u64> {
+        self.ctx.mem_get_info().ok().map(|(free, _)| free as u64)
+    }
+
+    fn bandwidth(&self) -> Result<Bandwidth> {
+        let bytes = |free: u64| if free > 4 << 30 { 1usize << 30 } else { 256 << 20 };
+        let bytes = bytes(self.free_memory().unwrap_or(0));
+        let host_to_device = {
+            let dst = Memory::new(&self.stream, bytes, "the bandwidth test")?;
+            self.staging.lock().unwrap_or_else(|e| e.into_inner()).bandwidth(&dst, bytes)?
+        };
+        Ok(Bandwidth { host_to_device, device_read: self.read_bandwidth()? })
+    }
+    fn time(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        timed(&self.stream, f)
+    }
+
+    /// The fewest splits whose blocks run in evenly filled waves, at least 256 keys each.
+    fn splits(&self, groups: usize, tokens: usize) -> usize {
+        /// Blocks of a decode kernel that one multiprocessor holds (shared memory allows three at
+        /// head_dim 128).
+        const RESIDENT: usize = 3;
+        /// What another split costs in partial results and the merge, relative to the whole.
+        const MERGE_COST: f64 = 0.002;
+        let slots = self.limits.sms * RESIDENT;
+        let most = (tokens / 256).clamp(1, 128);
+        let cost = |s: usize| {
+            let waves = (groups.max(1) * s).div_ceil(slots);
+            waves as f64 / s as f64 * slots as f64 / groups.max(1) as f64 + MERGE_COST * s as f64
+        };
+        (1..=most).min_by(|a, b| cost(*a).total_cmp(&cost(*b))).unwrap_or(1)
+    }
+
+    fn embed(&self, p: &Embed<'_>) -> Result<()> {
+        self.embed_op(p)
+    }
+    fn gather_rows(&self, p: &GatherRows<'_>) -> Result<()> {
+        self.gather_rows_op(p)
+    }
+    fn rms_norm(&self, p: &RmsNorm<'_>) -> Result<()> {
+        self.rms_norm_op(p)
+    }
+    fn linear(&self, p: &Linear<'_>) -> Result<()> {
+        self.linear_op(p)
+    }
+    fn rope(&self, p: &Rope<'_>) -> Result<()> {
+        self.rope_op(p)
+    }
+    fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()> {
+        self.swiglu_op(p)
+    }
+    fn kv_append(&self, p: &KvAppend<'_>) -> Result<()> {
+        self.kv_append_op(p)
+    }
+    fn key_stats(&self, p: &KeyStats<'_>) -> Result<()> {
+        self.key_stats_op(p)
+    }
+    fn select_dims(&self, p: &SelectDims<'_>) -> Result<()> {
+        self.select_dims_op(p)
+    }
+    fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()> {
+        self.rebuild_slice_op(p)
+    }
+    fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
+        self.score_dims_op(p)
+    }
+    fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
+        self.pool_scores_op(p)
+    }
+    fn force(&self, p: &Force<'_>) -> Result<()> {
+        self.force_op(p)
+    }
+    fn top_k(&self, p: &TopK<'_>) -> Result<()> {
+        self.top_k_op(p)
+    }
+    fn attend_dense(&self, p: &AttendDense<'_>) -> Result<()> {
+        self.attend_dense_op(p)
+    }
+    fn attend_rows(&self, p: &AttendRows<'_>) -> Result<()> {
+        self.attend_rows_op(p)
+    }
+    fn merge(&self, p: &Merge<'_>) -> Result<()> {
+        self.merge_op(p)
+    }
+}

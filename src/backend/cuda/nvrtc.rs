@@ -1,0 +1,168 @@
+//! Compiling kernels at run time, with a cache of the results on disk.
+
+use super::launch::Source;
+use crate::backend::{BackendError, Result};
+use cudarc::nvrtc::{result, sys};
+use sha2::{Digest, Sha256};
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::panic::catch_unwind;
+use std::path::{Path, PathBuf};
+
+fn failed(kernel: &str, reason: impl Into<String>) -> BackendError {
+    BackendError::Compile { backend: "cuda", kernel: kernel.into(), reason: reason.into() }
+}
+
+/// Architectures with instructions of their own are compiled for them (sm_90a), others plainly.
+fn arch(cc: (i32, i32)) -> String {
+    let own = if cc == (9, 0) { "a" } else { "" };
+    format!("sm_{}{}{own}", cc.0, cc.1)
+}
+
+/// NVRTC's version, or the sentence that says that it is not there.
+fn version(kernel: &str) -> Result<(i32, i32)> {
+    let probe = catch_unwind(|| {
+        // SAFETY: only tries to load the library by name.
+        if !unsafe { sys::is_culib_present() } {
+            return None;
+        }
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: both integers outlive the call.
+        unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().ok()?;
+        Some((major, minor))
+    });
+    probe.ok().flatten().ok_or_else(|| {
+        failed(
+            kernel,
+            "this build has no machine code for the GPU and NVRTC was not found (looked for \
+             libnvrtc.so on the library path); install the CUDA toolkit's NVRTC, or build with nvcc \
+             on the PATH or CUDA_HOME set",
+        )
+    })
+}
+
+/// Machine code of `source` for compute capability `cc`, from the cache where it is there.
+pub(super) fn cubin(source: &Source, cc: (i32, i32)) -> Result<Vec<u8>> {
+    let version = version(source.op)?;
+    let arch = arch(cc);
+    let options = ["--std=c++17".to_string(), format!("--gpu-architecture={arch}")];
+    let key = format!("{}\n{options:?}\n{version:?}", source.text);
+    let hash: String = Sha256::digest(key).iter().map(|b| format!("{b:02x}")).collect();
+    let cached = cache_dir().map(|d| d.join(format!("{}-{arch}-{}.cubin", source.op, &hash[..32])));
+    if let Some(bytes) = cached.as_deref().and_then(read) {
+        return Ok(bytes);
+    }
+    let bytes = compile(source, &options)?;
+    if let Some(path) = &cached {
+        // A cache that cannot be written costs a compilation next time, nothing else.
+        let _ = store(path, &bytes);
+    }
+    Ok(bytes)
+}
+
+/// `LONGSIGHT_CACHE`, or `longsight` in the user's cache directory; kernels go into `kernels` below it.
+fn cache_dir() -> Option<PathBuf> {
+    let named = std::env::var_os("LONGSIGHT_CACHE").map(PathBuf::from);
+    Some(named.or_else(|| Some(dirs::cache_dir()?.join("longsight")))?.join("kernels"))
+}
+
+/// A cached file, if it is whole: cubins are ELF files.
+fn read(path: &Path) -> Option<Vec<u8>> {
+    fs::read(path).ok().filter(|b| b.starts_with(b"\x7fELF"))
+}
+
+/// Writes beside the target and renames, so that no reader sees half a file.
+fn store(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(dir) = path.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    let part = path.with_extension(format!("{}.part", std::process::id()));
+    fs::write(&part, bytes)?;
+    fs::rename(&part, path).inspect_err(|_| {
+        let _ = fs::remove_file(&part);
+    })
+}
+
+fn compile(source: &Source, options: &[String]) -> Result<Vec<u8>> {
+    let error = |e: result::NvrtcError| failed(source.op, format!("NVRTC says {e}"));
+    let text = CString::new(source.text).map_err(|e| failed(source.op, e.to_string()))?;
+    let name =
+        CString::new(format!("{}.cu", source.op)).map_err(|e| failed(source.op, e.to_string()))?;
+    let program = result::create_program(&text, Some(&name)).map_err(error)?;
+    // SAFETY: `program` is live until destroy_program below; `text` and `name` outlive it.
+    let compiled = unsafe { result::compile_program(program, options) };
+    let bytes = match compiled {
+        // SAFETY: as above.
+        Err(e) => Err(failed(source.op, format!("NVRTC says {e}: {}", unsafe { log(program) }))),
+        // SAFETY: as above, and the program is compiled.
+        Ok(()) => unsafe { image(program) }.map_err(error),
+    };
+    // SAFETY: the last use of `program`.
+    unsafe { result::destroy_program(program) }.map_err(error)?;
+    bytes
+}
+
+/// # Safety
+/// `program` must be live.
+unsafe fn log(program: sys::nvrtcProgram) -> String {
+    // SAFETY: the caller's promise.
+    let Ok(mut text) = (unsafe { result::get_program_log(program) }) else { return String::new() };
+    text.push(0);
+    // SAFETY: ends in NUL and outlives the borrow.
+    unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned()
+}
+
+/// # Safety
+/// `program` must be live and compiled for a real architecture.
+unsafe fn image(program: sys::nvrtcProgram) -> std::result::Result<Vec<u8>, result::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: the caller's promise; `size` outlives the call.
+    unsafe { sys::nvrtcGetCUBINSize(program, &mut size) }.result()?;
+    let mut bytes = vec![0u8; size];
+    // SAFETY: NVRTC writes exactly `size` bytes.
+    unsafe { sys::nvrtcGetCUBIN(program, bytes.as_mut_ptr().cast()) }.result()?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::launch::SOURCES;
+    use super::*;
+
+    /// The fallback path of machines whose GPU the fatbins do not cover must not rot.
+    #[test]
+    fn nvrtc_compiles_every_kernel() {
+        if let Err(e) = version("any") {
+            println!("skipped: {e}");
+            return;
+        }
+        for source in SOURCES {
+            let options = ["--std=c++17".to_string(), "--gpu-architecture=sm_80".to_string()];
+            let bytes = compile(source, &options).unwrap_or_else(|e| panic!("{e}"));
+            assert!(bytes.starts_with(b"\x7fELF"), "{}", source.op);
+        }
+    }
+
+    #[test]
+    fn broken_source_is_a_sentence() {
+        if version("any").is_err() {
+            println!("skipped: NVRTC is not on the library path");
+            return;
+        }
+        let bad = Source { op: "bad", text: "__global__ void f( {", fatbin: None };
+        let e = compile(&bad, &["--gpu-architecture=sm_80".to_string()]).unwrap_err();
+        assert!(e.to_string().contains("bad.cu"), "{e}");
+    }
+
+    #[test]
+    fn cache_files_are_whole_or_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b.cubin");
+        assert!(read(&path).is_none());
+        store(&path, b"\x7fELF123").unwrap();
+        assert_eq!(read(&path).unwrap(), b"\x7fELF123");
+        std::fs::write(&path, b"cut").unwrap();
+        assert!(read(&path).is_none());
+        assert_eq!(std::fs::read_dir(dir.path().join("a")).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,158 @@
+//! Scores on few dimensions, pooling, forcing and top-k.
+
+use super::CudaBackend;
+use super::args::{PoolArg, SeqsArg, word};
+use super::launch::{Args, Shape};
+use crate::backend::{
+    DType, Force, LogitScale, Pool, PoolScores, Result, ScoreDims, ScoreSource, TopK,
+};
+use bytemuck::{Pod, Zeroable};
+
+/// `ScoreArgs` of `score_dims.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ScoreArgs {
+    q: u64,
+    seqs: SeqsArg,
+    pool: PoolArg,
+    data: u64,
+    row_scale: u64,
+    dims: u64,
+    scores: u64,
+    stride: u64,
+    n: u32,
+    width: u32,
+    capacity: u32,
+    heads: u32,
+    pool_mode: u32,
+    coverage: u32,
+    source: u32,
+    q_type: u32,
+}
+
+/// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
+const GROUPS: [(usize, usize); 4] = [(1, 4), (4, 4), (8, 4), (16, 2)];
+
+impl CudaBackend {
+    pub(super) fn score_dims_op(&self, p: &ScoreDims<'_>) -> Result<()> {
+        const OP: &str = "score_dims";
+        const BLOCK: usize = 128;
+        p.check()?;
+        let (act, kv) = (p.q.dtype(), p.cache.k.dtype());
+        let mut args = ScoreArgs {
+            q: self.ptr(OP, p.q)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.cache)?,
+            scores: self.ptr(OP, p.scores)?,
+            stride: p.stride as u64,
+            heads: word(OP, "heads", p.heads)?,
+            pool_mode: match p.pool {
+                Pool::SumLogit => 1,
+                Pool::MaxLogit => 2,
+                Pool::None | Pool::MaxSoftmax | Pool::MeanSoftmax => 0,
+            },
+            q_type: match act {
+                DType::F16 => 1,
+                DType::BF16 => 2,
+                _ => 0,
+            },
+            coverage: u32::from(p.scale == LogitScale::Coverage),
+            ..ScoreArgs::zeroed()
+        };
+        let (n, width, element) = match &p.source {
+            ScoreSource::Lead { n } => (*n, 0, format!("{kv}_lead")),
+            ScoreSource::Int8 { keys, n } => {
+                args.data = self.ptr(OP, keys.data)?;
+                args.row_scale = self.ptr(OP, keys.scale)?;
+                args.source = 1;
+                (*n, keys.dims, "int8".to_string())
+            }
+            ScoreSource::Slice(s) => {
+                args.data = self.ptr(OP, s.data)?;
+                args.dims = self.ptr(OP, s.dims)?;
+                args.capacity = word(OP, "capacity", s.capacity)?;
+                args.source = 2;
+                (s.n_dims, s.n_dims, format!("{kv}_slice"))
+            }
+            ScoreSource::Gather { dims, n } => {
+                args.dims = self.ptr(OP, dims)?;
+                args.source = 3;
+                (*n, 0, format!("{kv}_gather"))
+            }
+        };
+        args.n = word(OP, "n", n)?;
+        args.width = word(OP, "row width", width)?;
+        if args.source != 1 && !self.attends(act, kv) {
+            return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
+        }
+        let group = p.heads / p.cache.kv_heads;
+        let sums = if p.pool == Pool::SumLogit { 1 } else { group };
+        let Some((g, rows)) = GROUPS.into_iter().find(|(g, _)| *g >= sums) else {
+            return Err(self.unsupported(OP, format!("groups of {group} heads")));
+        };
+        // Enough blocks to fill the device several times; more would only repeat the query's preparation.
+        let pairs = (p.cache.kv_heads * p.seqs.n).max(1);
+        let blocks = p.seqs.max_kv.div_ceil(BLOCK / 4 * rows);
+        let blocks = blocks.min((self.limits.sms * 32).div_ceil(pairs));
+        let shape = Shape::new([blocks, p.cache.kv_heads, p.seqs.n], BLOCK);
+        self.launch(OP, &format!("score_dims_{element}_g{g}"), shape, Args::new().with(args))
+    }
+
+    pub(super) fn pool_scores_op(&self, p: &PoolScores<'_>) -> Result<()> {
+        const OP: &str = "pool_scores";
+        p.check()?;
+        let seqs = self.seqs(OP, &p.seqs)?;
+        let (scores, heads) = (self.ptr(OP, p.scores)?, word(OP, "heads", p.heads)?);
+        let stride = p.stride as u64;
+        let scratch = self.scratch(p.seqs.n * p.heads * DType::F32.bytes())?;
+        let args = Args::new().with(scores).with(seqs).with(scratch.ptr()).with(heads).with(stride);
+        self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
+        let args = Args::new()
+            .with(scores)
+            .with(seqs)
+            .with(scratch.ptr())
+            .with(self.ptr(OP, p.out)?)
+            .with(heads)
+            .with(word(OP, "kv_heads", p.kv_heads)?)
+            .with(stride)
+            .with(u32::from(p.pool == Pool::MeanSoftmax));
+        let grid = [p.seqs.max_kv.div_ceil(1024), p.kv_heads, p.seqs.n];
+        self.launch(OP, OP, Shape::new(grid, 256), args)
+    }
+
+    pub(super) fn force_op(&self, p: &Force<'_>) -> Result<()> {
+        const OP: &str = "force";
+        p.check()?;
+        // Both counts are cut to kv_len in the kernel; a larger number means the same.
+        let args = Args::new()
+            .with(self.ptr(OP, p.scores)?)
+            .with(self.seqs(OP, &p.seqs)?)
+            .with(word(OP, "rows_per_seq", p.rows_per_seq)?)
+            .with(p.stride as u64)
+            .with(p.sinks.min(p.seqs.max_kv) as u32)
+            .with(p.recent.min(p.seqs.max_kv) as u32);
+        self.launch(OP, OP, Shape::new([p.rows_per_seq, p.seqs.n, 1], 128), args)
+    }
+
+    pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {
+        const OP: &str = "top_k";
+        const BLOCK: usize = 1024;
+        /// Bytes of the histograms (2048 bins, 4 copies), and room for the kernel's static shared memory.
+        const HISTOGRAMS: usize = 2048 * 4 * 4;
+        const STATIC: usize = 1024;
+        p.check()?;
+        let room = self.limits.shared.saturating_sub(HISTOGRAMS + STATIC) / 4;
+        let cached = p.seqs.max_kv.min(room);
+        let args = Args::new()
+            .with(self.ptr(OP, p.scores)?)
+            .with(self.seqs(OP, &p.seqs)?)
+            .with(self.ptr(OP, p.indices)?)
+            .with(self.ptr(OP, p.counts)?)
+            .with(word(OP, "rows_per_seq", p.rows_per_seq)?)
+            .with(word(OP, "k", p.k)?)
+            .with(p.stride as u64)
+            .with(word(OP, "cached keys", cached)?);
+        let shape = Shape::new([p.rows_per_seq, p.seqs.n, 1], BLOCK);
+        self.launch(OP, OP, shape.shared(HISTOGRAMS + cached * 4), args)
+    }
+}

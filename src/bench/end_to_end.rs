@@ -1,0 +1,403 @@
+//! Prefill and decode speed of a whole model: prompt length x depth x method x budget.
+
+use super::arithmetic;
+use super::report::{EndToEndReport, ModelFacts, Row, Traffic};
+use super::{Environment, Result, Summary, bad};
+use crate::backend::DType;
+use crate::engine::{Engine, EngineError, SeqId, WantLogits};
+use crate::model::ModelConfig;
+use crate::select::{MethodSpec, Plan, Role, Variant};
+use serde::Serialize;
+use std::time::Instant;
+
+/// The opening of Sense and Sensibility (public domain), repeated as often as needed.
+const TEXT: &str = include_str!("../../assets/calibration.txt");
+
+/// What to measure.
+#[derive(Clone, Debug, Serialize)]
+pub struct EndToEnd {
+    /// Prompt lengths; 0 measures no prefill.
+    pub prompts: Vec<usize>,
+    /// Tokens to decode; 0 measures no decode.
+    pub generate: Vec<usize>,
+    /// Tokens that are in the cache before.
+    pub depths: Vec<usize>,
+    /// Methods with their options; dense attention is always measured too, before them.
+    pub methods: Vec<MethodSpec>,
+    /// Budgets of the sparse methods; empty leaves each its own.
+    pub budgets: Vec<usize>,
+    pub repeats: usize,
+    /// Decode steps before the clock starts, in every repetition (they also hold a method's first choice of
+    /// dimensions).
+    pub warmup: usize,
+}
+
+/// What is going on.
+#[derive(Clone, Copy, Debug)]
+pub enum Progress<'a> {
+    /// Filling the cache: tokens so far, of all.
+    Fill(usize, usize),
+    /// Measuring the named thing: measurements so far, of all.
+    Measure(&'a str, usize, usize),
+}
+
+/// A method with its plan at one depth.
+struct Contender {
+    name: String,
+    budget: Option<usize>,
+    plan: Plan,
+}
+
+impl EndToEnd {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`BenchError::BadOption`](super::BenchError::BadOption).
+    pub fn validate(&self) -> Result<()> {
+        if self.repeats == 0 {
+            return bad("give at least one repetition (-r 1)");
+        }
+        let any = |v: &[usize]| v.iter().any(|&n| n > 0);
+        if self.depths.is_empty() || !(any(&self.prompts) || any(&self.generate)) {
+            return bad(
+                "nothing to measure: give a prompt length (-p), tokens to decode (-n), or both",
+            );
+        }
+        Ok(())
+    }
+
+    /// Tokens that the longest test holds in one sequence.
+    pub fn context(&self) -> usize {
+        let most = |v: &[usize]| v.iter().copied().max().unwrap_or(0);
+        let decode = match most(&self.generate) {
+            0 => 0,
+            n => n.saturating_add(self.warmup),
+        };
+        most(&self.depths).saturating_add(decode.max(most(&self.prompts)))
+    }
+
+    /// Tokens of KV cache that the run needs: the filled sequence and a second one that shares its full pages.
+    pub fn kv_tokens(&self) -> usize {
+        const PARTIAL_PAGES: usize = 3 * crate::backend::PAGE;
+        self.context().saturating_add(PARTIAL_PAGES)
+    }
+
+    /// Measures on an engine built with [`EndToEnd::context`], [`EndToEnd::kv_tokens`], two sequences, and
+    /// summaries for the methods.
+    ///
+    /// # Errors
+    /// Any [`BenchError`](super::BenchError); `progress` only listens.
+    pub fn run(
+        &self,
+        engine: &mut Engine,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<EndToEndReport> {
+        self.validate()?;
+        let bandwidth = engine.backend().bandwidth()?;
+        let text = text(engine, self.context())?;
+        let dtype = engine.decoder().weight_dtype();
+        let mut run = Run {
+            o: self,
+            text,
+            weight_bytes: weight_bytes(engine.decoder().config(), dtype),
+            device_read: bandwidth.device_read,
+            rows: Vec::new(),
+            notes: Vec::new(),
+            done: 0,
+            all: 0,
+            engine: &mut *engine,
+            progress,
+        };
+        run.depths()?;
+        let (rows, notes) = (run.rows, run.notes);
+        let config = engine.decoder().config().clone();
+        let prefill = rows.iter().find(|r| r.phase == "prefill");
+        let prefill_arithmetic = if engine.backend().name() == "cpu" {
+            let n = engine.chunk().min(prefill.map_or(usize::MAX, |r| r.tokens));
+            let speed = prefill.map(|r| r.tokens_per_second.mean);
+            let b = engine.backend();
+            Some(arithmetic::measure(b, &config, dtype, n, self.repeats.max(5), speed)?)
+        } else {
+            None
+        };
+        Ok(EndToEndReport {
+            kind: "end_to_end",
+            environment: Environment::of(engine.backend()),
+            model: ModelFacts {
+                name: config.name.clone(),
+                fingerprint: engine.fingerprint().to_owned(),
+                parameters: config.parameters(),
+                dtype,
+                kv_dtype: engine.cache().shape().dtype,
+                chunk: engine.chunk(),
+                config,
+            },
+            settings: self.clone(),
+            bandwidth_gb_s: bandwidth,
+            rows,
+            prefill_arithmetic,
+            notes,
+        })
+    }
+}
+
+/// The first `n` tokens of the built-in text, repeated.
+fn text(engine: &Engine, n: usize) -> Result<Vec<u32>> {
+    let t = engine.tokenizer();
+    let once = t.encode(TEXT, t.adds_bos()).map_err(EngineError::from)?;
+    if once.is_empty() {
+        return bad("the model's tokenizer makes no tokens of the built-in text");
+    }
+    Ok(once.iter().copied().cycle().take(n).collect())
+}
+
+/// Weight bytes read for one token: every layer's matrices and the output projection (one row of the embedding and
+/// the norms are too small to count).
+fn weight_bytes(c: &ModelConfig, dtype: DType) -> u64 {
+    let layer: usize = arithmetic::shapes(c).iter().map(|(_, i, o)| i * o).sum();
+    ((layer * c.n_layers + c.vocab * c.hidden) * dtype.bytes()) as u64
+}
+
+struct Run<'a, 'e> {
+    o: &'a EndToEnd,
+    engine: &'e mut Engine,
+    text: Vec<u32>,
+    weight_bytes: u64,
+    device_read: f64,
+    rows: Vec<Row>,
+    notes: Vec<String>,
+    done: usize,
+    all: usize,
+    progress: &'a mut dyn FnMut(Progress<'_>),
+}
+
+impl Run<'_, '_> {
+    fn depths(&mut self) -> Result<()> {
+        let mut depths = self.o.depths.clone();
+        depths.sort_unstable();
+        depths.dedup();
+        let tests = |v: &[usize]| v.iter().filter(|&&n| n > 0).count();
+        let budgets = self.o.budgets.len().max(1);
+        self.all = depths.len()
+            * self.o.repeats
+            * (tests(&self.o.prompts)
+                + tests(&self.o.generate) * (1 + self.o.methods.len() * budgets));
+        let dense = self.plan(&Variant::Dense.into(), 0)?;
+        let base = self.engine.open_sequence()?;
+        for depth in depths {
+            // Prefill is dense whatever the plan; the dense plan keeps other methods' state out of it.
+            self.engine.set_plan(dense.clone())?;
+            self.fill(base, depth)?;
+            for &n in self.o.prompts.iter().filter(|&&n| n > 0) {
+                self.prefill(base, depth, n)?;
+            }
+            for &n in self.o.generate.iter().filter(|&&n| n > 0) {
+                self.decode(base, depth, n)?;
+            }
+        }
+        self.engine.close(base);
+        Ok(())
+    }
+
+    fn plan(&self, spec: &MethodSpec, tokens: usize) -> Result<Plan> {
+        let c = self.engine.decoder().config();
+        let print = self.engine.fingerprint();
+        Ok(spec.plan(print, &c.windows, c.head_dim, tokens).map_err(EngineError::from)?)
+    }
+
+    fn fill(&mut self, seq: SeqId, depth: usize) -> Result<()> {
+        let from = self.engine.cached(seq)?;
+        if depth > from {
+            let on = |done: usize| {
+                (self.progress)(Progress::Fill(from + done, depth));
+                true
+            };
+            let tokens = &self.text[from..depth];
+            self.engine.prefill(seq, tokens, WantLogits::None, |_, _| (), on)?;
+        }
+        Ok(())
+    }
+
+    fn measuring(&mut self, what: &str) {
+        (self.progress)(Progress::Measure(what, self.done, self.all));
+        self.done += 1;
+    }
+
+    fn prefill(&mut self, base: SeqId, depth: usize, n: usize) -> Result<()> {
+        let test = name("pp", n, depth);
+        let mut speeds = Vec::with_capacity(self.o.repeats);
+        // One repetition more, not counted: it allocates and warms caches.
+        for i in 0..=self.o.repeats {
+            if i > 0 {
+                self.measuring(&test);
+            }
+            let seq = self.engine.fork(base)?;
+            let start = Instant::now();
+            let tokens = &self.text[depth..depth + n];
+            self.engine.prefill(seq, tokens, WantLogits::Last, |_, _| (), |_| true)?;
+            let seconds = start.elapsed().as_secs_f64();
+            self.engine.close(seq);
+            if i > 0 {
+                speeds.push(n as f64 / seconds);
+            }
+        }
+        self.rows.push(Row {
+            test,
+            phase: "prefill",
+            tokens: n,
+            depth,
+            method: dense_name(),
+            budget: None,
+            tokens_per_second: Summary::of(speeds),
+            x_dense: None,
+            traffic: None,
+            plan: None,
+        });
+        Ok(())
+    }
+
+    /// Dense first, then every method and budget that does not attend to everything at this depth.
+    fn contenders(&mut self, test: &str, depth: usize, n: usize) -> Result<Vec<Contender>> {
+        let tokens = depth + self.o.warmup + n;
+        let mut all = vec![Contender {
+            name: dense_name(),
+            budget: None,
+            plan: self.plan(&Variant::Dense.into(), tokens)?,
+        }];
+        for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
+            let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
+                [] => vec![spec.budget],
+                some => some.iter().copied().map(Some).collect(),
+            };
+            for budget in budgets {
+                let plan = self.plan(&MethodSpec { budget, ..spec.clone() }, tokens)?;
+                let sparse = plan.layers.iter().filter(|l| l.role != Role::Dense);
+                let dense_until = sparse.clone().map(|l| l.budget.dense_until()).min();
+                let budget = sparse.map(|l| l.budget.tokens).max();
+                match dense_until {
+                    Some(until) if tokens > until => {
+                        all.push(Contender { name: spec.name().into(), budget, plan });
+                    }
+                    until => {
+                        self.all -= self.o.repeats;
+                        self.notes.push(format!(
+                            "{test}: {} left out, it attends to every token {}",
+                            spec.name(),
+                            until.map_or("of this model".into(), |u| format!(
+                                "up to {u} (see --dense-below and --budget)"
+                            ))
+                        ));
+                    }
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    fn decode(&mut self, base: SeqId, depth: usize, n: usize) -> Result<()> {
+        let test = name("tg", n, depth);
+        let contenders = self.contenders(&test, depth, n)?;
+        let mut speeds = vec![Vec::with_capacity(self.o.repeats); contenders.len()];
+        // Methods take turns within a repetition, so that a busy machine slows all of them alike.
+        for _ in 0..self.o.repeats {
+            for (c, speeds) in contenders.iter().zip(&mut speeds) {
+                self.measuring(&format!("{test} {}", c.name));
+                self.engine.set_plan(c.plan.clone())?;
+                speeds.push(n as f64 / self.decode_once(base, depth, n)?);
+            }
+        }
+        let middle = depth + self.o.warmup + n / 2;
+        let mut dense_speed = None;
+        for (c, speeds) in contenders.into_iter().zip(speeds) {
+            self.engine.set_plan(c.plan.clone())?;
+            let speed = Summary::of(speeds);
+            let kv_bytes = self.engine.bytes_read(middle);
+            let gb_s = (self.weight_bytes + kv_bytes) as f64 * speed.mean / 1e9;
+            let dense = *dense_speed.get_or_insert(speed.mean);
+            self.rows.push(Row {
+                test: test.clone(),
+                phase: "decode",
+                tokens: n,
+                depth,
+                method: c.name,
+                budget: c.budget,
+                x_dense: Some(speed.mean / dense),
+                tokens_per_second: speed,
+                traffic: Some(Traffic {
+                    weight_bytes: self.weight_bytes,
+                    kv_bytes,
+                    gb_s,
+                    share: gb_s / self.device_read,
+                }),
+                plan: Some(c.plan),
+            });
+        }
+        Ok(())
+    }
+
+    /// Seconds of `n` decode steps after the warm-up. The tokens are those of the text; the logits of every step
+    /// come back to the host, as they do when an answer is drawn.
+    fn decode_once(&mut self, base: SeqId, depth: usize, n: usize) -> Result<f64> {
+        let seq = self.engine.fork(base)?;
+        let (warmup, measured) =
+            self.text[depth..depth + self.o.warmup + n].split_at(self.o.warmup);
+        for &token in warmup {
+            self.engine.decode(seq, token)?;
+        }
+        let start = Instant::now();
+        for &token in measured {
+            std::hint::black_box(self.engine.decode(seq, token)?);
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        self.engine.close(seq);
+        Ok(seconds)
+    }
+}
+
+/// Name of the baseline.
+fn dense_name() -> String {
+    MethodSpec::from(Variant::Dense).name().into()
+}
+
+fn name(kind: &str, n: usize, depth: usize) -> String {
+    if depth == 0 { format!("{kind}{n}") } else { format!("{kind}{n}@d{depth}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options() -> EndToEnd {
+        EndToEnd {
+            prompts: vec![512, 0],
+            generate: vec![128],
+            depths: vec![0, 4096],
+            methods: vec![MethodSpec::default()],
+            budgets: vec![],
+            repeats: 3,
+            warmup: 2,
+        }
+    }
+
+    #[test]
+    fn the_context_holds_the_longest_test() {
+        assert_eq!(options().context(), 4096 + 512);
+        assert_eq!(EndToEnd { prompts: vec![], ..options() }.context(), 4096 + 128 + 2);
+        let huge = EndToEnd { depths: vec![usize::MAX], ..options() };
+        assert_eq!(huge.kv_tokens(), usize::MAX);
+    }
+
+    #[test]
+    fn tests_are_named_as_users_know_them() {
+        assert_eq!(name("pp", 512, 0), "pp512");
+        assert_eq!(name("tg", 128, 4096), "tg128@d4096");
+    }
+
+    #[test]
+    fn nothing_to_measure_is_refused() {
+        options().validate().unwrap();
+        let none = EndToEnd { prompts: vec![0], generate: vec![], ..options() };
+        assert!(none.validate().unwrap_err().to_string().contains("nothing to measure"));
+        assert!(EndToEnd { repeats: 0, ..options() }.validate().is_err());
+    }
+}

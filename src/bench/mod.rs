@@ -1,0 +1,44 @@
+//! Measurements: the whole model end to end, and single ops against the device's own ceilings.
+//!
+//! Every ceiling (device read bandwidth, the GEMM crate's peak) is taken in the run that is compared with it, and
+//! reports keep the raw samples. Inputs are real text or random values, never zeros, and rotate over more memory
+//! than caches hold.
+
+mod arithmetic;
+mod end_to_end;
+mod environment;
+pub mod kernels;
+mod random;
+mod report;
+mod stats;
+
+pub use arithmetic::{PrefillArithmetic, ShapeArithmetic};
+pub use end_to_end::{EndToEnd, Progress};
+pub use environment::Environment;
+pub use report::{EndToEndReport, ModelFacts, Row, Traffic};
+pub use stats::Summary;
+
+use crate::backend::BackendError;
+use crate::engine::EngineError;
+use thiserror::Error;
+
+/// What can go wrong in a measurement.
+#[derive(Debug, Error)]
+pub enum BenchError {
+    /// Options that cannot be measured.
+    #[error("{0}")]
+    BadOption(String),
+    /// The device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+}
+
+/// Result of a measurement.
+pub type Result<T> = std::result::Result<T, BenchError>;
+
+fn bad<T>(reason: impl Into<String>) -> Result<T> {
+    Err(BenchError::BadOption(reason.into()))
+}

@@ -1,0 +1,186 @@
+//! `longsight bench` without a subcommand.
+
+use super::{ReportArgs, origin, percent};
+use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
+use crate::cli::args::{MethodOptions, ModelArgs};
+use crate::cli::table::Table;
+use crate::cli::ui;
+use crate::select::MethodSpec;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use std::process::ExitCode;
+
+/// Base sequence, and the one that is measured.
+const SEQUENCES: usize = 2;
+
+#[derive(Args)]
+pub struct EndToEndArgs {
+    /// Prompt lengths to read (prefill speed); 0 for none
+    #[arg(short, long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,...")]
+    prompt: Vec<usize>,
+    /// Tokens to decode (decode speed); 0 for none
+    #[arg(
+        short = 'n',
+        long,
+        value_delimiter = ',',
+        default_value = "128",
+        value_name = "TOKENS,..."
+    )]
+    generate: Vec<usize>,
+    /// Tokens of text in the KV cache before each test
+    #[arg(
+        short = 'D',
+        long,
+        value_delimiter = ',',
+        default_value = "0,4096",
+        value_name = "TOKENS,..."
+    )]
+    depth: Vec<usize>,
+    /// Methods to compare with dense attention (`longsight run --help` lists them)
+    #[arg(long, value_delimiter = ',', default_value = "sparcas", value_name = "METHOD,...")]
+    methods: Vec<MethodSpec>,
+    /// Budgets to try with each method, instead of --budget
+    #[arg(long, value_delimiter = ',', value_name = "TOKENS,...")]
+    budgets: Vec<usize>,
+    /// Repetitions of every test
+    #[arg(short, long, default_value_t = 3, value_name = "N")]
+    repeats: usize,
+    /// Decode steps before the clock starts, in every repetition
+    #[arg(long, default_value_t = 2, value_name = "STEPS")]
+    warmup: usize,
+    #[command(flatten)]
+    report: ReportArgs,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    method: MethodOptions,
+}
+
+pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
+    let methods: Vec<MethodSpec> = a.methods.iter().map(|m| a.method.apply(m.clone())).collect();
+    let bench = EndToEnd {
+        prompts: a.prompt,
+        generate: a.generate,
+        depths: a.depth,
+        methods: methods.clone(),
+        budgets: a.budgets,
+        repeats: a.repeats,
+        warmup: a.warmup,
+    };
+    bench.validate()?;
+    let need = bench.context();
+    let context = a.model.ctx.unwrap_or(need);
+    if context < need {
+        bail!("the longest test holds {need} tokens, --ctx {context} does not; leave --ctx out");
+    }
+    let file = a.report.file()?;
+    let mut engine = a
+        .model
+        .builder()
+        .context(context)
+        .sequences(SEQUENCES)
+        .kv_tokens(bench.kv_tokens())
+        .method(methods.first().cloned().unwrap_or_default())
+        .summaries_for(&methods)
+        .build()
+        .with_context(|| {
+            format!("cannot set up a test of {need} tokens (depth, prompt and decoded tokens)")
+        })?;
+    for note in engine.notes() {
+        eprintln!("note: {note}");
+    }
+    let filling = ui::bar("filling", "tokens", 0);
+    let measuring = ui::bar("measuring", "measurements", 0);
+    let report = bench.run(&mut engine, &mut |p| match p {
+        Progress::Fill(done, all) => {
+            filling.set_length(all as u64);
+            filling.set_position(done as u64);
+        }
+        Progress::Measure(what, done, all) => {
+            measuring.set_message(what.to_owned());
+            measuring.set_length(all as u64);
+            measuring.set_position(done as u64);
+        }
+    });
+    filling.finish_and_clear();
+    measuring.finish_and_clear();
+    let report = report?;
+    a.report.finish(file, &report, || table(&report))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn table(r: &EndToEndReport) -> String {
+    let mut t = Table::new(&[
+        "model",
+        "device",
+        "dtype",
+        "test",
+        "method",
+        ">budget",
+        ">t/s",
+        ">KV/token",
+        ">x dense",
+        ">GB/s",
+        ">of read",
+    ]);
+    for row in &r.rows {
+        t.row(cells(r, row));
+    }
+    let mut text = format!("{}\n\n{t}\n", origin(&r.environment));
+    let w = r.bandwidth_gb_s.device_read;
+    text += &format!(
+        "GB/s: weights and KV that a decoded token reads, over its time; the device reads {w:.1} GB/s in this run.\n"
+    );
+    if let Some(row) = r.rows.iter().find(|r| r.traffic.is_some())
+        && let Some(traffic) = &row.traffic
+    {
+        text += &format!(
+            "{} {}: {} of weights and {} of KV a token, {:.1} GB/s, {} of that.\n",
+            row.test,
+            row.method,
+            ui::bytes(traffic.weight_bytes),
+            ui::bytes(traffic.kv_bytes),
+            traffic.gb_s,
+            percent(traffic.share)
+        );
+    }
+    if let Some(a) = &r.prefill_arithmetic {
+        text += &arithmetic(a);
+    }
+    for note in &r.notes {
+        text += &format!("note: {note}\n");
+    }
+    text
+}
+
+fn cells(r: &EndToEndReport, row: &Row) -> Vec<String> {
+    let none = || "-".to_owned();
+    let s = &row.tokens_per_second;
+    vec![
+        r.model.name.clone(),
+        r.environment.device.backend.into(),
+        r.model.dtype.to_string(),
+        row.test.clone(),
+        row.method.clone(),
+        row.budget.map_or_else(none, |b| b.to_string()),
+        format!("{:.2} +- {:.2}", s.mean, s.sd),
+        row.traffic.as_ref().map_or_else(none, |t| ui::bytes(t.kv_bytes)),
+        row.x_dense.map_or_else(none, |x| format!("{x:.2}")),
+        row.traffic.as_ref().map_or_else(none, |t| format!("{:.1}", t.gb_s)),
+        row.traffic.as_ref().map_or_else(none, |t| percent(t.share)),
+    ]
+}
+
+fn arithmetic(a: &PrefillArithmetic) -> String {
+    let mut text = format!(
+        "prefill, {} rows: linear layers {:.1} GFLOP/s, the GEMM crate alone {:.1} at the same shapes ({})",
+        a.rows,
+        a.linear_gflop_s,
+        a.gemm_gflop_s,
+        percent(a.linear_share)
+    );
+    if let (Some(p), Some(share)) = (a.prefill_gflop_s, a.prefill_share) {
+        text += &format!("; whole prefill {p:.1} ({})", percent(share));
+    }
+    text + ".\n"
+}

@@ -1,0 +1,103 @@
+//! `longsight bench`: speed of a model, and of single ops.
+
+mod end_to_end;
+mod kernels;
+
+use super::args::Format;
+use super::output::OutputFile;
+use crate::bench::Environment;
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXAMPLES: &str = "\
+Tests are named as in llama-bench: pp512 reads a prompt of 512 tokens, tg128@d4096 decodes 128 tokens after 4096.
+Dense attention is always measured in the same run, and sparse rows say how many times faster they are. Sparse
+methods stay dense up to --dense-below tokens, so give depths beyond it.
+
+Examples:
+  longsight bench                                     prefill, dense and sparse decode of the demo model
+  longsight bench -m model.gguf -D 8192,32768 --methods sparcas,sparcas-int8 --budgets 512,1024
+  longsight bench -p 0 -n 64 -D 4096 -r 5 --format json -o run.json
+  longsight bench kernels --device cuda -o kernels.json
+                                                      single ops against the device's memory bandwidth";
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    what: Option<What>,
+    #[command(flatten)]
+    end_to_end: end_to_end::EndToEndArgs,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Single ops at one shape: milliseconds, GB/s, share of the device-read bandwidth of the same run
+    Kernels(kernels::KernelArgs),
+}
+
+pub fn bench(a: BenchArgs) -> Result<ExitCode> {
+    match a.what {
+        Some(What::Kernels(k)) => kernels::run(k),
+        None => end_to_end::run(a.end_to_end),
+    }
+}
+
+/// How a report leaves the program.
+#[derive(Args, Clone, Debug)]
+struct ReportArgs {
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Also write everything (raw samples, settings, device, driver, date, commit) to this file as JSON
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+}
+
+impl ReportArgs {
+    /// Opens the result file, before anything is measured.
+    fn file(&self) -> Result<Option<OutputFile>> {
+        self.output.as_deref().map(OutputFile::create).transpose()
+    }
+
+    /// Writes the file and prints the report, as `table` or as JSON.
+    fn finish(
+        &self,
+        file: Option<OutputFile>,
+        report: &impl Serialize,
+        table: impl FnOnce() -> String,
+    ) -> Result<()> {
+        let json = serde_json::to_string_pretty(report)? + "\n";
+        if let Some(file) = file {
+            file.finish(json.as_bytes())?;
+        }
+        use std::io::Write;
+        let text = if self.format == Format::Json { json } else { table() };
+        Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+    }
+}
+
+/// Two lines on where a table comes from.
+fn origin(e: &Environment) -> String {
+    format!(
+        "{} | {} | {}\nlongsight {} ({}), {}, {}",
+        e.device.backend,
+        e.device.device,
+        e.device.driver,
+        e.version,
+        e.commit.get(..12).map_or(e.commit.clone(), |short| match e.commit.ends_with("-dirty") {
+            true => format!("{short}-dirty"),
+            false => short.to_owned(),
+        }),
+        e.system,
+        e.date
+    )
+}
+
+/// A share in percent.
+fn percent(share: f64) -> String {
+    format!("{:.0} %", 100.0 * share)
+}

@@ -1,0 +1,82 @@
+//! Result files: tried before a long run, complete or not there at all.
+
+use anyhow::{Context, Result};
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+/// A file that appears under its name when it is finished; until then (and after a failure) there is none.
+#[derive(Debug)]
+pub struct OutputFile {
+    path: PathBuf,
+    part: PathBuf,
+}
+
+impl OutputFile {
+    /// Makes sure that the file can be written.
+    ///
+    /// # Errors
+    /// A folder that does not exist or may not be written to.
+    pub fn create(path: &Path) -> Result<OutputFile> {
+        let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
+        name.push(".part");
+        let part = path.with_file_name(name);
+        let failed = || {
+            format!(
+                "cannot write {}; name a file in a folder that exists and may be written to (-o)",
+                path.display()
+            )
+        };
+        if path.is_dir() || path.file_name().is_none() {
+            anyhow::bail!("{}: it is a folder", failed());
+        }
+        File::create(&part).with_context(failed)?;
+        Ok(OutputFile { path: path.to_owned(), part })
+    }
+
+    /// Writes the contents and gives the file its name.
+    ///
+    /// # Errors
+    /// A full disk, or a folder that went away.
+    pub fn finish(self, contents: &[u8]) -> Result<()> {
+        let write = || -> std::io::Result<()> {
+            let mut f = File::create(&self.part)?;
+            f.write_all(contents)?;
+            f.sync_all()?;
+            std::fs::rename(&self.part, &self.path)
+        };
+        write().with_context(|| format!("cannot write {}", self.path.display()))
+    }
+}
+
+impl Drop for OutputFile {
+    fn drop(&mut self) {
+        // After `finish` it has moved away.
+        let _ = std::fs::remove_file(&self.part);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_complete_or_absent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.json");
+        drop(OutputFile::create(&path).unwrap());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        OutputFile::create(&path).unwrap().finish(b"{}").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"{}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_unwritable_place_is_refused_before_the_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = OutputFile::create(&dir.path().join("no/such/run.json")).unwrap_err();
+        assert!(missing.to_string().contains("-o"), "{missing}");
+        let folder = OutputFile::create(dir.path()).unwrap_err();
+        assert!(folder.to_string().contains("folder"), "{folder}");
+    }
+}

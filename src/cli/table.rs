@@ -1,0 +1,72 @@
+//! Aligned text tables.
+
+/// A table whose columns are as wide as their widest cell.
+#[derive(Debug)]
+pub struct Table {
+    columns: Vec<Column>,
+    rows: Vec<Vec<String>>,
+}
+
+#[derive(Debug)]
+struct Column {
+    name: &'static str,
+    right: bool,
+}
+
+impl Table {
+    /// Names of columns; those that start with `>` are aligned to the right.
+    pub fn new(names: &[&'static str]) -> Table {
+        let column = |n: &&'static str| match n.strip_prefix('>') {
+            Some(name) => Column { name, right: true },
+            None => Column { name: n, right: false },
+        };
+        Table { columns: names.iter().map(column).collect(), rows: Vec::new() }
+    }
+
+    /// Adds a line; missing cells stay empty.
+    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+        let mut row: Vec<String> = cells.into_iter().collect();
+        row.resize(self.columns.len(), String::new());
+        self.rows.push(row);
+    }
+}
+
+impl std::fmt::Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let width = |i: usize| {
+            let cells = self.rows.iter().map(|r| r[i].chars().count());
+            cells.chain([self.columns[i].name.chars().count()]).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let mut line = |cells: &mut dyn Iterator<Item = &str>| {
+            let mut text = String::new();
+            for ((cell, column), w) in cells.zip(&self.columns).zip(&widths) {
+                if !text.is_empty() {
+                    text.push_str("  ");
+                }
+                text.push_str(&match column.right {
+                    true => format!("{cell:>w$}"),
+                    false => format!("{cell:<w$}"),
+                });
+            }
+            writeln!(f, "{}", text.trim_end())
+        };
+        line(&mut self.columns.iter().map(|c| c.name))?;
+        let rules: Vec<String> = widths.iter().map(|w| "-".repeat(*w)).collect();
+        line(&mut rules.iter().map(String::as_str))?;
+        self.rows.iter().try_for_each(|r| line(&mut r.iter().map(String::as_str)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Table;
+
+    #[test]
+    fn columns_line_up() {
+        let mut t = Table::new(&["test", ">t/s"]);
+        t.row(["pp512".to_owned(), "1234.5".to_owned()]);
+        t.row(["tg8".to_owned()]);
+        assert_eq!(t.to_string(), "test      t/s\n-----  ------\npp512  1234.5\ntg8\n");
+    }
+}
