@@ -3,8 +3,9 @@
 
 override BIAS: bool = false;
 override ACCUMULATE: bool = false;
-// matvec: rows of x (1 to 4) and threads that share one output.
+// Rows of x: of the whole call for matvec (1 to 4), of each thread for matmul_rows (1 or 2).
 override ROWS: u32 = 1u;
+// matvec: threads that share one output.
 override LANES: u32 = 16u;
 
 struct Params {
@@ -161,6 +162,51 @@ fn matmul(
             let o = out0 + tx * 4u + j;
             if row < p.rows && o < p.count {
                 store(row, o, acc[i][j]);
+            }
+        }
+    }
+}
+
+// Many rows on a software adapter: a thread has ROWS rows and eight outputs. All threads of a workgroup read
+// the same weights, which such an adapter loads once for a whole vector of threads, and nothing waits.
+@compute @workgroup_size(64)
+fn matmul_rows(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let o = group.x * 8u;
+    let last = p.count - 1u;
+    let chunks = p.inputs / 8u;
+    let row0 = group.y * 64u * ROWS + lane;
+    var low = array<vec4<f32>, 2>();
+    var high = array<vec4<f32>, 2>();
+    for (var c = 0u; c < chunks; c += 1u) {
+        let w0 = w8(o, c);
+        let w1 = w8(min(o + 1u, last), c);
+        let w2 = w8(min(o + 2u, last), c);
+        let w3 = w8(min(o + 3u, last), c);
+        let w_4 = w8(min(o + 4u, last), c);
+        let w5 = w8(min(o + 5u, last), c);
+        let w6 = w8(min(o + 6u, last), c);
+        let w7 = w8(min(o + 7u, last), c);
+        for (var r = 0u; r < ROWS; r += 1u) {
+            let at = (min(row0 + r * 64u, p.rows - 1u) * chunks + c) * 2u;
+            let a = x[at];
+            let b = x[at + 1u];
+            low[r] += vec4<f32>(dot(w0.a, a), dot(w1.a, a), dot(w2.a, a), dot(w3.a, a));
+            low[r] += vec4<f32>(dot(w0.b, b), dot(w1.b, b), dot(w2.b, b), dot(w3.b, b));
+            high[r] += vec4<f32>(dot(w_4.a, a), dot(w5.a, a), dot(w6.a, a), dot(w7.a, a));
+            high[r] += vec4<f32>(dot(w_4.b, b), dot(w5.b, b), dot(w6.b, b), dot(w7.b, b));
+        }
+    }
+    for (var r = 0u; r < ROWS; r += 1u) {
+        let row = row0 + r * 64u;
+        for (var j = 0u; j < 4u; j += 1u) {
+            if row < p.rows && o + j < p.count {
+                store(row, o + j, low[r][j]);
+            }
+            if row < p.rows && o + 4u + j < p.count {
+                store(row, o + 4u + j, high[r][j]);
             }
         }
     }

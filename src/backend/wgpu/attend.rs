@@ -89,21 +89,20 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
     let group = p.heads / cache.kv_heads;
     // Heads that share one list of tokens.
     let (heads, round) = decode_shape(p.heads / p.rows_per_seq, cache.head_dim);
-    let out = Bind::Tensor(p.out);
-    let before = [
-        Bind::Tensor(p.q),
-        Bind::Tensor(p.seqs.meta),
-        Bind::Tensor(p.seqs.pages),
-        Bind::Tensor(cache.k),
-        Bind::Tensor(cache.v),
-    ];
-    let lists = [Bind::Tensor(p.indices), Bind::Tensor(p.counts)];
-    let outputs = [out, p.lse.map_or(Bind::Absent, Bind::Tensor)];
-    let outputs = if p.lse.is_some() { &outputs[..] } else { &outputs[..1] };
     gpu.dispatch(&Dispatch {
-        kernel: if p.lse.is_some() { &pipelines::ATTEND_ROWS_LSE } else { &pipelines::ATTEND_ROWS },
+        kernel: &pipelines::ATTEND_ROWS,
         constants: &constants(OP, cache, group, heads, round, p.lse.is_some())?,
-        binds: &[&before, outputs, &lists].concat(),
+        binds: &[
+            Bind::Tensor(p.q),
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(cache.k),
+            Bind::Tensor(cache.v),
+            Bind::Tensor(p.out),
+            p.lse.map_or(Bind::Absent, Bind::Tensor),
+            Bind::Tensor(p.indices),
+            Bind::Tensor(p.counts),
+        ],
         params: &[
             word(OP, p.seqs.rows)?,
             word(OP, p.heads)?,

@@ -94,26 +94,33 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
     const OP: &str = "linear";
     p.check()?;
     acts_are_f32(OP, &[p.x, p.y])?;
-    let few = p.rows <= MATVEC_ROWS;
+    if p.rows == 0 {
+        return Ok(());
+    }
     let (rows, inputs) = (word(OP, p.rows)?, word(OP, p.inputs)?);
     // Enough inputs per thread that the sum over the lanes at the end stays small.
     let lanes = if p.inputs <= 2048 { 16 } else { 32 };
-    let common = [
-        ("DTYPE", dtype_code(p.w.dtype())),
-        ("BIAS", u32::from(p.bias.is_some())),
-        ("ACCUMULATE", u32::from(p.accumulate)),
-    ];
-    let matvec = [common[0], common[1], common[2], ("ROWS", rows), ("LANES", lanes)];
+    let dtype = ("DTYPE", dtype_code(p.w.dtype()));
+    let bias = ("BIAS", u32::from(p.bias.is_some()));
+    let accumulate = ("ACCUMULATE", u32::from(p.accumulate));
+    let thread_rows = if p.rows > 64 { 2 } else { 1 };
     for range in row_ranges(gpu, OP, p.w, p.outputs, p.inputs)? {
         let count = range.len();
-        let groups = if few {
-            flat_grid(OP, count.div_ceil(4 * (64 / lanes as usize)))?
+        let (kernel, constants, grid) = if p.rows <= MATVEC_ROWS {
+            let groups = count.div_ceil(4 * (64 / lanes as usize));
+            let shape = vec![dtype, bias, accumulate, ("ROWS", rows), ("LANES", lanes)];
+            (&pipelines::MATVEC, shape, flat_grid(OP, groups)?)
+        } else if gpu.software {
+            let groups = [count.div_ceil(8), p.rows.div_ceil(64 * thread_rows as usize), 1];
+            let shape = vec![dtype, bias, accumulate, ("ROWS", thread_rows)];
+            (&pipelines::MATMUL_ROWS, shape, grid(OP, groups)?)
         } else {
-            grid(OP, [count.div_ceil(64), p.rows.div_ceil(64), 1])?
+            let groups = [count.div_ceil(64), p.rows.div_ceil(64), 1];
+            (&pipelines::MATMUL, vec![dtype, bias, accumulate], grid(OP, groups)?)
         };
         gpu.dispatch(&Dispatch {
-            kernel: if few { &pipelines::MATVEC } else { &pipelines::MATMUL },
-            constants: if few { &matvec } else { &common },
+            kernel,
+            constants: &constants,
             binds: &[
                 Bind::Tensor(p.x),
                 rows_of(p.w, &range, p.inputs),
@@ -121,7 +128,7 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
                 Bind::Tensor(p.y),
             ],
             params: &[rows, inputs, word(OP, p.outputs)?, word(OP, range.start)?, word(OP, count)?],
-            grid: if p.rows == 0 { [0; 3] } else { groups },
+            grid,
         })?;
     }
     Ok(())

@@ -23,6 +23,8 @@ pub struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub limits: wgpu::Limits,
+    /// The adapter runs on the CPU: barriers are dear there and workgroup memory gains nothing.
+    pub software: bool,
     pub pipelines: Pipelines,
     pub pending: Mutex<Pending>,
     pub faults: Arc<Mutex<Faults>>,

@@ -29,7 +29,6 @@ const INSTALL: &str = "install the GPU vendor's Vulkan driver, or Mesa's softwar
 pub struct WgpuBackend {
     gpu: Gpu,
     caps: Capabilities,
-    device_type: DeviceType,
 }
 
 impl WgpuBackend {
@@ -80,6 +79,7 @@ impl WgpuBackend {
                 small("absent input", PARAMS_BYTES as u64, storage),
                 small("absent output", PARAMS_BYTES as u64, storage),
             ],
+            software: info.device_type == DeviceType::Cpu,
             limits: device.limits(),
             device,
             queue,
@@ -90,7 +90,7 @@ impl WgpuBackend {
             scratch: Default::default(),
         };
         gpu.fault()?;
-        Ok(WgpuBackend { gpu, caps, device_type: info.device_type })
+        Ok(WgpuBackend { gpu, caps })
     }
 
     /// Every adapter, best first; empty without a driver.
@@ -195,9 +195,7 @@ impl Backend for WgpuBackend {
 
     /// One split per 1,024 tokens until about 512 workgroups run; a CPU adapter has no use for more.
     fn splits(&self, groups: usize, tokens: usize) -> usize {
-        // Partial results need a ninth storage buffer in `attend_rows`.
-        let narrow = self.gpu.limits.max_storage_buffers_per_shader_stage < 9;
-        if self.device_type == DeviceType::Cpu || narrow {
+        if self.gpu.software {
             return 1;
         }
         tokens.div_ceil(1024).clamp(1, (512 / groups.max(1)).max(1))

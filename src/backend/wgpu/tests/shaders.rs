@@ -10,6 +10,7 @@ fn kernels() -> Vec<&'static Kernel> {
         &RMS_NORM,
         &MATVEC,
         &MATMUL,
+        &MATMUL_ROWS,
         &ROPE,
         &SWIGLU,
         &KV_APPEND,
@@ -26,7 +27,6 @@ fn kernels() -> Vec<&'static Kernel> {
         &ATTEND_DECODE,
         &ATTEND_PREFILL,
         &ATTEND_ROWS,
-        &ATTEND_ROWS_LSE,
         &MERGE,
         &BANDWIDTH,
     ]
