@@ -264,6 +264,7 @@ impl Run<'_, '_> {
             budget: None,
             plan: self.plan(&Variant::Dense.into(), tokens)?,
         }];
+        let mut left_out = Vec::new();
         for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
             let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
                 [] => vec![spec.budget],
@@ -280,16 +281,17 @@ impl Run<'_, '_> {
                     }
                     until => {
                         self.all -= self.o.repeats;
-                        self.notes.push(format!(
-                            "{test}: {} left out, it attends to every token {}",
-                            spec.name(),
-                            until.map_or("of this model".into(), |u| format!(
-                                "up to {u} (see --dense-below and --budget)"
-                            ))
-                        ));
+                        let of = until.map_or("any length".into(), |u| format!("up to {u}"));
+                        left_out.push(format!("{} ({of})", spec.name()));
                     }
                 }
             }
+        }
+        if !left_out.is_empty() {
+            self.notes.push(format!(
+                "{test}: left out, they attend to every token there (see --dense-below, --budget): {}",
+                left_out.join(", ")
+            ));
         }
         Ok(all)
     }
