@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::attention::{Cache, Job, Shape, log_sum, run_jobs};
+use super::attention::{Cache, Job, Queries, log_sum, run_jobs};
 use super::matmul::{Matrix, matmul};
 use super::memory::{Io, Parts, with_float};
 use super::par;
@@ -83,8 +83,8 @@ fn few_rows<T: Lane>(
             }
         }
     }
-    let shape = Shape { rows: p.seqs.rows, heads: p.heads, scale: p.scale };
-    run_jobs(cache, &shape, q, pages, &jobs, |_, j| Some(j), out, lse);
+    let queries = Queries { q, rows: p.seqs.rows, heads: p.heads, scale: p.scale };
+    run_jobs(cache, &queries, pages, &jobs, |_, j| Some(j), out, lse);
 }
 
 /// A block of query rows of one sequence against one split of their keys.

@@ -1,7 +1,7 @@
 //! Decode attention over listed tokens:
 //! `out = sum_j softmax_j(scale * q . K[j]) V[j]` with `j` running over the row's list.
 
-use super::attention::{Cache, Job, Shape, run_jobs};
+use super::attention::{Cache, Job, Queries, run_jobs};
 use super::memory::{Io, with_float};
 use super::seqs::sequences;
 use crate::backend::{AttendRows, PAGE, Result};
@@ -52,7 +52,7 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
         }
     }
 
-    let shape = Shape { rows: p.seqs.rows, heads: p.heads, scale: p.scale };
+    let queries = Queries { q, rows: p.seqs.rows, heads: p.heads, scale: p.scale };
     let token = |job: &Job, i: usize| {
         let list = job.head / job.heads;
         let j = indices[(job.seq * lists + list) * p.k + i] as usize;
@@ -60,7 +60,7 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
     };
     with_float!(io, p.cache.k.dtype(), T => {
         let cache = Cache::<T>::new(io, &p.cache)?;
-        run_jobs(&cache, &shape, q, &pages, &jobs, token, out, lse);
+        run_jobs(&cache, &queries, &pages, &jobs, token, out, lse);
         Ok(())
     })
 }

@@ -166,8 +166,9 @@ pub(super) struct Job {
     pub keys: Range<usize>,
 }
 
-/// Shapes of q, out and lse.
-pub(super) struct Shape {
+/// The queries `[rows, heads, d]` of a call.
+pub(super) struct Queries<'a> {
+    pub q: &'a [f32],
     pub rows: usize,
     pub heads: usize,
     pub scale: f32,
@@ -177,8 +178,7 @@ pub(super) struct Shape {
 /// `pages[seq]` is the page list.
 pub(super) fn run_jobs<T: Lane>(
     cache: &Cache<'_, T>,
-    shape: &Shape,
-    q: &[f32],
+    queries: &Queries<'_>,
     pages: &[&[u32]],
     jobs: &[Job],
     token: impl Fn(&Job, usize) -> Option<usize> + Sync + Send,
@@ -202,8 +202,9 @@ pub(super) fn run_jobs<T: Lane>(
     let parts = Parts::new(&mut states);
     par::tasks(chunks.len(), work, |i| {
         let (job, keys) = (&jobs[chunks[i].0], chunks[i].1.clone());
-        let at = (job.row * shape.heads + job.head) * d;
-        let q: Vec<f32> = q[at..at + job.heads * d].iter().map(|x| x * shape.scale).collect();
+        let at = (job.row * queries.heads + job.head) * d;
+        let q = &queries.q[at..at + job.heads * d];
+        let q: Vec<f32> = q.iter().map(|x| x * queries.scale).collect();
         let mut state = Running::new(job.heads, d);
         let (mut rows, mut logits) = (Rows::default(), Vec::new());
         for start in keys.clone().step_by(BLOCK) {
@@ -224,7 +225,7 @@ pub(super) fn run_jobs<T: Lane>(
         while let Some((_, more)) = states.next_if(|((next, _), _)| *next == i) {
             more.iter().for_each(|m| state.merge(m));
         }
-        let at = (job.split * shape.rows + job.row) * shape.heads + job.head;
+        let at = (job.split * queries.rows + job.row) * queries.heads + job.head;
         let lse = lse.as_deref_mut().map(|l| &mut l[at..at + job.heads]);
         state.finish(&mut out[at * d..(at + job.heads) * d], lse);
     }

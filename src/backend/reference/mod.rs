@@ -84,12 +84,22 @@ pub fn encode(dtype: DType, values: &[f64]) -> Vec<u8> {
     let it = values.iter();
     match dtype {
         DType::F32 => it.flat_map(|v| (*v as f32).to_le_bytes()).collect(),
-        // Through f32: from_f64 of the half crate drops the low half of the mantissa before it rounds.
-        DType::F16 => it.flat_map(|v| f16::from_f32(*v as f32).to_le_bytes()).collect(),
-        DType::BF16 => it.flat_map(|v| bf16::from_f32(*v as f32).to_le_bytes()).collect(),
+        DType::F16 => it.flat_map(|v| f16::from_f32(to_odd(*v)).to_le_bytes()).collect(),
+        DType::BF16 => it.flat_map(|v| bf16::from_f32(to_odd(*v)).to_le_bytes()).collect(),
         DType::I8 => it.map(|v| v.round_ties_even() as i8 as u8).collect(),
         DType::U32 => it.flat_map(|v| (*v as u32).to_le_bytes()).collect(),
     }
+}
+
+/// `v` in f32, rounded to odd: a last bit of 1 stands for what was cut off, so that the next rounding to 16 bits sees
+/// on which side of a tie `v` lies (half's own `from_f64` drops those bits).
+fn to_odd(v: f64) -> f32 {
+    let near = v as f32;
+    if f64::from(near) == v || !near.is_finite() {
+        return near;
+    }
+    let up = f64::from(near).abs() > v.abs();
+    f32::from_bits((near.to_bits() - u32::from(up)) | 1)
 }
 
 /// Reads a tensor back as f64 (exact for every dtype).
@@ -157,5 +167,35 @@ impl Layout {
     /// Row of token `j` in arrays of `[n_pages, kv_heads, 64]`.
     fn row(&self, s: &Seq, h: usize, j: usize) -> usize {
         (s.pages[j / PAGE] * self.kv_heads + h) * PAGE + j % PAGE
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Values just beside a tie of the narrow type, beyond the bits of f32 as well.
+    #[test]
+    fn encode_rounds_once() {
+        for (dtype, bits) in [(DType::BF16, 8), (DType::F16, 11)] {
+            let ulp = 2f64.powi(1 - bits);
+            let tie = 1.0 + ulp / 2.0;
+            for (v, want) in [
+                (tie, 1.0),
+                (tie + ulp, 1.0 + 2.0 * ulp),
+                (tie + 2f64.powi(-23), 1.0 + ulp),
+                (tie - 2f64.powi(-23), 1.0),
+                (tie + 2f64.powi(-40), 1.0 + ulp),
+                (tie - 2f64.powi(-40), 1.0),
+                (tie + ulp - 2f64.powi(-40), 1.0 + ulp),
+                (-tie - 2f64.powi(-40), -1.0 - ulp),
+            ] {
+                assert_eq!(decode(dtype, &encode(dtype, &[v])), [want], "{dtype} of {v:e}");
+            }
+        }
+        for v in [0.0, -0.0, f64::INFINITY, f64::NEG_INFINITY, 65504.0, 2f64.powi(-24)] {
+            assert_eq!(decode(DType::F16, &encode(DType::F16, &[v])), [v]);
+        }
+        assert!(decode(DType::BF16, &encode(DType::BF16, &[f64::NAN]))[0].is_nan());
     }
 }

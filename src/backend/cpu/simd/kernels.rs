@@ -6,6 +6,8 @@
 //! SAFETY of every kernel: the CPU has the instructions of `V`. Each checks its slice lengths first; all
 //! pointers below stay inside the slices by those checks.
 
+#![allow(clippy::needless_range_loop)] // one index runs over several arrays of registers
+
 use super::vector::{Lane, Vector};
 
 /// Most query heads whose sums are kept in registers at once.

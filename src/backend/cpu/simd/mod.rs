@@ -80,6 +80,7 @@ impl Isa {
 macro_rules! kernels {
     ($($(#[$doc:meta])* $name:ident / $on:ident $([$T:ident])? ($($a:ident: $t:ty),* $(,)?) $(-> $r:ty)?;)*) => {$(
         $(#[$doc])*
+        #[allow(clippy::too_many_arguments)] // strides and lengths beside each slice
         pub(super) fn $name $(<$T: Lane>)? ($($a: $t),*) $(-> $r)? {
             $on(Isa::detected(), $($a),*)
         }
