@@ -3,9 +3,7 @@
 use super::arithmetic;
 use super::report::{EndToEndReport, ModelFacts, Row, Traffic};
 use super::{Environment, Result, Summary, bad};
-use crate::backend::DType;
 use crate::engine::{Engine, EngineError, SeqId, WantLogits};
-use crate::model::ModelConfig;
 use crate::select::{MethodSpec, Plan, Role, Variant};
 use serde::Serialize;
 use std::time::Instant;
@@ -99,7 +97,7 @@ impl EndToEnd {
         let mut run = Run {
             o: self,
             text,
-            weight_bytes: weight_bytes(engine.decoder().config(), dtype),
+            weight_bytes: arithmetic::weight_bytes(engine.decoder().config(), dtype),
             device_read: bandwidth.device_read,
             rows: Vec::new(),
             notes: Vec::new(),
@@ -149,13 +147,6 @@ fn text(engine: &Engine, n: usize) -> Result<Vec<u32>> {
         return bad("the model's tokenizer makes no tokens of the built-in text");
     }
     Ok(once.iter().copied().cycle().take(n).collect())
-}
-
-/// Weight bytes read for one token: every layer's matrices and the output projection (one row of the embedding and
-/// the norms are too small to count).
-fn weight_bytes(c: &ModelConfig, dtype: DType) -> u64 {
-    let layer: usize = arithmetic::shapes(c).iter().map(|(_, i, o)| i * o).sum();
-    ((layer * c.n_layers + c.vocab * c.hidden) * dtype.bytes()) as u64
 }
 
 struct Run<'a, 'e> {
