@@ -1,4 +1,4 @@
-//! Arithmetic of prefill on the CPU: the linear layers against the GEMM crate's own peak at the same shapes.
+//! What the linear layers cost. On the CPU: the linear layers against the GEMM crate's own peak at the same shapes.
 
 use super::random::{Random, Values};
 use super::{Result, Summary};
@@ -48,6 +48,13 @@ pub(super) fn shapes(c: &ModelConfig) -> [(&'static str, usize, usize); 4] {
         ("gate_up", c.hidden, 2 * c.ffn),
         ("down", c.ffn, c.hidden),
     ]
+}
+
+/// Weight bytes read for one token: every layer's matrices and the output projection (one row of the embedding and
+/// the norms are too small to count).
+pub(super) fn weight_bytes(c: &ModelConfig, dtype: DType) -> u64 {
+    let layer: usize = shapes(c).iter().map(|(_, i, o)| i * o).sum();
+    ((layer * c.n_layers + c.vocab * c.hidden) * dtype.bytes()) as u64
 }
 
 /// Operations of the linear layers of all blocks for one token.

@@ -3,9 +3,7 @@
 use super::arithmetic;
 use super::report::{EndToEndReport, ModelFacts, Row, Traffic};
 use super::{Environment, Result, Summary, bad};
-use crate::backend::DType;
 use crate::engine::{Engine, EngineError, SeqId, WantLogits};
-use crate::model::ModelConfig;
 use crate::select::{MethodSpec, Plan, Role, Variant};
 use serde::Serialize;
 use std::time::Instant;
@@ -99,7 +97,7 @@ impl EndToEnd {
         let mut run = Run {
             o: self,
             text,
-            weight_bytes: weight_bytes(engine.decoder().config(), dtype),
+            weight_bytes: arithmetic::weight_bytes(engine.decoder().config(), dtype),
             device_read: bandwidth.device_read,
             rows: Vec::new(),
             notes: Vec::new(),
@@ -149,13 +147,6 @@ fn text(engine: &Engine, n: usize) -> Result<Vec<u32>> {
         return bad("the model's tokenizer makes no tokens of the built-in text");
     }
     Ok(once.iter().copied().cycle().take(n).collect())
-}
-
-/// Weight bytes read for one token: every layer's matrices and the output projection (one row of the embedding and
-/// the norms are too small to count).
-fn weight_bytes(c: &ModelConfig, dtype: DType) -> u64 {
-    let layer: usize = arithmetic::shapes(c).iter().map(|(_, i, o)| i * o).sum();
-    ((layer * c.n_layers + c.vocab * c.hidden) * dtype.bytes()) as u64
 }
 
 struct Run<'a, 'e> {
@@ -264,6 +255,7 @@ impl Run<'_, '_> {
             budget: None,
             plan: self.plan(&Variant::Dense.into(), tokens)?,
         }];
+        let mut left_out = Vec::new();
         for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
             let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
                 [] => vec![spec.budget],
@@ -280,16 +272,17 @@ impl Run<'_, '_> {
                     }
                     until => {
                         self.all -= self.o.repeats;
-                        self.notes.push(format!(
-                            "{test}: {} left out, it attends to every token {}",
-                            spec.name(),
-                            until.map_or("of this model".into(), |u| format!(
-                                "up to {u} (see --dense-below and --budget)"
-                            ))
-                        ));
+                        let of = until.map_or("any length".into(), |u| format!("up to {u}"));
+                        left_out.push(format!("{} ({of})", spec.name()));
                     }
                 }
             }
+        }
+        if !left_out.is_empty() {
+            self.notes.push(format!(
+                "{test}: left out, they attend to every token there (see --dense-below, --budget): {}",
+                left_out.join(", ")
+            ));
         }
         Ok(all)
     }

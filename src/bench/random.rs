@@ -9,6 +9,8 @@ use rand_chacha::ChaCha8Rng;
 const BLOCK: usize = 1 << 21;
 /// Most values of one upload.
 const PIECE: usize = 1 << 20;
+/// Uploads between two waits for the device.
+const SYNC_EVERY: usize = 32;
 
 /// What values look like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +58,14 @@ impl Random {
             }
         };
         let (block, size) = (&self.encoded[at].1, t.dtype().bytes());
-        for start in (0..t.len()).step_by(PIECE) {
+        for (i, start) in (0..t.len()).step_by(PIECE).enumerate() {
             let n = PIECE.min(t.len() - start);
             let from = self.rng.random_range(0..=BLOCK - n) * size;
             b.upload(&t.slice(start, n), &block[from..from + n * size])?;
+            // Devices may stage uploads in host memory until they wait.
+            if i % SYNC_EVERY == SYNC_EVERY - 1 {
+                b.sync()?;
+            }
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// A file that appears under its name when it is finished; until then (and after a failure) there is none.
+/// A file that appears under its name when it is finished; until then (and after a failure or Ctrl-C) there is none.
 #[derive(Debug)]
 pub struct OutputFile {
     path: PathBuf,
@@ -30,7 +30,8 @@ impl OutputFile {
         if path.is_dir() || path.file_name().is_none() {
             anyhow::bail!("{}: it is a folder", failed());
         }
-        File::create(&part).with_context(failed)?;
+        // Only a trial: a run that is interrupted must not leave it behind.
+        File::create(&part).and_then(|_| std::fs::remove_file(&part)).with_context(failed)?;
         Ok(OutputFile { path: path.to_owned(), part })
     }
 
@@ -64,11 +65,12 @@ mod tests {
     fn a_file_is_complete_or_absent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.json");
-        drop(OutputFile::create(&path).unwrap());
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        OutputFile::create(&path).unwrap().finish(b"{}").unwrap();
+        let files = || std::fs::read_dir(dir.path()).unwrap().count();
+        let file = OutputFile::create(&path).unwrap();
+        assert_eq!(files(), 0);
+        file.finish(b"{}").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"{}");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert_eq!(files(), 1);
     }
 
     #[test]

@@ -126,6 +126,11 @@ pub struct KernelReport {
 }
 
 impl KernelReport {
+    /// Rows whose inputs together are so small that caches may have served them.
+    pub fn cached(&self) -> impl Iterator<Item = &KernelRow> {
+        self.rows.iter().filter(|r| r.rotated_bytes < 200_000_000)
+    }
+
     /// Rows whose result was wrong.
     pub fn failures(&self) -> impl Iterator<Item = &KernelRow> {
         self.rows.iter().filter(|r| !r.check.passed)

@@ -5,8 +5,9 @@ use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
 use crate::cli::args::{MethodOptions, ModelArgs};
 use crate::cli::table::Table;
 use crate::cli::ui;
+use crate::engine::EngineError;
 use crate::select::MethodSpec;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::Args;
 use std::process::ExitCode;
 
@@ -83,8 +84,11 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         .method(methods.first().cloned().unwrap_or_default())
         .summaries_for(&methods)
         .build()
-        .with_context(|| {
-            format!("cannot set up a test of {need} tokens (depth, prompt and decoded tokens)")
+        .map_err(|e| match e {
+            EngineError::BadOption(why) => {
+                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {why}")
+            }
+            e => e.into(),
         })?;
     for note in engine.notes() {
         eprintln!("note: {note}");

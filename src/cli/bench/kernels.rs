@@ -145,6 +145,14 @@ fn table(r: &KernelReport) -> String {
         s.dtype,
         r.bandwidth_gb_s.device_read
     );
+    if r.cached().next().is_some() {
+        let ops: Vec<String> = r
+            .cached()
+            .map(|c| format!("{} {} x{} {}", c.op, c.variant, c.batch, ui::bytes(c.rotated_bytes)))
+            .collect();
+        text +=
+            &format!("note: caches may have helped where inputs are small: {}\n", ops.join(", "));
+    }
     for s in &r.skipped {
         text += &format!("skipped: {} {} at batch {}: {}\n", s.op, s.variant, s.batch, s.why);
     }
