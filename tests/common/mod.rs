@@ -1,5 +1,7 @@
 //! Helpers that several test binaries share; each uses only some of them.
 #![allow(dead_code)]
 
+pub mod cache;
+pub mod dims;
 pub mod gguf_file;
 pub mod tiny;

@@ -1,0 +1,281 @@
+//! The program as a user runs it: what it prints, and what it says of bad input.
+//!
+//! An adapter without f16 arithmetic or subgroups needs no test of its own: the wgpu backend never asks for either,
+//! so every wgpu test runs that path. Too little memory is tested in `methods_engine.rs`.
+
+mod common;
+
+use common::tiny::Tiny;
+use longsight::model::{Arch, Quant};
+use longsight::select::Plan;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// A temporary folder with the tiny model and a cache folder.
+struct Home(tempfile::TempDir);
+
+/// How a run ended.
+#[derive(Debug)]
+struct Ended {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl Ended {
+    fn json(&self) -> Value {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+impl Home {
+    fn new() -> Home {
+        let home = Home(tempfile::tempdir().unwrap());
+        Tiny::new(Arch::Llama, false, 5).write_hf(&home.path("model"), Quant::F32, 1);
+        home
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// Writes a file; its path as an argument.
+    fn file(&self, name: &str, bytes: &[u8]) -> String {
+        std::fs::write(self.path(name), bytes).unwrap();
+        text(&self.path(name))
+    }
+
+    fn model(&self) -> String {
+        text(&self.path("model"))
+    }
+
+    /// Names of all files below the folder.
+    fn files(&self) -> Vec<PathBuf> {
+        let mut folders = vec![self.0.path().to_owned()];
+        let mut files = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() { folders.push(path) } else { files.push(path) }
+            }
+        }
+        files.sort();
+        files
+    }
+
+    fn run_in(&self, environment: &[(&str, &str)], arguments: &[&str]) -> Ended {
+        let done = Command::new(env!("CARGO_BIN_EXE_longsight"))
+            .args(arguments)
+            .env("LONGSIGHT_CACHE", self.path("cache"))
+            .envs(environment.iter().copied())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        Ended {
+            code: done.status.code(),
+            out: String::from_utf8(done.stdout).unwrap(),
+            err: String::from_utf8(done.stderr).unwrap(),
+        }
+    }
+
+    fn run(&self, arguments: &[&str]) -> Ended {
+        self.run_in(&[], arguments)
+    }
+
+    /// The run fails with a sentence that holds `names`, and leaves no file behind.
+    fn refused_in(&self, environment: &[(&str, &str)], arguments: &[&str], names: &[&str]) {
+        let before = self.files();
+        let end = self.run_in(environment, arguments);
+        // No code at all is a signal; 101 is a panic.
+        assert!(end.code.is_some_and(|c| c != 0 && c != 101), "{arguments:?}: {end:?}");
+        assert!(end.err.lines().any(|l| l.starts_with("error: ") && l.len() > 20), "{end:?}");
+        assert!(!end.err.contains("panicked"), "{arguments:?}: {}", end.err);
+        for name in names {
+            assert!(end.err.contains(name), "{arguments:?}: {:?} does not name {name}", end.err);
+        }
+        assert_eq!(self.files(), before, "{arguments:?} left files behind");
+    }
+
+    fn refused(&self, arguments: &[&str], names: &[&str]) {
+        self.refused_in(&[], arguments, names);
+    }
+}
+
+/// `run -m MODEL --device cpu` and more.
+fn run_on<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["run", "-m", model, "--device", "cpu", "-n", "4"][..], more].concat()
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let home = Home::new();
+    let version = home.run(&["--version"]);
+    assert_eq!(version.out.trim(), format!("longsight {}", env!("CARGO_PKG_VERSION")));
+    let help = home.run(&["--help"]);
+    assert_eq!(help.code, Some(0));
+    let list = help.out.lines().skip_while(|l| *l != "Commands:").skip(1);
+    let commands: Vec<&str> = list
+        .take_while(|l| !l.is_empty())
+        .filter_map(|l| l.strip_prefix("  ")?.split(' ').next())
+        .filter(|name| !name.is_empty() && *name != "help")
+        .collect();
+    for known in ["run", "chat", "devices", "plan", "bench"] {
+        assert!(commands.contains(&known), "{commands:?}");
+    }
+    for command in commands {
+        let end = home.run(&[command, "--help"]);
+        assert_eq!(end.code, Some(0), "{end:?}");
+        assert!(end.out.contains(&format!("Usage: longsight {command}")), "{}", end.out);
+        assert!(end.err.is_empty(), "{}", end.err);
+    }
+    assert_eq!(home.run(&[]).code, Some(2));
+}
+
+#[test]
+fn devices_are_listed() {
+    let home = Home::new();
+    let found = home.run(&["devices", "--no-measure", "--format", "json"]).json();
+    let rows = found.as_array().unwrap();
+    assert_eq!(rows.len(), 3, "{found}");
+    assert_eq!(rows[0]["capabilities"]["backend"], "cpu");
+    for row in &rows[1..] {
+        let why = row["unavailable"].as_str().is_some_and(|s| s.len() > 20);
+        assert!(why || row["capabilities"]["device"].is_string(), "{row}");
+    }
+    let table = home.run(&["devices", "--no-measure"]);
+    assert_eq!(table.code, Some(0));
+    assert!(table.out.contains("cpu") && table.out.contains("cuda"), "{}", table.out);
+}
+
+#[test]
+fn a_prompt_is_answered() {
+    let home = Home::new();
+    let model = home.model();
+    let long = "The river ran on past the mill and the two old bridges. ".repeat(4);
+    let sparse = ["--dense-layers", "0", "--dense-below", "0", "--budget", "64"];
+    let report = home.run(&run_on(&model, &["--json", "--raw", &long])).json();
+    let tokens = |r: &Value, key: &str| r["stats"][key].as_u64().unwrap();
+    assert!(report["answer"].is_string(), "{report}");
+    assert!(tokens(&report, "prompt_tokens") >= long.len() as u64, "{report}");
+    assert!(tokens(&report, "generated_tokens") <= 4, "{report}");
+    assert_eq!(report["method"], "sparcas");
+    assert_eq!(tokens(&report, "kv_bytes"), tokens(&report, "kv_bytes_dense"));
+
+    // Sparse, with a text from a file, a question, an audit, and keys ordered once.
+    let file = home.file("text.txt", long.as_bytes());
+    let more = [&["--json", "-f", &file, "--ask", "Which?", "--audit", "1"][..], &sparse].concat();
+    let report = home.run(&run_on(&model, &more)).json();
+    assert!(tokens(&report, "kv_bytes") < tokens(&report, "kv_bytes_dense"), "{report}");
+    let cached: Vec<PathBuf> =
+        home.files().into_iter().filter(|f| f.starts_with(home.path("cache"))).collect();
+    assert_eq!(cached.len(), 1, "{cached:?}");
+    assert!(text(&cached[0]).ends_with(".json"), "{cached:?}");
+
+    // Without --json the answer goes to stdout, the statistics to stderr.
+    let shown = home.run(&run_on(&model, &["hello"]));
+    assert_eq!(shown.code, Some(0), "{shown:?}");
+    assert!(shown.err.contains("prompt tokens"), "{shown:?}");
+    assert!(!shown.out.contains("prompt tokens"), "{shown:?}");
+}
+
+#[test]
+fn plans_are_printed_saved_and_run() {
+    let home = Home::new();
+    let model = home.model();
+    let saved = text(&home.path("plan.json"));
+    let sparse = ["--dense-layers", "1", "--dims", "8", "--budget", "64"];
+    let save = ["plan", "-m", &model, "--method", "sparcas", "--save", &saved, "--format", "json"];
+    let printed = home.run(&[&save[..], &sparse].concat()).json();
+    let plan: Plan = serde_json::from_value(printed).unwrap();
+    assert_eq!((plan.method.as_str(), plan.layers.len()), ("sparcas", 2));
+    let read: Plan = serde_json::from_slice(&std::fs::read(&saved).unwrap()).unwrap();
+    assert_eq!(read, plan);
+    let report = home.run(&run_on(&model, &["--json", "--plan", &saved, "hello"])).json();
+    assert_eq!(report["method"], "sparcas");
+    let table = home.run(&["plan", "-m", &model, "--method", "dense"]);
+    assert_eq!(table.code, Some(0));
+    assert!(table.out.contains("dense") && table.out.contains("100.0 %"), "{}", table.out);
+}
+
+#[test]
+fn bad_model_files_are_refused() {
+    let home = Home::new();
+    home.refused(&run_on("/no/such/model", &["hi"]), &["/no/such/model"]);
+    let empty = home.file("empty.gguf", b"");
+    home.refused(&run_on(&empty, &["hi"]), &["empty.gguf"]);
+    Tiny::new(Arch::Llama, false, 5).write_gguf(&home.path("whole.gguf"), Quant::Q8_0);
+    let whole = std::fs::read(home.path("whole.gguf")).unwrap();
+    for (name, keep) in [("head.gguf", 100), ("half.gguf", whole.len() / 2)] {
+        let cut = home.file(name, &whole[..keep]);
+        home.refused(&run_on(&cut, &["hi"]), &[name]);
+        home.refused(&["plan", "-m", &cut], &[name]);
+    }
+    std::fs::remove_file(home.path("model").join("tokenizer.json")).unwrap();
+    home.refused(&run_on(&home.model(), &["hi"]), &["tokenizer", &home.model()]);
+}
+
+#[test]
+fn bad_options_are_refused() {
+    let home = Home::new();
+    let model = home.model();
+    let cases: [(&[&str], &[&str]); 9] = [
+        (&["hi", "--method", "bogus"], &["bogus", "sparcas"]),
+        (&["hi", "--dtype", "f8"], &["f8", "bf16"]),
+        (&["hi", "--dense-layers", "0", "--dims", "12"], &["12", "--dims"]),
+        (&["hi", "--dense-layers", "0", "--dims", "64"], &["64", "--dims"]),
+        (&["hi", "--dense-layers", "0", "--budget", "8"], &["budget of 8"]),
+        (&["hi", "--ctx", "513"], &["513", "512", "--ctx"]),
+        (&["hi", "--ctx", "0"], &["0 tokens", "--ctx"]),
+        (&["hi", "--chunk", "0"], &["one token"]),
+        (&["hi", "--plan", "/no/such/plan.json"], &["/no/such/plan.json"]),
+    ];
+    for (more, names) in cases {
+        home.refused(&run_on(&model, more), names);
+    }
+    home.refused(&["plan", "-m", &model, "--save", "/proc/nope/x"], &["/proc/nope/x"]);
+    let folder = text(home.0.path());
+    home.refused(&["plan", "-m", &model, "--save", &folder], &[&folder]);
+    let wrong = home.file("wrong.json", b"{\"layers\": 3}");
+    home.refused(&run_on(&model, &["hi", "--plan", &wrong]), &["wrong.json", "plan"]);
+}
+
+#[test]
+fn bad_prompts_are_refused() {
+    let home = Home::new();
+    let model = home.model();
+    home.refused(&run_on(&model, &[""]), &["prompt is empty"]);
+    // Standard input is empty as well.
+    home.refused(&run_on(&model, &[]), &["prompt is empty"]);
+    let none = text(&home.path("none.txt"));
+    home.refused(&run_on(&model, &["-f", &none]), &["none.txt"]);
+    let latin = home.file("latin.txt", b"caf\xe9 au lait");
+    home.refused(&run_on(&model, &["-f", &latin, "--ask", "What?"]), &["latin.txt", "UTF-8"]);
+    let long = home.file("long.txt", "far too long ".repeat(60).as_bytes());
+    // The model was trained for 512 tokens, one per byte of this text.
+    home.refused(&run_on(&model, &["-f", &long]), &["780 tokens", "512"]);
+    home.refused(&run_on(&model, &["-f", &long, "--ctx", "128"]), &["780 tokens", "128"]);
+}
+
+#[test]
+fn missing_devices_are_refused() {
+    let home = Home::new();
+    let model = home.model();
+    let on = |device| ["run", "-m", &model, "--device", device, "hi"];
+    home.refused(&on("abacus"), &["abacus", "cuda"]);
+    home.refused(&on("cuda:first"), &["first", "cuda:0"]);
+    home.refused(&on("wgpu:no such adapter"), &["wgpu"]);
+    if longsight::backend::open("cuda").is_err() {
+        home.refused(&on("cuda"), &["cuda", "driver"]);
+    }
+    // No Vulkan driver; Metal and DX12 bring their own.
+    if cfg!(target_os = "linux") {
+        let none = [("VK_DRIVER_FILES", "/nonexistent"), ("VK_ICD_FILENAMES", "/nonexistent")];
+        home.refused_in(&none, &on("wgpu"), &["wgpu", "adapter"]);
+    }
+}
