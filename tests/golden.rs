@@ -136,7 +136,10 @@ fn greedy_texts_agree_on_every_backend() {
                 match got.iter().zip(&want).position(|(a, b)| a != b) {
                     None => println!("{name} {dtype} {p}: all {} tokens agree", want.len()),
                     Some(i) => {
-                        println!("{name} {dtype} {p}: first difference at {i}, margin {}", margins[i]);
+                        println!(
+                            "{name} {dtype} {p}: first difference at {i}, margin {}",
+                            margins[i]
+                        );
                         assert!(margins[i] <= tie, "{name} {dtype} {p} at {i}: {}", margins[i]);
                     }
                 }
