@@ -125,7 +125,7 @@ impl Rig<'_> {
         let fit = (free / self.set_bytes() as f64) as usize;
         if fit == 0 {
             return Ok(Err(format!(
-                "one layer's keys and values take {} bytes, of which {:.0} are free; \
+                "one layer's keys and values take {} bytes, {:.0} of the free memory may be used; \
                  give a smaller --batch or --depth",
                 self.set_bytes(),
                 free
