@@ -1,4 +1,4 @@
-//! Longsight runs long-context language models with sparse attention over a tiered KV cache, on any GPU.
+//! Longsight runs long-context language models with sparse attention, on any GPU.
 //!
 //! Layers, each importing only those below: `cli`, `eval`, `bench` | `engine` | `model` | `select`, `kv` |
 //! `backend`. See `DESIGN.md`.

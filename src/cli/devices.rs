@@ -2,7 +2,7 @@
 
 use super::args::Format;
 use super::ui;
-use crate::backend::{Backend, open_all};
+use crate::backend::{Backend, Capabilities, open_all};
 use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
@@ -30,10 +30,29 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
             }
         }
     }
+    let opened: Vec<&str> =
+        found.iter().filter_map(|(_, b)| Some(b.as_ref().ok()?.caps().device.as_str())).collect();
+    for c in others(&opened) {
+        match a.format {
+            Format::Table => println!("{:<5} {} (choose it with --device)", c.backend, c.device),
+            Format::Json => rows.push(serde_json::json!({ "capabilities": c })),
+        }
+    }
     if a.format == Format::Json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Adapters and GPUs besides the ones that `wgpu` and `cuda` open.
+fn others(opened: &[&str]) -> Vec<Capabilities> {
+    let mut all: Vec<Capabilities> = Vec::new();
+    #[cfg(feature = "wgpu")]
+    all.extend(crate::backend::wgpu::WgpuBackend::list());
+    #[cfg(feature = "cuda")]
+    all.extend(crate::backend::cuda::list().unwrap_or_default().into_iter().skip(1));
+    all.retain(|c| c.backend == "cuda" || !opened.contains(&c.device.as_str()));
+    all
 }
 
 fn describe(b: &Arc<dyn Backend>, measure: bool, print: bool) -> serde_json::Value {
@@ -57,7 +76,9 @@ fn describe(b: &Arc<dyn Backend>, measure: bool, print: bool) -> serde_json::Val
             if c.f16 { "yes" } else { "no" },
             c.tensor_cores
         );
-        println!("      largest buffer {}", ui::bytes(c.max_binding));
+        if c.max_binding < u64::MAX / 4 {
+            println!("      largest buffer {}", ui::bytes(c.max_binding));
+        }
         match &bandwidth {
             Some(Ok(w)) => println!(
                 "      measured       device read {:.0} GB/s, host to device {:.1} GB/s",

@@ -263,7 +263,7 @@ impl MethodSpec {
             } else {
                 unit
             });
-            // Layers take turns, so that no step rebuilds every slice (sparcas.md 1.8).
+            // Layers take turns, so that no step rebuilds every slice.
             let refresh = match (self.update, self.beta) {
                 (u, Some(beta)) => Refresh::Adaptive { beta, min: 1, max: u.unwrap_or(64) },
                 (Some(every), None) => Refresh::Every { every, phase: 0 },
@@ -362,7 +362,7 @@ mod tests {
 
     #[test]
     fn bytes_follow_the_formula_of_the_spec() {
-        // sparcas.md 1.17: Llama-3.1-8B at 32K, D_b = 32, U = 64, T_b = 1024: 937 MB a step.
+        // Llama-3.1-8B at 32K, D_b = 32, U = 64, T_b = 1024: 937 MB a step.
         let spec =
             MethodSpec { budget: Some(1024), dims: Some(32), ..Variant::SparcasPaper.into() };
         let p = spec.plan("m", &[None; 32], 128, 32768).unwrap();

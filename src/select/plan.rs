@@ -104,7 +104,7 @@ impl LayerPlan {
     /// Bytes that a decode step reads from this layer's cache for one sequence of `n` tokens.
     ///
     /// `row` = bytes of one key (or value) of one KV head: dense `2 n row`; else the score reads plus
-    /// `2 T_b row`, plus a rebuild's key read over U (specs, section 1.1).
+    /// `2 T_b row`, plus a rebuild's key read over U.
     pub fn bytes_read(&self, n: usize, kv_heads: usize, head_dim: usize, elem: usize) -> u64 {
         let row = head_dim * elem;
         if self.role == Role::Dense || n <= self.budget.dense_until() {

@@ -147,7 +147,7 @@ pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<
 /// Writes the step's keys and values of every sequence into its pages and into the given summaries.
 ///
 /// With `slice`, the chosen dimensions of the new keys are appended to the compact slice of the sequence's
-/// slot (sparcas.md 1.3: nothing is ever stale in rows). A sequence whose `kv_len` exceeds the slice's
+/// slot (nothing is ever stale in rows). A sequence whose `kv_len` exceeds the slice's
 /// capacity is not written to the slice. Entries hold the key as the page holds it.
 #[derive(Debug)]
 pub struct KvAppend<'a> {
@@ -200,7 +200,7 @@ pub const fn key_stats_len(head_dim: usize) -> usize {
     3 * head_dim
 }
 
-/// Adds the step's new keys to running sums (sparcas.md 1.7): the `sigma` of the `*_qk` metrics.
+/// Adds the step's new keys to running sums: the `sigma` of the `*_qk` metrics.
 ///
 /// Per (slot, KV head): `sum[head_dim]`, `sum of squares[head_dim]` per coordinate, then
 /// `sum[head_dim / 2]`, `sum of squares[head_dim / 2]` of the rotary pair norms. Keys are read back from the

@@ -9,7 +9,7 @@ pub const DIM_STATE_WORDS: usize = 4;
 /// u32 words of [`SelectDims::changed`] per (slot, KV head): a bit mask over columns.
 pub const CHANGED_WORDS: usize = 8;
 
-/// Importance of a key dimension (sparcas.md 1.7). Sums run over the query heads of the KV head's group.
+/// Importance of a key dimension (DESIGN.md, SparCas). Sums run over the query heads of the KV head's group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DimMetric {
@@ -30,7 +30,7 @@ impl DimMetric {
     }
 }
 
-/// When the dimension set of a (sequence, KV head) is chosen anew (sparcas.md 1.3, 1.8).
+/// When the dimension set of a (sequence, KV head) is chosen anew (DESIGN.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Refresh {
@@ -179,7 +179,7 @@ pub enum ScoreSource<'a> {
     },
 }
 
-/// How per-head partial logits become one score per KV head (sparcas.md 1.5).
+/// How per-head partial logits become one score per KV head (DESIGN.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pool {
