@@ -3,7 +3,7 @@
 
 override BIAS: bool = false;
 override ACCUMULATE: bool = false;
-// Rows of x: of the whole call for matvec (1 to 4), of each thread for matmul_rows (1 to 8).
+// Rows of x: of the whole call for matvec (1 to 4), of each thread for matmul_rows (1 to 4).
 override ROWS: u32 = 1u;
 // matvec: threads that share one output.
 override LANES: u32 = 16u;
@@ -178,8 +178,8 @@ fn matmul_rows(
     let last = p.count - 1u;
     let chunks = p.inputs / 8u;
     let row0 = group.y * 8u * ROWS + lane;
-    var low = array<vec4<f32>, 8>();
-    var high = array<vec4<f32>, 8>();
+    var low = array<vec4<f32>, 4>();
+    var high = array<vec4<f32>, 4>();
     for (var c = 0u; c < chunks; c += 1u) {
         let w0 = w8(o, c);
         let w1 = w8(min(o + 1u, last), c);

@@ -104,7 +104,7 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
     let bias = ("BIAS", u32::from(p.bias.is_some()));
     let accumulate = ("ACCUMULATE", u32::from(p.accumulate));
     // matmul_rows: rows of each of the eight threads of a workgroup.
-    let thread_rows = p.rows.div_ceil(8).next_power_of_two().min(8);
+    let thread_rows = p.rows.div_ceil(8).next_power_of_two().min(4);
     for range in row_ranges(gpu, OP, p.w, p.outputs, p.inputs)? {
         let count = range.len();
         let (kernel, constants, grid) = if p.rows <= MATVEC_ROWS {
