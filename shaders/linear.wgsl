@@ -3,7 +3,7 @@
 
 override BIAS: bool = false;
 override ACCUMULATE: bool = false;
-// Rows of x: of the whole call for matvec (1 to 4), of each thread for matmul_rows (1 or 2).
+// Rows of x: of the whole call for matvec (1 to 4), of each thread for matmul_rows (1 to 4).
 override ROWS: u32 = 1u;
 // matvec: threads that share one output.
 override LANES: u32 = 16u;
@@ -167,9 +167,9 @@ fn matmul(
     }
 }
 
-// Many rows on a software adapter: a thread has ROWS rows and eight outputs. All threads of a workgroup read
-// the same weights, which such an adapter loads once for a whole vector of threads, and nothing waits.
-@compute @workgroup_size(64)
+// Many rows on a software adapter, where loads cost far more than arithmetic and barriers more still: a thread
+// has ROWS rows and eight outputs in registers and shares nothing.
+@compute @workgroup_size(8)
 fn matmul_rows(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
@@ -177,9 +177,9 @@ fn matmul_rows(
     let o = group.x * 8u;
     let last = p.count - 1u;
     let chunks = p.inputs / 8u;
-    let row0 = group.y * 64u * ROWS + lane;
-    var low = array<vec4<f32>, 2>();
-    var high = array<vec4<f32>, 2>();
+    let row0 = group.y * 8u * ROWS + lane;
+    var low = array<vec4<f32>, 4>();
+    var high = array<vec4<f32>, 4>();
     for (var c = 0u; c < chunks; c += 1u) {
         let w0 = w8(o, c);
         let w1 = w8(min(o + 1u, last), c);
@@ -190,7 +190,7 @@ fn matmul_rows(
         let w6 = w8(min(o + 6u, last), c);
         let w7 = w8(min(o + 7u, last), c);
         for (var r = 0u; r < ROWS; r += 1u) {
-            let at = (min(row0 + r * 64u, p.rows - 1u) * chunks + c) * 2u;
+            let at = (min(row0 + r * 8u, p.rows - 1u) * chunks + c) * 2u;
             let a = x[at];
             let b = x[at + 1u];
             low[r] += vec4<f32>(dot(w0.a, a), dot(w1.a, a), dot(w2.a, a), dot(w3.a, a));
@@ -200,7 +200,7 @@ fn matmul_rows(
         }
     }
     for (var r = 0u; r < ROWS; r += 1u) {
-        let row = row0 + r * 64u;
+        let row = row0 + r * 8u;
         for (var j = 0u; j < 4u; j += 1u) {
             if row < p.rows && o + j < p.count {
                 store(row, o + j, low[r][j]);

@@ -103,7 +103,8 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
     let dtype = ("DTYPE", dtype_code(p.w.dtype()));
     let bias = ("BIAS", u32::from(p.bias.is_some()));
     let accumulate = ("ACCUMULATE", u32::from(p.accumulate));
-    let thread_rows = if p.rows > 64 { 2 } else { 1 };
+    // matmul_rows: rows of each of the eight threads of a workgroup.
+    let thread_rows = p.rows.div_ceil(8).next_power_of_two().min(4);
     for range in row_ranges(gpu, OP, p.w, p.outputs, p.inputs)? {
         let count = range.len();
         let (kernel, constants, grid) = if p.rows <= MATVEC_ROWS {
@@ -111,8 +112,8 @@ pub fn linear(gpu: &Gpu, p: &Linear<'_>) -> Result<()> {
             let shape = vec![dtype, bias, accumulate, ("ROWS", rows), ("LANES", lanes)];
             (&pipelines::MATVEC, shape, flat_grid(OP, groups)?)
         } else if gpu.software {
-            let groups = [count.div_ceil(8), p.rows.div_ceil(64 * thread_rows as usize), 1];
-            let shape = vec![dtype, bias, accumulate, ("ROWS", thread_rows)];
+            let groups = [count.div_ceil(8), p.rows.div_ceil(8 * thread_rows), 1];
+            let shape = vec![dtype, bias, accumulate, ("ROWS", thread_rows as u32)];
             (&pipelines::MATMUL_ROWS, shape, grid(OP, groups)?)
         } else {
             let groups = [count.div_ceil(64), p.rows.div_ceil(64), 1];

@@ -1,6 +1,7 @@
 //! What conformance cannot see: split weights, limits, driver errors. Skipped without an adapter.
 
 use super::*;
+use crate::backend::{KvPool, Seqs};
 
 fn backend() -> Option<WgpuBackend> {
     match WgpuBackend::open(None) {
@@ -102,4 +103,58 @@ fn slices_of_one_buffer() {
     let want = 2.0 / (1.0 + (-2.0f32).exp()) * 2.0;
     assert!(read(&b, &out).iter().all(|v| (v - want).abs() < 1e-5));
     b.copy(&both.slice(0, 64), &both.slice(64, 64)).expect("copy");
+}
+
+/// Without `lse`; listing every token gives dense attention.
+#[test]
+fn attention_without_lse() {
+    let Some(b) = backend() else { return };
+    let words = |v: &[u32]| {
+        let t = b.alloc(DType::U32, v.len(), "words").expect("alloc");
+        b.upload(&t, bytemuck::cast_slice(v)).expect("upload");
+        t
+    };
+    let noise = |n: usize, m: usize| -> Vec<f32> {
+        (0..n).map(|i| (i * m % 97) as f32 / 48.5 - 1.0).collect()
+    };
+    let (heads, d) = (2, 8);
+    let (k, v) = (floats(&b, &noise(128 * d, 31)), floats(&b, &noise(128 * d, 57)));
+    let q = floats(&b, &noise(heads * d, 13));
+    let (meta, pages) = (words(&[0, 1, 100, 0, 0, 0, 0, 0]), words(&[1, 0]));
+    let seqs = Seqs { meta: &meta, pages: &pages, n: 1, max_kv: 100, max_q: 1, rows: 1 };
+    let cache = KvPool { k: &k, v: &v, n_pages: 2, kv_heads: 1, head_dim: d, lead: d };
+    let (dense, listed) = (floats(&b, &[0.0; 16]), floats(&b, &[0.0; 16]));
+    let (window, lse, splits, scale) = (None, None, 1, 0.35);
+    b.attend_dense(&AttendDense {
+        q: &q,
+        seqs,
+        cache,
+        heads,
+        scale,
+        window,
+        splits,
+        out: &dense,
+        lse,
+    })
+    .expect("attend_dense");
+    let all: Vec<u32> = (0..100).collect();
+    let (indices, counts) = (words(&all), words(&[100]));
+    b.attend_rows(&AttendRows {
+        q: &q,
+        seqs,
+        cache,
+        heads,
+        scale,
+        indices: &indices,
+        counts: &counts,
+        k: 100,
+        rows_per_seq: 1,
+        splits,
+        out: &listed,
+        lse,
+    })
+    .expect("attend_rows");
+    let (dense, listed) = (read(&b, &dense), read(&b, &listed));
+    assert!(dense.iter().zip(&listed).all(|(a, b)| (a - b).abs() < 1e-5), "{dense:?} {listed:?}");
+    assert!(dense.iter().any(|v| v.abs() > 1e-3));
 }
