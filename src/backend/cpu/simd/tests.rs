@@ -66,8 +66,8 @@ fn dots<T: FromF32>() {
             let row = |o: usize| &w[o * n..(o + 1) * n];
             let mut y = vec![f32::NAN; 7];
             gemv_on(isa, &x[..n], &w, &mut y);
-            for o in 0..7 {
-                close(y[o], exact(&x[..n], row(o)), &format!("gemv {isa:?} {n}"));
+            for (o, &y) in y.iter().enumerate() {
+                close(y, exact(&x[..n], row(o)), &format!("gemv {isa:?} {n}"));
             }
             for rows in 1..=8 {
                 let mut y = vec![f32::NAN; 7 * rows];
