@@ -258,11 +258,14 @@ fn the_order_of_keys_leaves_the_logits_alone() {
 #[test]
 fn a_plan_whose_summaries_are_not_kept_is_refused() {
     let model = Model::new();
-    let specs = [Variant::SparcasInt8, Variant::SparcasRecommended].map(|v| sparse(v, 80));
+    let variants = [Variant::SparcasInt8, Variant::SparcasRecommended, Variant::Sparcas];
+    let specs = variants.map(|v| sparse(v, 80));
+    let needed = ["the int8 key copy", "key statistics", "energy-sorted keys"];
     for dev in backends() {
-        let mut without = model.engine(&dev, &dense());
+        // Dense needs no order, so none is measured; the second engine's order was the caller's choice.
+        let mut without = model.builder(&dev, &dense()).calibrate(true).build().unwrap();
         let mut with = model.builder(&dev, &dense()).summaries_for(&specs).build().unwrap();
-        for (spec, needed) in specs.iter().zip(["the int8 key copy", "key statistics"]) {
+        for (spec, needed) in specs.iter().zip(needed) {
             let c = without.decoder().config();
             let plan = spec.plan(without.fingerprint(), &c.windows, c.head_dim, CONTEXT).unwrap();
             match without.set_plan(plan.clone()) {

@@ -196,7 +196,8 @@ impl<'a> EngineBuilder<'a> {
         let dtype = self.weight_dtype(&*backend, &checkpoint)?;
         let kv_dtype = self.kv_dtype.unwrap_or(dtype);
         let mut notes = Vec::new();
-        let order_wanted = self.calibrate && plans.iter().any(Plan::wants_key_order);
+        let calibrate = self.calibrate;
+        let order_wanted = calibrate && plans.iter().any(Plan::wants_key_order);
         let saved = cache_dir().map(|d| KeyOrder::cache_file(&d, &fingerprint));
         let known = saved.as_ref().and_then(|p| KeyOrder::load(p, &fingerprint, &config));
         let measure = order_wanted && known.is_none();
@@ -245,6 +246,7 @@ impl<'a> EngineBuilder<'a> {
             audit: self.audit,
             fingerprint,
             notes,
+            key_order_settled: order_wanted || !calibrate,
             sequences: (0..limits.seqs).map(|_| None).collect(),
             kept: Vec::new(),
             decode_steps: 0,

@@ -18,6 +18,7 @@ mod calibrate;
 mod error;
 mod generate;
 mod request;
+mod reuse;
 mod sampling;
 mod scheduler;
 mod sequences;

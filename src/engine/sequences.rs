@@ -13,8 +13,8 @@ pub struct SeqId(pub(super) usize);
 
 #[derive(Debug, Default)]
 pub(super) struct Sequence {
-    table: PageTable,
-    decode_steps: usize,
+    pub(super) table: PageTable,
+    pub(super) decode_steps: usize,
 }
 
 /// One sequence's share of a step.
@@ -50,6 +50,8 @@ pub struct Engine {
     pub(super) audit: Option<AuditConfig>,
     pub(super) fingerprint: String,
     pub(super) notes: Vec<String>,
+    /// The keys are sorted by energy, or the caller chose the checkpoint's order.
+    pub(super) key_order_settled: bool,
     pub(super) sequences: Vec<Option<Sequence>>,
     /// Sequences kept after their answer, with the tokens they hold, oldest first.
     pub(super) kept: Vec<(SeqId, Vec<u32>)>,
@@ -144,6 +146,9 @@ impl Engine {
         if plan.key_stats() && !s.key_stats {
             return Err(missing("key statistics").into());
         }
+        if plan.wants_key_order() && !self.key_order_settled {
+            return Err(missing("energy-sorted keys").into());
+        }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
         self.attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
@@ -186,37 +191,6 @@ impl Engine {
         let table = self.cache.fork(&*b, &from.table, seq.0, new.0)?;
         self.sequences[new.0] = Some(Sequence { table, decode_steps: steps });
         Ok(new)
-    }
-
-    /// Opens a sequence for a prompt, taking over a kept one that starts the same way.
-    /// Returns it with the number of prompt tokens that it already holds (always fewer than all).
-    pub(super) fn open_for(&mut self, prompt: &[u32]) -> Result<(SeqId, usize), EngineError> {
-        // Statistics cannot forget tokens, so a kept sequence is only taken over without them.
-        let reusable = !self.cache.shape().key_stats;
-        let common = |kept: &[u32]| {
-            let most = prompt.len().saturating_sub(1);
-            kept.iter().zip(&prompt[..most]).take_while(|(a, b)| a == b).count()
-        };
-        let best = (0..self.kept.len()).max_by_key(|&i| common(&self.kept[i].1));
-        if let Some(i) = best.filter(|&i| reusable && common(&self.kept[i].1) > 0) {
-            let (seq, tokens) = self.kept.remove(i);
-            let n = common(&tokens);
-            let b = self.decoder.backend().clone();
-            self.attention.reset(&*b, seq.0)?;
-            let s = self.sequences[seq.0].as_mut().ok_or(EngineError::NoSequence(seq.0))?;
-            s.decode_steps = 0;
-            self.cache.truncate(&mut s.table, n);
-            return Ok((seq, n));
-        }
-        loop {
-            match self.open_sequence() {
-                Err(EngineError::NoSlot(_)) if !self.kept.is_empty() => {
-                    let (oldest, _) = self.kept.remove(0);
-                    self.close(oldest);
-                }
-                opened => return opened.map(|seq| (seq, 0)),
-            }
-        }
     }
 
     /// Closes a sequence and frees its pages. Closing twice is harmless.

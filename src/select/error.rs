@@ -44,7 +44,7 @@ pub enum SelectError {
     MissingSummary {
         /// Method name.
         method: String,
-        /// `the int8 key copy` or `key statistics`.
+        /// `the int8 key copy`, `key statistics` or `energy-sorted keys`.
         what: &'static str,
     },
     /// The device failed.
