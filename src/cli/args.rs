@@ -2,7 +2,8 @@
 
 use super::ui;
 use crate::backend::{DType, DimMetric, Pool};
-use crate::engine::{AuditConfig, Engine, EngineBuilder, Sampling};
+use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
+use crate::model::{Checkpoint, resolve};
 use crate::select::{METHODS, MethodSpec, Plan, parse_name};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -33,6 +34,18 @@ pub struct ModelArgs {
 }
 
 impl ModelArgs {
+    /// Opens the model's files without loading weights, fetching them first where needed.
+    ///
+    /// # Errors
+    /// A model that cannot be found, fetched or read.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        let progress = std::cell::RefCell::new(ui::build_progress());
+        let path = resolve(&self.model, &|done, all| {
+            (progress.borrow_mut())(Progress::Fetch(done, all));
+        })?;
+        Ok(Checkpoint::open(&path)?)
+    }
+
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
         Engine::builder()

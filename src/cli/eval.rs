@@ -7,7 +7,7 @@ use super::table::Table;
 use super::ui;
 use crate::engine::EngineError;
 use crate::eval::{DEPTHS, Row, Sample, continuation, copy, evaluate, key_sequence, passkey};
-use crate::model::{Checkpoint, Tokenizer, resolve};
+use crate::model::Tokenizer;
 use crate::select::MethodSpec;
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -70,13 +70,7 @@ pub struct EvalArgs {
 pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
     let output = a.output.as_deref().map(OutputFile::create).transpose()?;
-    let path = {
-        let progress = std::cell::RefCell::new(ui::build_progress());
-        resolve(&a.model.model, &|done, all| {
-            (progress.borrow_mut())(crate::engine::Progress::Fetch(done, all));
-        })?
-    };
-    let tokenizer = Tokenizer::for_checkpoint(&Checkpoint::open(&path)?)?;
+    let tokenizer = Tokenizer::for_checkpoint(&a.model.checkpoint()?)?;
     let samples = samples(&a, &tokenizer)?;
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let specs = a

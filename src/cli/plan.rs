@@ -2,7 +2,6 @@
 
 use super::args::{Format, MethodArgs, ModelArgs, read_plan};
 use super::ui;
-use crate::model::Checkpoint;
 use crate::select::{LayerPlan, Plan, Role, Scorer};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -24,11 +23,7 @@ pub struct PlanArgs {
 }
 
 pub fn plan(a: PlanArgs) -> Result<ExitCode> {
-    let progress = std::cell::RefCell::new(ui::build_progress());
-    let path = crate::model::resolve(&a.model.model, &|done, all| {
-        (progress.borrow_mut())(crate::engine::Progress::Fetch(done, all));
-    })?;
-    let checkpoint = Checkpoint::open(&path)?;
+    let checkpoint = a.model.checkpoint()?;
     let c = checkpoint.config();
     let context = a.model.ctx.unwrap_or(c.max_context);
     let print = checkpoint.fingerprint();

@@ -4,7 +4,7 @@ use super::args::{AnswerArgs, MethodArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::ui;
 use crate::engine::{AuditSummary, Engine, Finish, Generation, Request, Stats};
-use crate::model::{Checkpoint, Tokenizer};
+use crate::model::Tokenizer;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::io::{IsTerminal, Read, Write};
@@ -98,12 +98,7 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
 
 /// Room for the prompt and the answer, so that a long model does not take memory for its whole context.
 fn needed_context(m: &ModelArgs, text: &str, max_tokens: usize) -> Result<Option<usize>> {
-    let mut progress = std::cell::RefCell::new(ui::build_progress());
-    let path = crate::model::resolve(&m.model, &|done, all| {
-        (progress.borrow_mut())(crate::engine::Progress::Fetch(done, all));
-    })?;
-    let _ = progress.get_mut();
-    let checkpoint = Checkpoint::open(&path)?;
+    let checkpoint = m.checkpoint()?;
     let tokens = Tokenizer::for_checkpoint(&checkpoint)?.encode(text, true)?.len();
     // The template's own tokens: a system line and role marks.
     const TEMPLATE: usize = 192;
