@@ -40,6 +40,8 @@ pub const PAGE: usize = 64;
 /// strides is unspecified (it may be NaN): it must not reach a result, and it is never written. Conversions to a
 /// narrower float round to nearest, ties to even. Every op gives the same bits when run again on the same
 /// inputs. Every sequence of a call has at least one row.
+///
+/// Threads may share a backend: each op is recorded whole, and the calls of one thread keep their order.
 pub trait Backend: Send + Sync {
     /// `cpu`, `wgpu` or `cuda`.
     fn name(&self) -> &'static str;

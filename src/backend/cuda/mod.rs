@@ -30,7 +30,7 @@ use error::Said;
 use launch::{Args, Kernels, Shape};
 use memory::{Memory, Staging, timed};
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A CUDA device.
 pub struct CudaBackend {
@@ -42,6 +42,12 @@ pub struct CudaBackend {
     blas: Option<Blas>,
     staging: Mutex<Staging>,
     scratch: Mutex<Option<Arc<Memory>>>,
+}
+
+/// The scratch memory for the time of one op.
+struct Scratch<'a> {
+    ptr: u64,
+    _turn: MutexGuard<'a, Option<Arc<Memory>>>,
 }
 
 impl fmt::Debug for CudaBackend {
@@ -109,19 +115,21 @@ impl CudaBackend {
         act == kv || act == DType::F32
     }
 
-    /// At least `bytes` of device memory for use inside one op; ops share it, as the stream orders them.
-    fn scratch(&self, bytes: usize) -> Result<Arc<Memory>> {
+    /// At least `bytes` of device memory for use inside one op; ops share it, as the stream orders them. Keep it
+    /// until the last kernel that uses it is launched: another thread's op must not come between them.
+    fn scratch(&self, bytes: usize) -> Result<Scratch<'_>> {
         use crate::backend::DeviceBuffer;
         let mut held = self.scratch.lock().unwrap_or_else(|e| e.into_inner());
-        match held.as_ref().filter(|m| m.bytes() >= bytes) {
-            Some(m) => Ok(m.clone()),
+        let memory = match held.take().filter(|m| m.bytes() >= bytes) {
+            Some(memory) => memory,
             None => {
                 let size = bytes.next_power_of_two().max(1 << 16);
-                let memory = Arc::new(Memory::new(&self.stream, size, "scratch space")?);
-                *held = Some(memory.clone());
-                Ok(memory)
+                Arc::new(Memory::new(&self.stream, size, "scratch space")?)
             }
-        }
+        };
+        let ptr = memory.ptr();
+        *held = Some(memory);
+        Ok(Scratch { ptr, _turn: held })
     }
 
     /// GB/s of a kernel that reads as much memory as fits, up to 8 GiB.
@@ -133,8 +141,7 @@ impl CudaBackend {
         let mut best = f64::INFINITY;
         for _ in 0..4 {
             let ms = timed(&self.stream, &mut || {
-                let args =
-                    Args::new().with(memory.ptr()).with((bytes / 16) as u64).with(sink.ptr());
+                let args = Args::new().with(memory.ptr()).with((bytes / 16) as u64).with(sink.ptr);
                 let shape = Shape::new([self.limits.sms * 8, 1, 1], 256);
                 self.launch("device_read", "device_read", shape, args)
             })?;

@@ -105,12 +105,12 @@ impl CudaBackend {
         let (scores, heads) = (self.ptr(OP, p.scores)?, word(OP, "heads", p.heads)?);
         let stride = p.stride as u64;
         let scratch = self.scratch(p.seqs.n * p.heads * DType::F32.bytes())?;
-        let args = Args::new().with(scores).with(seqs).with(scratch.ptr()).with(heads).with(stride);
+        let args = Args::new().with(scores).with(seqs).with(scratch.ptr).with(heads).with(stride);
         self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
         let args = Args::new()
             .with(scores)
             .with(seqs)
-            .with(scratch.ptr())
+            .with(scratch.ptr)
             .with(self.ptr(OP, p.out)?)
             .with(heads)
             .with(word(OP, "kv_heads", p.kv_heads)?)

@@ -1,8 +1,8 @@
 //! Device memory: allocation, transfers and the measured bandwidths.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
+use std::time::{Duration, Instant};
 
 use super::encoder::{Bind, Dispatch, Faults, Pending, flat_grid, lock, word};
 use super::pipelines::{self, Pipelines};
@@ -14,6 +14,8 @@ use crate::backend::{
 const PAD: usize = 256;
 /// Bytes staged by one `write_buffer`; uploads wait when this much is under way.
 const STAGE: usize = 64 << 20;
+/// How long another thread may take to report a finished copy.
+const CALLBACK: Duration = Duration::from_secs(10);
 /// Largest read-back buffer kept.
 const READ_BACK: usize = 64 << 20;
 
@@ -36,6 +38,13 @@ pub struct Gpu {
     pub read_back: Mutex<Option<wgpu::Buffer>>,
     /// Scratch memory of ops with two passes, grown as needed.
     pub scratch: Mutex<Option<wgpu::Buffer>>,
+}
+
+/// The scratch buffer for the time of one op.
+#[derive(Debug)]
+pub struct Scratch<'a> {
+    pub buffer: wgpu::Buffer,
+    _turn: MutexGuard<'a, Option<wgpu::Buffer>>,
 }
 
 /// A buffer behind a [`Tensor`].
@@ -91,15 +100,19 @@ impl Gpu {
         self.create(bytes, STORAGE, "temporary copy of an input")
     }
 
-    /// The scratch buffer, at least `bytes` long.
-    pub fn scratch(&self, bytes: usize) -> Result<wgpu::Buffer> {
+    /// The scratch buffer, at least `bytes` long. Keep it until the last pass that uses it is recorded: another
+    /// thread's op must not come between the passes.
+    pub fn scratch(&self, bytes: usize) -> Result<Scratch<'_>> {
         let mut slot = lock(&self.scratch);
-        if let Some(b) = slot.as_ref().filter(|b| b.size() >= bytes as u64) {
-            return Ok(b.clone());
+        if slot.as_ref().is_none_or(|b| b.size() < bytes as u64) {
+            *slot = None;
         }
-        let b = self.create(bytes as u64, STORAGE, "scratch memory")?;
-        *slot = Some(b.clone());
-        Ok(b)
+        let buffer = match slot.take() {
+            Some(b) => b,
+            None => self.create(bytes as u64, STORAGE, "scratch memory")?,
+        };
+        *slot = Some(buffer.clone());
+        Ok(Scratch { buffer, _turn: slot })
     }
 
     fn create(&self, bytes: u64, usage: wgpu::BufferUsages, what: &str) -> Result<wgpu::Buffer> {
@@ -189,14 +202,17 @@ impl Gpu {
             };
             self.record(|e| e.copy_buffer_to_buffer(buffer, at, &staging, 0, len));
             self.flush();
-            let mapped = Arc::new(Mutex::new(None));
-            let result = mapped.clone();
-            staging.map_async(wgpu::MapMode::Read, 0..len, move |r| *lock(&result) = Some(r));
+            let (done, mapped) = mpsc::channel();
+            staging.map_async(wgpu::MapMode::Read, 0..len, move |r| {
+                // Nobody listens after a fault.
+                let _ = done.send(r);
+            });
             self.wait()?;
-            match lock(&mapped).take() {
-                Some(Ok(())) => {}
-                Some(Err(e)) => return Err(driver(e.to_string())),
-                None => return Err(driver("a finished copy was not mapped".into())),
+            // Another thread that waits on the device may be the one that runs the callback, a moment later.
+            match mapped.recv_timeout(CALLBACK) {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => return Err(driver(e.to_string())),
+                Err(_) => return Err(driver("a finished copy was not mapped".into())),
             }
             let view = staging.get_mapped_range(0..len).map_err(|e| driver(e.to_string()))?;
             piece.copy_from_slice(&view);

@@ -144,7 +144,7 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
         });
     }
     let chunks = p.seqs.max_kv.div_ceil(POOL_CHUNK);
-    let parts = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
+    let scratch = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
     let constants = [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool == Pool::MeanSoftmax))];
     let params =
         [word(OP, p.heads)?, word(OP, p.kv_heads)?, word(OP, p.stride)?, word(OP, chunks)?];
@@ -152,14 +152,14 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::POOL_PARTIALS,
         constants: &constants,
-        binds: &[meta, scores, Bind::Raw(&parts)],
+        binds: &[meta, scores, Bind::Raw(&scratch.buffer)],
         params: &params,
         grid: grid(OP, [chunks, p.heads, p.seqs.n])?,
     })?;
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::POOL_SCORES,
         constants: &constants,
-        binds: &[meta, scores, Bind::Raw(&parts), Bind::Tensor(p.out)],
+        binds: &[meta, scores, Bind::Raw(&scratch.buffer), Bind::Tensor(p.out)],
         params: &params,
         grid: grid(OP, [p.seqs.max_kv.div_ceil(1024).min(MAX_GROUPS), p.kv_heads, p.seqs.n])?,
     })
