@@ -143,13 +143,22 @@ DEVICE void decode(const AttendArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 
     const u32 blocks = cluster_size();
     for (u32 i = cluster_rank() * blockDim.x + threadIdx.x; i < g * D; i += blocks * blockDim.x) {
         u32 h = i / D, c = i % D;
+        float tops_of[MAX_CLUSTER], sums_of[MAX_CLUSTER], part_of_block[MAX_CLUSTER];
         float top = NEG_INF, sum = 0.0f, acc = 0.0f;
-        for (u32 b = 0; b < blocks; b++) top = fmaxf(top, remote_float(block_tops + h, b));
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) {
+            bool there = b < blocks;
+            tops_of[b] = there ? remote_float(block_tops + h, b) : NEG_INF;
+            sums_of[b] = there ? remote_float(block_sums + h, b) : 0.0f;
+            part_of_block[b] = there ? remote_float(part + i, b) : 0.0f;
+        }
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) top = fmaxf(top, tops_of[b]);
         float shift = top == NEG_INF ? 0.0f : top;
-        for (u32 b = 0; b < blocks; b++) {
-            float f = exp2_fast(remote_float(block_tops + h, b) - shift);
-            sum += f * remote_float(block_sums + h, b);
-            acc += f * remote_float(part + i, b);
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) {
+            float f = exp2_fast(tops_of[b] - shift);
+            sum += f * sums_of[b], acc += f * part_of_block[b];
         }
         out.put((plane + h) * D + c, sum > 0.0f ? acc / sum : 0.0f);
         if (c == 0 && a.lse) a.lse[plane + h] = sum > 0.0f ? (top + log2f(sum)) * LN2 : NEG_INF;

@@ -6,15 +6,14 @@
 //
 // Plan: one cluster of blocks per (row, sequence). A block of 512 threads holds KEYS keys a thread in
 // registers, so device memory is read once, with all loads under way together. Each digit's histogram is
-// counted in shared memory, four copies picked by lane because scores crowd into few bins; the blocks of a
-// cluster add up each other's. `top_k_long` is for rows beyond what a cluster's registers hold: one block,
+// counted in shared memory (increments by one that meet in a word are joined by the hardware, so crowded bins
+// cost little); the blocks of a cluster add up each other's. `top_k_long` is for rows beyond what a cluster's registers hold: one block,
 // keys in shared memory where they fit.
 // Bytes: kv_len * 4 read, k * 4 written.
 #include "cluster.cuh"
 #include "paged.cuh"
 
 #define BINS 2048u
-#define COPIES 4u
 #define LOWEST 0x007fffffu  // key of -infinity
 
 DEVICE u32 key_of(float x) {
@@ -34,12 +33,11 @@ DEVICE Digit digit_of(int i) {
     return {0xfffffc00u, 0, 1024};
 }
 
-DEVICE void clear(u32* hist) {
-    for (u32 i = threadIdx.x; i < BINS; i += blockDim.x) ((uint4*)hist)[i] = make_uint4(0, 0, 0, 0);
+DEVICE void clear(u32* hist, u32 words) {
+    for (u32 i = threadIdx.x; i < words / 4; i += blockDim.x) ((uint4*)hist)[i] = make_uint4(0, 0, 0, 0);
 }
 DEVICE void count(u32* hist, const Digit& d, u32 key, u32 prefix) {
-    if (key != 0 && (key & d.mask) == prefix)
-        atomicAdd(&hist[d.of(key) * COPIES + (threadIdx.x & (COPIES - 1))], 1);
+    if (key != 0 && (key & d.mask) == prefix) atomicAdd(&hist[d.of(key)], 1);
 }
 
 // Where the threshold lies: its bits so far, how many of the keys with these bits are still wanted, and how many
@@ -91,8 +89,7 @@ struct Chosen {
 template <int KEYS>
 DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, u32 k) {
     extern __shared__ uint4 shared4[];
-    u32* hist = (u32*)shared4;         // [BINS][COPIES]
-    u32* sums = hist + BINS * COPIES;  // [3][BINS]: one a digit, so that no block waits before it counts the next
+    u32* hist = (u32*)shared4;  // [3][BINS]: one a digit, so that no block waits before it counts the next
     __shared__ u32 scratch[33], found[2], warps[THREADS / 32], block_total;
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = cluster_rank();
 
@@ -114,7 +111,7 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
             if (i + 3 < n) x[j].w = scores[i + 3];
         }
     }
-    clear(hist);
+    clear(hist, 3 * BINS);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < KEYS / 4; j++) {
@@ -128,19 +125,16 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
     for (int i = 0; i < 3; i++) {
         Digit d = digit_of(i);
         if (all) continue;
+        u32* mine = hist + i * BINS;
 #pragma unroll
-        for (int j = 0; j < KEYS; j++) count(hist, d, key[j], s.threshold);
-        __syncthreads();
-        u32* sum = sums + i * BINS;
-        for (u32 b = threadIdx.x; b < BINS; b += THREADS) {
-            uint4 h = ((uint4*)hist)[b];
-            sum[b] = h.x + h.y + h.z + h.w;
-            ((uint4*)hist)[b] = make_uint4(0, 0, 0, 0);
-        }
+        for (int j = 0; j < KEYS; j++) count(mine, d, key[j], s.threshold);
         cluster_sync();
         u32 bins[4] = {0, 0, 0, 0};
-        for (u32 r = 0; r < cluster_size(); r++) {
-            uint4 h = remote_words4(sum + BINS - 4 - 4 * threadIdx.x, r);
+        const u32 blocks = cluster_size();
+#pragma unroll
+        for (u32 r = 0; r < MAX_CLUSTER; r++) {
+            if (r >= blocks) continue;
+            uint4 h = remote_words4(mine + BINS - 4 - 4 * threadIdx.x, r);
             bins[0] += h.w, bins[1] += h.z, bins[2] += h.y, bins[3] += h.x;
         }
         s.step(d, bins, i == 0);
@@ -163,10 +157,8 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
     }
     if (threadIdx.x == 0) block_total = sum;
     cluster_sync();
-    for (u32 r = 0; r < rank; r++) {
-        u32 t = remote_word(&block_total, r);
-        c.g += t >> 16, c.e += t & 0xffff;
-    }
+    u32 before = lane < rank ? remote_word(&block_total, lane) : 0;
+    c.g += __reduce_add_sync(~0u, before >> 16), c.e += __reduce_add_sync(~0u, before & 0xffff);
     cluster_arrive();  // no block leaves before the others have read its memory
     u32 below = (1u << lane) - 1;
 #pragma unroll
@@ -192,7 +184,7 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
 DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k, u32 capacity) {
     extern __shared__ uint4 shared4[];
     u32* hist = (u32*)shared4;
-    u32* keys = hist + BINS * COPIES;  // the first `cached`
+    u32* keys = hist + BINS;  // the first `cached`
     __shared__ u32 scratch[33], found[2];
     u32 cached = min(n, capacity);
     auto key_at = [&](u32 i) { return i < cached ? keys[i] : key_of(row[i]); };
@@ -203,7 +195,7 @@ DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k,
     for (int i = 0; i < 3; i++) {
         Digit d = digit_of(i);
         if (all) continue;
-        clear(hist);
+        clear(hist, BINS);
         __syncthreads();
 #pragma unroll 4
         for (u32 t = threadIdx.x; t < n; t += 1024) {
@@ -212,8 +204,7 @@ DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k,
             count(hist, d, key, s.threshold);
         }
         __syncthreads();
-        uint4 a = ((uint4*)hist)[BINS - 1 - 2 * threadIdx.x], b = ((uint4*)hist)[BINS - 2 - 2 * threadIdx.x];
-        u32 bins[2] = {a.x + a.y + a.z + a.w, b.x + b.y + b.z + b.w};
+        u32 bins[2] = {hist[BINS - 1 - 2 * threadIdx.x], hist[BINS - 2 - 2 * threadIdx.x]};
         s.step(d, bins, i == 0);
         if (i == 0) all = s.total <= k;
     }

@@ -141,20 +141,19 @@ impl CudaBackend {
         const KEYS: [usize; 4] = [8, 16, 32, 64];
         /// Most keys of a thread of which a multiprocessor holds two blocks.
         const TWO_BLOCKS: usize = 32;
-        /// Bytes of the histograms (2048 bins): four copies, and their sums for three digits.
-        const HISTOGRAMS: usize = 2048 * 4 * 4;
-        const SUMS: usize = 3 * 2048 * 4;
+        /// Bytes of a digit's histogram (2048 bins).
+        const HISTOGRAM: usize = 2048 * 4;
         /// The long kernel: threads, and room for its static shared memory.
         const LONG_THREADS: usize = 1024;
         const STATIC: usize = 1024;
         p.check()?;
         let (rows, n) = (p.rows_per_seq * p.seqs.n, p.seqs.max_kv.max(1));
         // As many blocks a row as run at once; more where the registers ask for it.
-        let wanted = (self.limits.sms / rows.max(1)).max(n.div_ceil(THREADS * TWO_BLOCKS));
+        let wanted = (2 * self.limits.sms / rows.max(1)).max(n.div_ceil(THREADS * TWO_BLOCKS));
         let useful = n.div_ceil(THREADS * KEYS[0]);
         let blocks = wanted.min(useful).clamp(1, self.limits.cluster);
         let keys = KEYS.into_iter().find(|k| blocks * THREADS * k >= n);
-        let room = self.limits.shared.saturating_sub(HISTOGRAMS + STATIC) / 4;
+        let room = self.limits.shared.saturating_sub(HISTOGRAM + STATIC) / 4;
         let args = Args::new()
             .with(self.ptr(OP, p.scores)?)
             .with(self.seqs(OP, &p.seqs)?)
@@ -167,12 +166,12 @@ impl CudaBackend {
         match keys {
             Some(keys) => {
                 let grid = [blocks, p.rows_per_seq, p.seqs.n];
-                let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS + SUMS).cluster(blocks);
+                let shape = Shape::new(grid, THREADS).shared(3 * HISTOGRAM).cluster(blocks);
                 self.launch(OP, &format!("top_k_{keys}"), shape, args)
             }
             None => {
                 let shape = Shape::new([1, p.rows_per_seq, p.seqs.n], LONG_THREADS);
-                let shape = shape.shared(HISTOGRAMS + n.min(room) * 4);
+                let shape = shape.shared(HISTOGRAM + n.min(room) * 4);
                 self.launch(OP, "top_k_long", shape, args)
             }
         }
