@@ -71,8 +71,8 @@ impl CpuBackend {
         CpuBackend { caps, stream: Arc::default() }
     }
 
-    /// Threads that an op runs on at most: `LONGSIGHT_THREADS` or else `RAYON_NUM_THREADS` where one is a positive
-    /// number, else as many as the process may use cores.
+    /// Threads that an op runs on at most: `RAYON_NUM_THREADS` where that is a positive number, else as many as the
+    /// process may use cores.
     pub fn threads() -> usize {
         par::threads()
     }

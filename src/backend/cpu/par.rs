@@ -9,15 +9,14 @@ use super::pool::Pool;
 /// Work (in rough elementary steps) that is worth another thread.
 const GRAIN: usize = 1 << 13;
 
-/// Threads that loops run on: `LONGSIGHT_THREADS` or else `RAYON_NUM_THREADS` where one is a positive number,
-/// else as many as the process may use cores.
+/// Threads that loops run on: `RAYON_NUM_THREADS` where that is a positive number, else as many as the process may
+/// use cores.
 pub(super) fn threads() -> usize {
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| {
-        let set = |name: &str| std::env::var(name).ok()?.trim().parse().ok().filter(|&n| n > 0);
-        set("LONGSIGHT_THREADS")
-            .or_else(|| set("RAYON_NUM_THREADS"))
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
+        let set = std::env::var("RAYON_NUM_THREADS").ok();
+        let set = set.and_then(|n| n.trim().parse().ok()).filter(|&n| n > 0);
+        set.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()))
     })
 }
 
@@ -57,7 +56,7 @@ pub(super) fn chunks<T: Send>(
 /// Copies bytes, in parallel when there are many.
 pub(super) fn copy(src: &[u8], dst: &mut [u8]) {
     /// Bytes of one task.
-    const CHUNK: usize = 1 << 18;
+    const CHUNK: usize = 1 << 16;
     chunks(dst, CHUNK, src.len(), |i, part| {
         part.copy_from_slice(&src[i * CHUNK..][..part.len()]);
     });
