@@ -7,6 +7,9 @@
 //! one by one, then helps with the ranges of the others: threads that are late, or that the system does not run,
 //! hold nobody up. A worker marks itself `inside` before it looks at a job; the caller takes all tasks that are left,
 //! closes the job and waits until nobody is inside, so a job never outlives its call.
+//!
+//! Where other programs want the cores, waiting threads sleep: a thread that burns its share of a core while it waits
+//! is not run when there is work.
 
 #[cfg(test)]
 mod tests;
@@ -18,14 +21,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use wait::Wait;
+use wait::{Patience, SPIN, Wait};
 
-/// How long an idle thread spins before it offers its core to others on every look.
-const SPIN: Duration = Duration::from_micros(30);
-/// How long it looks for a job at all before it sleeps: longer than what lies between two steps of a model.
-const AWAKE: Duration = Duration::from_millis(2);
 /// Bits of `Shared::word` that hold the width of the open job; above them, the number of the job.
 const WIDTH_BITS: u32 = 16;
 const WIDTH: u64 = (1 << WIDTH_BITS) - 1;
@@ -76,10 +74,14 @@ struct Shared {
     parked: AtomicUsize,
     sleep: Mutex<()>,
     wake: Condvar,
+    /// The caller of the job sleeps until somebody leaves.
+    waiting: AtomicBool,
+    left: Condvar,
     stop: AtomicBool,
     /// The first panic of the running job.
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    spin: Duration,
+    /// No more threads than cores.
+    fits: bool,
 }
 
 // SAFETY: `job` is the only part that is not Sync by itself. It is written while no job is open and no worker is
@@ -105,10 +107,11 @@ impl Pool {
             parked: AtomicUsize::new(0),
             sleep: Mutex::new(()),
             wake: Condvar::new(),
+            waiting: AtomicBool::new(false),
+            left: Condvar::new(),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
-            // Spinning would keep the thread that is waited for off its core.
-            spin: if threads > cores { Duration::ZERO } else { SPIN },
+            fits: threads <= cores,
         });
         let worker = |me: usize| {
             let shared = shared.clone();
@@ -155,10 +158,7 @@ impl Pool {
         shared.take_tasks(&job, 0);
         shared.word.0.store(closed, Ordering::SeqCst);
         for slot in &shared.slots[1..width] {
-            let mut wait = Wait::new(shared.spin);
-            while slot.inside.load(Ordering::SeqCst) {
-                wait.look();
-            }
+            shared.wait_for(slot);
         }
         let panic = lock(&shared.panic).take();
         shared.busy.store(false, Ordering::Release);
@@ -184,7 +184,8 @@ impl Shared {
     /// A worker's life.
     fn work(&self, me: usize) {
         let mut seen = 0;
-        while let Some(word) = self.next_job(me, seen) {
+        let mut patience = Patience::new(self.fits);
+        while let Some(word) = self.next_job(me, seen, &mut patience) {
             seen = word;
             let inside = &self.slots[me].inside;
             inside.store(true, Ordering::SeqCst);
@@ -193,30 +194,56 @@ impl Shared {
                 let job = unsafe { *self.job.0.get() };
                 self.take_tasks(&job, me);
             }
-            inside.store(false, Ordering::Release);
+            inside.store(false, Ordering::SeqCst);
+            if self.waiting.load(Ordering::SeqCst) {
+                drop(lock(&self.sleep));
+                self.left.notify_all();
+            }
         }
     }
 
+    /// Returns when the worker of `slot` is not inside.
+    fn wait_for(&self, slot: &Slot) {
+        let mut wait = Wait::default();
+        while self.fits && wait.idle() < SPIN {
+            if !slot.inside.load(Ordering::SeqCst) {
+                return;
+            }
+            wait.look();
+        }
+        let mut guard = lock(&self.sleep);
+        self.waiting.store(true, Ordering::SeqCst);
+        while slot.inside.load(Ordering::SeqCst) {
+            guard = self.left.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.waiting.store(false, Ordering::SeqCst);
+    }
+
     /// Waits for a job of more than `me` threads other than `seen`; None when the pool ends.
-    fn next_job(&self, me: usize, seen: u64) -> Option<u64> {
+    fn next_job(&self, me: usize, seen: u64, patience: &mut Patience) -> Option<u64> {
         let mut last = seen;
-        let mut wait = Wait::new(self.spin);
+        let mut wait = Wait::default();
         loop {
             let word = self.word.0.load(Ordering::SeqCst);
             if self.stop.load(Ordering::Relaxed) {
                 return None;
             }
             if word != seen && (word & WIDTH) as usize > me {
+                patience.found();
                 return Some(word);
             }
             if word != last {
                 // Jobs go on, if without this thread.
                 last = word;
-                wait = Wait::new(self.spin);
+                wait = Wait::default();
             }
-            if wait.look() > AWAKE {
+            wait.look();
+            if wait.disturbed() {
+                patience.disturbed();
+            }
+            if wait.idle() >= patience.limit() {
                 self.park(word);
-                wait = Wait::new(self.spin);
+                wait = Wait::default();
             }
         }
     }

@@ -1,7 +1,7 @@
 use super::*;
 use std::sync::Barrier;
 use std::sync::atomic::AtomicU32;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Runs `n` counting tasks; every one must have run once.
 fn count(pool: &Pool, n: usize, width: usize) {
