@@ -6,64 +6,13 @@
 mod common;
 
 use common::cache::backends;
-use common::tiny::Tiny;
-use longsight::backend::{Backend, BackendError, DType};
+use common::model::{CONTEXT, Model, dense, prompt, sparse};
+use longsight::backend::{BackendError, DType};
 use longsight::engine::{
-    Engine, EngineBuilder, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler,
-    SeqId, Stats, WantLogits,
+    Engine, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler, SeqId, Stats,
+    WantLogits,
 };
-use longsight::model::{Arch, Quant};
 use longsight::select::{METHODS, MethodSpec, SelectError, Variant};
-use std::sync::Arc;
-
-const CONTEXT: usize = 256;
-
-/// The tiny model on disk.
-struct Model(tempfile::TempDir);
-
-impl Model {
-    fn new() -> Model {
-        let dir = tempfile::tempdir().unwrap();
-        Tiny::new(Arch::Llama, false, 3).write_hf(&dir.path().join("tiny"), Quant::F32, 1);
-        Model(dir)
-    }
-
-    /// Three sequences of f32, keys in the checkpoint's order.
-    fn builder(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> EngineBuilder<'static> {
-        Engine::builder()
-            .model(self.0.path().join("tiny").display().to_string())
-            .backend(dev.clone())
-            .dtype(DType::F32)
-            .method(spec.clone())
-            .context(CONTEXT)
-            .sequences(3)
-            .calibrate(false)
-    }
-
-    fn engine(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> Engine {
-        self.builder(dev, spec).build().unwrap()
-    }
-}
-
-fn dense() -> MethodSpec {
-    Variant::Dense.into()
-}
-
-/// Sparse in every layer of a sequence longer than `budget`, on half of the 16 dimensions.
-fn sparse(variant: Variant, budget: usize) -> MethodSpec {
-    MethodSpec {
-        budget: Some(budget),
-        dims: Some(8),
-        dense_layers: Some(0),
-        dense_below: Some(0),
-        ..variant.into()
-    }
-}
-
-/// `n` reproducible bytes.
-fn prompt(seed: u32, n: u32) -> Vec<u32> {
-    (0..n).map(|i| (i * i * 7 + i * 13 + seed * 31) % 251).collect()
-}
 
 /// Caches a prompt; the last token's logits.
 fn read(engine: &mut Engine, seq: SeqId, tokens: &[u32]) -> Vec<f32> {
