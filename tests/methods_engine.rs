@@ -124,6 +124,35 @@ fn a_fork_decodes_like_its_origin() {
     }
 }
 
+/// Dimensions are chosen at steps 0 and 8, in the second layer also at 4 and 12 (the recommended method: when
+/// coverage falls far, or after 8). A fork at step 5 keeps them, column by column, and the slice built for them.
+#[test]
+fn a_fork_within_a_refresh_interval_continues_with_the_same_bits() {
+    let model = Model::new();
+    let [paper, groups] = [Variant::SparcasPaper, Variant::SparcasGroups].map(|v| sparse(v, 80));
+    let every = |spec| MethodSpec { update: Some(8), ..spec };
+    let recommended =
+        MethodSpec { beta: Some(0.5), ..every(sparse(Variant::SparcasRecommended, 80)) };
+    for dev in backends() {
+        for spec in [every(paper.clone()), recommended.clone(), every(groups.clone())] {
+            let mut engine = model.engine(&dev, &spec);
+            // The fork gets a slot that holds what another sequence left there.
+            let [first, origin] = [1, 2].map(|_| engine.open_sequence().unwrap());
+            let logits = read(&mut engine, first, &prompt(16, 130));
+            continued(&mut engine, first, logits, 6);
+            engine.close(first);
+            let logits = read(&mut engine, origin, &prompt(17, 100));
+            let (_, so_far) = continued(&mut engine, origin, logits, 5);
+            let fork = engine.fork(origin).unwrap();
+            let logits = so_far[4].clone();
+            let want = continued(&mut engine, origin, logits.clone(), 12);
+            let got = continued(&mut engine, fork, logits, 12);
+            let same = want.1.iter().zip(&got.1).take_while(|(a, b)| a == b).count();
+            assert_eq!(same, 12, "{} on {}: steps with the same bits", spec.name(), dev.name());
+        }
+    }
+}
+
 #[test]
 fn requests_run_together_answer_as_one_by_one() {
     let model = Model::new();
