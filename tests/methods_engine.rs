@@ -12,6 +12,7 @@ use longsight::engine::{
     Engine, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler, SeqId, Stats,
     WantLogits,
 };
+use longsight::model::{Checkpoint, Tokenizer};
 use longsight::select::{METHODS, MethodSpec, SelectError, Variant};
 
 /// Caches a prompt; the last token's logits.
@@ -298,6 +299,19 @@ fn more_tokens_than_the_context_are_refused() {
         let error = engine.decode(seq, 1).unwrap_err();
         assert!(too_long(&error), "{error}");
         assert_eq!(engine.cached(seq).unwrap(), 64, "a refused step changes nothing");
+    }
+}
+
+#[test]
+fn open_files_are_not_opened_again() {
+    let model = Model::new();
+    for dev in backends() {
+        let want = answer(&mut model.engine(&dev, &dense()), &prompt(18, 40), 4);
+        let checkpoint = Checkpoint::open(&model.path()).unwrap();
+        let tokenizer = Tokenizer::for_checkpoint(&checkpoint).unwrap();
+        let files = model.builder(&dev, &dense()).model("/no/such/model");
+        let mut engine = files.checkpoint(checkpoint).tokenizer(tokenizer).build().unwrap();
+        assert_eq!(answer(&mut engine, &prompt(18, 40), 4), want, "{}", dev.name());
     }
 }
 

@@ -3,7 +3,7 @@
 use super::ui;
 use crate::backend::{DType, DimMetric, Pool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
-use crate::model::{Checkpoint, resolve};
+use crate::model::{Checkpoint, Tokenizer, resolve};
 use crate::select::{METHODS, MethodSpec, Plan, parse_name};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -44,6 +44,16 @@ impl ModelArgs {
             (progress.borrow_mut())(Progress::Fetch(done, all));
         })?;
         Ok(Checkpoint::open(&path)?)
+    }
+
+    /// The opened files and their tokenizer, for [`EngineBuilder::checkpoint`] and [`EngineBuilder::tokenizer`].
+    ///
+    /// # Errors
+    /// As [`ModelArgs::checkpoint`].
+    pub fn open(&self) -> Result<(Checkpoint, Tokenizer)> {
+        let checkpoint = self.checkpoint()?;
+        let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
+        Ok((checkpoint, tokenizer))
     }
 
     /// A builder with these options and progress bars.

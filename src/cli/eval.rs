@@ -70,7 +70,7 @@ pub struct EvalArgs {
 pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
     let output = a.output.as_deref().map(OutputFile::create).transpose()?;
-    let tokenizer = Tokenizer::for_checkpoint(&a.model.checkpoint()?)?;
+    let (checkpoint, tokenizer) = a.model.open()?;
     let samples = samples(&a, &tokenizer)?;
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let specs = a
@@ -88,6 +88,8 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let mut engine = a
         .model
         .builder()
+        .checkpoint(checkpoint)
+        .tokenizer(tokenizer)
         .context(context)
         .method("dense".parse()?)
         .summaries_for(&kinds)
