@@ -178,21 +178,6 @@ impl Engine {
         Ok(SeqId(slot))
     }
 
-    /// A second sequence with the same cached tokens. Pages are shared until one of them is written.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSlot`], [`EngineError::NoSequence`].
-    pub fn fork(&mut self, seq: SeqId) -> Result<SeqId, EngineError> {
-        self.sequence(seq)?;
-        let new = self.open_sequence()?;
-        let b = self.decoder.backend().clone();
-        let from = self.sequences[seq.0].as_ref().ok_or(EngineError::NoSequence(seq.0))?;
-        let steps = from.decode_steps;
-        let table = self.cache.fork(&*b, &from.table, seq.0, new.0)?;
-        self.sequences[new.0] = Some(Sequence { table, decode_steps: steps });
-        Ok(new)
-    }
-
     /// Closes a sequence and frees its pages. Closing twice is harmless.
     pub fn close(&mut self, seq: SeqId) {
         if let Some(mut s) = self.sequences[seq.0].take() {
@@ -200,7 +185,7 @@ impl Engine {
         }
     }
 
-    fn sequence(&self, seq: SeqId) -> Result<&Sequence, EngineError> {
+    pub(super) fn sequence(&self, seq: SeqId) -> Result<&Sequence, EngineError> {
         self.sequences.get(seq.0).and_then(Option::as_ref).ok_or(EngineError::NoSequence(seq.0))
     }
 
