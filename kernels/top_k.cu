@@ -239,7 +239,7 @@ DEVICE u64 row_number(u32 rows_per_seq) { return (u64)blockIdx.z * rows_per_seq 
     }
 KERNEL(8, 2)
 KERNEL(16, 2)
-KERNEL(32, 2)
+KERNEL(32, 1)
 KERNEL(64, 1)
 
 extern "C" __global__ void __launch_bounds__(1024)

@@ -140,7 +140,7 @@ impl CudaBackend {
         const THREADS: usize = 512;
         const KEYS: [usize; 4] = [8, 16, 32, 64];
         /// Most keys of a thread of which a multiprocessor holds two blocks.
-        const TWO_BLOCKS: usize = 32;
+        const TWO_BLOCKS: usize = 16;
         /// Bytes of a digit's histogram (2048 bins).
         const HISTOGRAM: usize = 2048 * 4;
         /// The long kernel: threads, and room for its static shared memory.
