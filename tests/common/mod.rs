@@ -4,4 +4,5 @@
 pub mod cache;
 pub mod dims;
 pub mod gguf_file;
+pub mod model;
 pub mod tiny;

@@ -1,0 +1,64 @@
+//! The tiny random model on disk, engines over it, and methods that act on texts of a few hundred tokens.
+
+use super::tiny::Tiny;
+use longsight::backend::{Backend, DType};
+use longsight::engine::{Engine, EngineBuilder};
+use longsight::model::{Arch, Quant};
+use longsight::select::{MethodSpec, Variant};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Most tokens of a sequence.
+pub const CONTEXT: usize = 256;
+
+/// The tiny model on disk.
+pub struct Model(tempfile::TempDir);
+
+impl Model {
+    pub fn new() -> Model {
+        let dir = tempfile::tempdir().unwrap();
+        Tiny::new(Arch::Llama, false, 3).write_hf(&dir.path().join("tiny"), Quant::F32, 1);
+        Model(dir)
+    }
+
+    /// Folder of the checkpoint.
+    pub fn path(&self) -> PathBuf {
+        self.0.path().join("tiny")
+    }
+
+    /// Three sequences of f32, keys in the checkpoint's order.
+    pub fn builder(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> EngineBuilder<'static> {
+        Engine::builder()
+            .model(self.path().display().to_string())
+            .backend(dev.clone())
+            .dtype(DType::F32)
+            .method(spec.clone())
+            .context(CONTEXT)
+            .sequences(3)
+            .calibrate(false)
+    }
+
+    pub fn engine(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> Engine {
+        self.builder(dev, spec).build().unwrap()
+    }
+}
+
+pub fn dense() -> MethodSpec {
+    Variant::Dense.into()
+}
+
+/// Sparse in every layer of a sequence longer than `budget`, on half of the 16 dimensions.
+pub fn sparse(variant: Variant, budget: usize) -> MethodSpec {
+    MethodSpec {
+        budget: Some(budget),
+        dims: Some(8),
+        dense_layers: Some(0),
+        dense_below: Some(0),
+        ..variant.into()
+    }
+}
+
+/// `n` reproducible bytes.
+pub fn prompt(seed: u32, n: u32) -> Vec<u32> {
+    (0..n).map(|i| (i * i * 7 + i * 13 + seed * 31) % 251).collect()
+}
