@@ -210,7 +210,7 @@ impl Engine {
     /// The `n` most likely tokens after a prompt, one by one; the model's own end tokens do not end it.
     ///
     /// # Errors
-    /// As [`Engine::step`]; [`EngineError::EmptyPrompt`].
+    /// As [`Engine::step`]; [`EngineError::EmptyPrompt`], [`EngineError::NoFiniteLogit`].
     pub fn greedy_tokens(&mut self, prompt: &[u32], n: usize) -> Result<Vec<u32>, EngineError> {
         if prompt.is_empty() {
             return Err(EngineError::EmptyPrompt);
@@ -235,7 +235,7 @@ impl Engine {
             if let Some(&last) = out.last() {
                 logits = self.decode(seq, last)?;
             }
-            out.push(super::greedy(&logits));
+            out.push(super::greedy(&logits).ok_or(EngineError::NoFiniteLogit)?);
         }
         Ok(out)
     }
