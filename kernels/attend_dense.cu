@@ -1,7 +1,7 @@
 // attend_dense: causal softmax attention over the cached tokens, for decode and for (chunked) prefill:
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
-// Plan. Decode (one row a sequence, 16-bit): decode.cuh, a CTA = (split, KV head, sequence).
+// Plan. Decode (one row a sequence, 16-bit): decode.cuh, a CTA = (part of a split, KV head, sequence).
 // Prefill (16-bit): a CTA = (64 query vectors, KV head, sequence x split) where the vectors are (row, head)
 // pairs of the group, rows slowest, so that a K/V tile in shared memory serves all heads of the
 // group; 4 warps of 16 vectors, tiles of 64 keys in two stages by cp.async, tiles above the diagonal or
@@ -24,9 +24,10 @@ template <class T, int D> DEVICE void dense_decode(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
     if (seq.q_len == 0) return;
     u32 g = a.heads / a.pool.kv_heads;
-    Range r = split_range(window_low(seq.kv_len - 1, a.window), seq.kv_len, blockIdx.x, a.splits);
+    Part p = part_of(a.splits);
+    Range r = split_range(window_low(seq.kv_len - 1, a.window), seq.kv_len, p.part, p.parts);
     Contiguous keys = {r.begin, r.end};
-    decode<T, D>(a, seq, blockIdx.y, blockIdx.y * g, g, blockIdx.x, keys);
+    decode<T, D>(a, seq, blockIdx.y, blockIdx.y * g, g, p.split, keys);
 }
 
 template <int D> struct PrefillShape {

@@ -1,6 +1,6 @@
 // attend_rows: decode attention over listed tokens; see attend_dense for the formula.
 //
-// Plan: one CTA = (split, list, sequence); the list's range of the split is gathered row by row, each K
+// Plan: one CTA = (part of a split, list, sequence); the list's range of the part is gathered row by row, each K
 // row as two pieces (leading dimensions, rest), by the decode core (16-bit) or the generic core.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
 #include "decode.cuh"
@@ -22,13 +22,13 @@ struct RowVectors {
     DEVICE u32 high(u32) const { return ~0u; }
 };
 
-DEVICE Listed listed(const AttendArgs& a) {
+DEVICE Listed listed(const AttendArgs& a, const Part& p) {
     u64 list = (u64)blockIdx.z * a.lists + blockIdx.y;
     u32 count = min(a.counts[list], a.list_len);
-    u32 per = ((count + a.splits - 1) / a.splits + 15) & ~15u;  // whole tiles of 16
+    u32 per = ((count + p.parts - 1) / p.parts + 15) & ~15u;  // whole tiles of 16
     Listed keys;
     keys.list = a.indices + list * a.list_len;
-    keys.b = min(blockIdx.x * per, count);
+    keys.b = min(p.part * per, count);
     keys.e = min(keys.b + per, count);
     return keys;
 }
@@ -37,7 +37,8 @@ template <class T, int D> DEVICE void rows_mma(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
     if (seq.q_len == 0) return;
     u32 per = a.heads / a.lists, head0 = blockIdx.y * per;
-    decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, blockIdx.x, listed(a));
+    Part p = part_of(a.splits);
+    decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, listed(a, p));
 }
 
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
@@ -45,7 +46,8 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     if (seq.q_len == 0) return;
     u32 per = a.heads / a.lists, head0 = blockIdx.y * per;
     RowVectors vec = {(u64)seq.q_start * a.heads + head0};
-    generic<A, T>(a, seq, head0 / (a.heads / a.pool.kv_heads), per, blockIdx.x, vec, listed(a));
+    Part p = part_of(a.splits);
+    generic<A, T>(a, seq, head0 / (a.heads / a.pool.kv_heads), per, p.split, vec, listed(a, p));
 }
 
 #define MMA(T, D)                                                                              \

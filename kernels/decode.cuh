@@ -4,9 +4,20 @@
 // Every warp walks its own keys, 16 at a time, through its own ring of STAGES shared tiles filled by
 // 16-byte cp.async, so the main loop has no block barrier. The group's query heads are the (up to 16) rows
 // of the mma tile, so a key row is read once for all of them. At the end the warps' results are merged
-// through shared memory in warp order. A source of keys offers `begin()`, `end()` and `token(i)`.
+// through shared memory in warp order, and those of the blocks of a cluster, which share a split, in block
+// order. A source of keys offers `begin()`, `end()` and `token(i)`.
 #pragma once
+#include "cluster.cuh"
 #include "flash.cuh"
+
+// Keys are cut into `parts` ranges; this block reads number `part` and belongs to split `split`.
+struct Part {
+    u32 part, parts, split;
+};
+DEVICE Part part_of(u32 splits) {
+    u32 n = cluster_size();
+    return {blockIdx.x, splits * n, blockIdx.x / n};
+}
 
 template <int D> struct DecodeShape {
     static const int warps = D > 128 ? 2 : 4;
@@ -108,10 +119,11 @@ DEVICE void decode(const AttendArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 
                 make_float2(flash.o[i][2 * h], flash.o[i][2 * h + 1]);
     }
     __syncthreads();
-    Out<T> out = {a.out, a.out_f32};
-    u64 plane = (u64)split * a.rows * a.heads + item;
+    // Each thread merges its elements into the plane of warp 0, which nobody else reads.
+    float* block_tops = part + W * 16 * D;
+    float* block_sums = block_tops + 16;
     for (u32 i = threadIdx.x; i < g * D; i += blockDim.x) {
-        u32 h = i / D, c = i % D;
+        u32 h = i / D;
         float top = NEG_INF, sum = 0.0f, acc = 0.0f;
 #pragma unroll
         for (int w = 0; w < W; w++) top = fmaxf(top, tops[w * 16 + h]);
@@ -120,9 +132,36 @@ DEVICE void decode(const AttendArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 
         for (int w = 0; w < W; w++) {
             float f = exp2_fast(tops[w * 16 + h] - shift);
             sum += f * sums[w * 16 + h];
-            acc += f * part[(w * 16 + h) * D + c];
+            acc += f * part[w * 16 * D + i];
+        }
+        part[i] = acc;
+        if (i % D == 0) block_tops[h] = top, block_sums[h] = sum;
+    }
+    cluster_sync();
+    Out<T> out = {a.out, a.out_f32};
+    u64 plane = (u64)split * a.rows * a.heads + item;
+    const u32 blocks = cluster_size();
+    for (u32 i = cluster_rank() * blockDim.x + threadIdx.x; i < g * D; i += blocks * blockDim.x) {
+        u32 h = i / D, c = i % D;
+        float tops_of[MAX_CLUSTER], sums_of[MAX_CLUSTER], part_of_block[MAX_CLUSTER];
+        float top = NEG_INF, sum = 0.0f, acc = 0.0f;
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) {
+            bool there = b < blocks;
+            tops_of[b] = there ? remote_float(block_tops + h, b) : NEG_INF;
+            sums_of[b] = there ? remote_float(block_sums + h, b) : 0.0f;
+            part_of_block[b] = there ? remote_float(part + i, b) : 0.0f;
+        }
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) top = fmaxf(top, tops_of[b]);
+        float shift = top == NEG_INF ? 0.0f : top;
+#pragma unroll
+        for (u32 b = 0; b < MAX_CLUSTER; b++) {
+            float f = exp2_fast(tops_of[b] - shift);
+            sum += f * sums_of[b], acc += f * part_of_block[b];
         }
         out.put((plane + h) * D + c, sum > 0.0f ? acc / sum : 0.0f);
         if (c == 0 && a.lse) a.lse[plane + h] = sum > 0.0f ? (top + log2f(sum)) * LN2 : NEG_INF;
     }
+    cluster_sync();  // no block leaves before the others have read its memory
 }

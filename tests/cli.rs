@@ -185,6 +185,37 @@ fn a_prompt_is_answered() {
 }
 
 #[test]
+fn lists_of_options_are_rows_of_an_evaluation() {
+    let home = Home::new();
+    let model = home.model();
+    let prose = home.file("prose.txt", "The mill stood by the river. ".repeat(9).as_bytes());
+    let sizes = ["--lengths", "200", "--score", "4", "--audit", "0", "--dense-layers", "0"];
+    let lists = ["--budget", "64,96", "--dims", "8,16", "--methods", "window,sparcas-paper"];
+    let on = ["eval", "copy", "-m", &model, "-d", "cpu", "--text", &prose];
+    let report = home.run(&[&on, &sizes[..], &lists, &["--format", "json"]].concat()).json();
+    let names = |key: &str| -> Vec<String> {
+        let list = report[key].as_array().unwrap().iter();
+        list.map(|r| r["method"].as_str().unwrap().to_string()).collect()
+    };
+    let methods = [
+        "window:budget=64",
+        "window:budget=96",
+        "sparcas-paper:budget=64:dims=8",
+        "sparcas-paper:budget=64:dims=16",
+        "sparcas-paper:budget=96:dims=8",
+        "sparcas-paper:budget=96:dims=16",
+    ];
+    assert_eq!(names("methods"), methods);
+    assert_eq!(names("rows"), [&["dense"], &methods[..]].concat());
+    assert_eq!(report["methods"][3]["options"]["dims"], 16);
+    let read = |row: usize| report["rows"][row]["kv_bytes"].as_u64().unwrap();
+    assert!(read(3) < read(5) && read(3) < read(4) && read(6) < read(0), "{report}");
+    let table = home.run(&[&on, &sizes[..], &lists].concat());
+    assert!(methods.iter().all(|m| table.out.contains(m)), "{table:?}");
+    home.refused(&[&on[..], &["--budget", "64,few"]].concat(), &["few", "--budget"]);
+}
+
+#[test]
 fn plans_are_printed_saved_and_run() {
     let home = Home::new();
     let model = home.model();

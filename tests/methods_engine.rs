@@ -6,64 +6,14 @@
 mod common;
 
 use common::cache::backends;
-use common::tiny::Tiny;
-use longsight::backend::{Backend, BackendError, DType};
+use common::model::{CONTEXT, Model, dense, prompt, sparse};
+use longsight::backend::{BackendError, DType};
 use longsight::engine::{
-    Engine, EngineBuilder, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler,
-    SeqId, Stats, WantLogits,
+    Engine, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler, SeqId, Stats,
+    WantLogits,
 };
-use longsight::model::{Arch, Quant};
+use longsight::model::{Checkpoint, Tokenizer};
 use longsight::select::{METHODS, MethodSpec, SelectError, Variant};
-use std::sync::Arc;
-
-const CONTEXT: usize = 256;
-
-/// The tiny model on disk.
-struct Model(tempfile::TempDir);
-
-impl Model {
-    fn new() -> Model {
-        let dir = tempfile::tempdir().unwrap();
-        Tiny::new(Arch::Llama, false, 3).write_hf(&dir.path().join("tiny"), Quant::F32, 1);
-        Model(dir)
-    }
-
-    /// Three sequences of f32, keys in the checkpoint's order.
-    fn builder(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> EngineBuilder<'static> {
-        Engine::builder()
-            .model(self.0.path().join("tiny").display().to_string())
-            .backend(dev.clone())
-            .dtype(DType::F32)
-            .method(spec.clone())
-            .context(CONTEXT)
-            .sequences(3)
-            .calibrate(false)
-    }
-
-    fn engine(&self, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> Engine {
-        self.builder(dev, spec).build().unwrap()
-    }
-}
-
-fn dense() -> MethodSpec {
-    Variant::Dense.into()
-}
-
-/// Sparse in every layer of a sequence longer than `budget`, on half of the 16 dimensions.
-fn sparse(variant: Variant, budget: usize) -> MethodSpec {
-    MethodSpec {
-        budget: Some(budget),
-        dims: Some(8),
-        dense_layers: Some(0),
-        dense_below: Some(0),
-        ..variant.into()
-    }
-}
-
-/// `n` reproducible bytes.
-fn prompt(seed: u32, n: u32) -> Vec<u32> {
-    (0..n).map(|i| (i * i * 7 + i * 13 + seed * 31) % 251).collect()
-}
 
 /// Caches a prompt; the last token's logits.
 fn read(engine: &mut Engine, seq: SeqId, tokens: &[u32]) -> Vec<f32> {
@@ -171,6 +121,35 @@ fn a_fork_decodes_like_its_origin() {
             let got = continued(&mut engine, fork, logits, 12);
             assert_eq!(got.0, want.0, "{} on {}", m.name, dev.name());
             assert_eq!(engine.cached(fork).unwrap(), 112);
+        }
+    }
+}
+
+/// Dimensions are chosen at steps 0 and 8, in the second layer also at 4 and 12 (the recommended method: when
+/// coverage falls far, or after 8). A fork at step 5 keeps them, column by column, and the slice built for them.
+#[test]
+fn a_fork_within_a_refresh_interval_continues_with_the_same_bits() {
+    let model = Model::new();
+    let [paper, groups] = [Variant::SparcasPaper, Variant::SparcasGroups].map(|v| sparse(v, 80));
+    let every = |spec| MethodSpec { update: Some(8), ..spec };
+    let recommended =
+        MethodSpec { beta: Some(0.5), ..every(sparse(Variant::SparcasRecommended, 80)) };
+    for dev in backends() {
+        for spec in [every(paper.clone()), recommended.clone(), every(groups.clone())] {
+            let mut engine = model.engine(&dev, &spec);
+            // The fork gets a slot that holds what another sequence left there.
+            let [first, origin] = [1, 2].map(|_| engine.open_sequence().unwrap());
+            let logits = read(&mut engine, first, &prompt(16, 130));
+            continued(&mut engine, first, logits, 6);
+            engine.close(first);
+            let logits = read(&mut engine, origin, &prompt(17, 100));
+            let (_, so_far) = continued(&mut engine, origin, logits, 5);
+            let fork = engine.fork(origin).unwrap();
+            let logits = so_far[4].clone();
+            let want = continued(&mut engine, origin, logits.clone(), 12);
+            let got = continued(&mut engine, fork, logits, 12);
+            let same = want.1.iter().zip(&got.1).take_while(|(a, b)| a == b).count();
+            assert_eq!(same, 12, "{} on {}: steps with the same bits", spec.name(), dev.name());
         }
     }
 }
@@ -320,6 +299,19 @@ fn more_tokens_than_the_context_are_refused() {
         let error = engine.decode(seq, 1).unwrap_err();
         assert!(too_long(&error), "{error}");
         assert_eq!(engine.cached(seq).unwrap(), 64, "a refused step changes nothing");
+    }
+}
+
+#[test]
+fn open_files_are_not_opened_again() {
+    let model = Model::new();
+    for dev in backends() {
+        let want = answer(&mut model.engine(&dev, &dense()), &prompt(18, 40), 4);
+        let checkpoint = Checkpoint::open(&model.path()).unwrap();
+        let tokenizer = Tokenizer::for_checkpoint(&checkpoint).unwrap();
+        let files = model.builder(&dev, &dense()).model("/no/such/model");
+        let mut engine = files.checkpoint(checkpoint).tokenizer(tokenizer).build().unwrap();
+        assert_eq!(answer(&mut engine, &prompt(18, 40), 4), want, "{}", dev.name());
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where and when a measurement was taken.
 
+use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Capabilities};
 use serde::Serialize;
 use std::process::Command;
@@ -17,7 +18,7 @@ pub struct Environment {
     pub date: String,
     /// Operating system and architecture.
     pub system: String,
-    /// Threads of the host's pool.
+    /// Threads of the CPU backend.
     pub host_threads: usize,
     /// Device, driver and capabilities.
     pub device: Capabilities,
@@ -31,7 +32,7 @@ impl Environment {
             commit: commit(),
             date: date(SystemTime::now()),
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
-            host_threads: rayon::current_num_threads(),
+            host_threads: CpuBackend::threads(),
             device: b.caps().clone(),
         }
     }

@@ -3,7 +3,7 @@
 use super::ui;
 use crate::backend::{DType, DimMetric, Pool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
-use crate::model::{Checkpoint, resolve};
+use crate::model::{Checkpoint, Tokenizer, resolve};
 use crate::select::{METHODS, MethodSpec, Plan, parse_name};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -44,6 +44,16 @@ impl ModelArgs {
             (progress.borrow_mut())(Progress::Fetch(done, all));
         })?;
         Ok(Checkpoint::open(&path)?)
+    }
+
+    /// The opened files and their tokenizer, for [`EngineBuilder::checkpoint`] and [`EngineBuilder::tokenizer`].
+    ///
+    /// # Errors
+    /// As [`ModelArgs::checkpoint`].
+    pub fn open(&self) -> Result<(Checkpoint, Tokenizer)> {
+        let checkpoint = self.checkpoint()?;
+        let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
+        Ok((checkpoint, tokenizer))
     }
 
     /// A builder with these options and progress bars.
@@ -91,12 +101,20 @@ pub struct MethodOptions {
     /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
     #[arg(long, value_name = "STEPS")]
     pub update: Option<u32>,
-    /// Choose dimensions anew when coverage falls below this share of a fresh choice
-    #[arg(long, value_name = "SHARE")]
-    pub beta: Option<f32>,
     /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
     #[arg(long, value_parser = parse_name::<DimMetric>, value_name = "METRIC")]
     pub metric: Option<DimMetric>,
+    #[command(flatten)]
+    pub others: OtherOptions,
+}
+
+/// Options of which `longsight eval`, too, takes one value each.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Sparse attention")]
+pub struct OtherOptions {
+    /// Choose dimensions anew when coverage falls below this share of a fresh choice
+    #[arg(long, value_name = "SHARE")]
+    pub beta: Option<f32>,
     /// Dimensions chosen together: 1, 2, 8 or 16
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
@@ -123,8 +141,15 @@ impl MethodOptions {
         spec.budget = self.budget.or(spec.budget);
         spec.dims = self.dims.or(spec.dims);
         spec.update = self.update.or(spec.update);
-        spec.beta = self.beta.or(spec.beta);
         spec.metric = self.metric.or(spec.metric);
+        self.others.apply(spec)
+    }
+}
+
+impl OtherOptions {
+    /// `spec` with these options on top.
+    pub fn apply(&self, mut spec: MethodSpec) -> MethodSpec {
+        spec.beta = self.beta.or(spec.beta);
         spec.unit = self.unit.or(spec.unit);
         spec.pool = self.pool.or(spec.pool);
         spec.sinks = self.sinks.or(spec.sinks);

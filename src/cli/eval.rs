@@ -1,8 +1,9 @@
 //! `longsight eval`: what sparsity costs in quality.
 
-use super::args::{Format, MethodOptions, ModelArgs};
+use super::args::{Format, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::OutputFile;
+use super::sweep::Sweep;
 use super::table::Table;
 use super::ui;
 use crate::engine::EngineError;
@@ -37,7 +38,8 @@ pub struct EvalArgs {
     /// Lengths in tokens, comma separated
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "4096")]
     lengths: Vec<usize>,
-    /// Methods, comma separated, with options after colons (sparcas:dims=16:budget=256); dense always runs
+    /// Methods, comma separated, with options after colons (sparcas:dims=16:budget=256); dense always runs.
+    /// For a table over options of all methods, give those lists: --budget 128,256 --dims 16,32
     #[arg(
         long,
         value_name = "METHODS",
@@ -64,30 +66,27 @@ pub struct EvalArgs {
     model: ModelArgs,
     /// Options for all methods; --dense-below is 0 here unless given
     #[command(flatten)]
-    options: MethodOptions,
+    options: Sweep,
 }
 
 pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
     let output = a.output.as_deref().map(OutputFile::create).transpose()?;
-    let tokenizer = Tokenizer::for_checkpoint(&a.model.checkpoint()?)?;
+    let (checkpoint, tokenizer) = a.model.open()?;
     let samples = samples(&a, &tokenizer)?;
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
-    let specs = a
-        .methods
-        .iter()
-        .map(|name| {
-            let mut spec = a.options.apply(name.parse::<MethodSpec>()?);
-            // Below the default threshold nothing would be sparse, and nothing measured.
-            spec.dense_below.get_or_insert(0);
-            Ok((name.clone(), spec))
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let mut specs = a.options.specs(&a.methods)?;
+    for (_, spec) in &mut specs {
+        // Below the default threshold nothing would be sparse, and nothing measured.
+        spec.dense_below.get_or_insert(0);
+    }
     let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
     let context = a.model.ctx.unwrap_or(longest);
     let mut engine = a
         .model
         .builder()
+        .checkpoint(checkpoint)
+        .tokenizer(tokenizer)
         .context(context)
         .method("dense".parse()?)
         .summaries_for(&kinds)
@@ -130,6 +129,9 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         "fingerprint": engine.fingerprint(),
         "dtype": engine.cache().shape().dtype,
         "environment": crate::bench::Environment::of(engine.backend()),
+        "methods": specs.iter().map(|(name, options)| {
+            serde_json::json!({ "method": name, "options": options })
+        }).collect::<Vec<_>>(),
         "rows": rows,
     });
     if let Some(file) = output {

@@ -9,6 +9,7 @@ mod interrupt;
 mod output;
 mod plan;
 mod run;
+mod sweep;
 mod table;
 mod ui;
 
@@ -24,6 +25,7 @@ Examples:
   longsight devices
   longsight plan --method sparcas --budget 1024
   longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
+  longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]

@@ -4,7 +4,7 @@ use super::args::{AnswerArgs, MethodArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::ui;
 use crate::engine::{AuditSummary, Engine, Finish, Generation, Request, Stats};
-use crate::model::Tokenizer;
+use crate::model::{Checkpoint, Tokenizer};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::io::{IsTerminal, Read, Write};
@@ -39,11 +39,14 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     // A text without a question is continued; a question is put to the model as a user would.
     let question = a.ask.is_some() || a.prompt.is_some() || a.file.is_none();
     let builder = a.method.apply(a.model.builder())?.audit(a.answer.audit());
+    let (checkpoint, tokenizer) = a.model.open()?;
     let builder = match a.model.ctx {
         Some(_) => builder,
-        None => builder.context(needed_context(&a.model, &text, a.answer.max_tokens)?),
+        None => {
+            builder.context(needed_context(&checkpoint, &tokenizer, &text, a.answer.max_tokens)?)
+        }
     };
-    let mut engine = builder.build()?;
+    let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
     for note in engine.notes() {
         eprintln!("note: {note}");
     }
@@ -98,13 +101,17 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
 }
 
 /// Room for the prompt and the answer, so that a long model does not take memory for its whole context.
-fn needed_context(m: &ModelArgs, text: &str, max_tokens: usize) -> Result<Option<usize>> {
-    let checkpoint = m.checkpoint()?;
-    let tokens = Tokenizer::for_checkpoint(&checkpoint)?.encode(text, true)?.len();
+fn needed_context(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    text: &str,
+    max_tokens: usize,
+) -> Result<usize> {
+    let tokens = tokenizer.encode(text, true)?.len();
     // The template's own tokens: a system line and role marks.
     const TEMPLATE: usize = 192;
     let need = tokens.saturating_add(max_tokens).saturating_add(TEMPLATE);
-    Ok(Some(need.min(checkpoint.config().max_context)))
+    Ok(need.min(checkpoint.config().max_context))
 }
 
 /// A finished answer.

@@ -33,6 +33,8 @@ type OnProgress<'a> = Box<dyn FnMut(Progress) + 'a>;
 /// Settings of an [`Engine`]; see the setters for defaults.
 pub struct EngineBuilder<'a> {
     model: String,
+    checkpoint: Option<Checkpoint>,
+    tokenizer: Option<Tokenizer>,
     device: String,
     backend: Option<Arc<dyn Backend>>,
     dtype: Option<DType>,
@@ -60,6 +62,8 @@ impl Engine {
     pub fn builder<'a>() -> EngineBuilder<'a> {
         EngineBuilder {
             model: "smollm2".into(),
+            checkpoint: None,
+            tokenizer: None,
             device: "auto".into(),
             backend: None,
             dtype: None,
@@ -82,6 +86,16 @@ impl<'a> EngineBuilder<'a> {
     /// A folder, a `.gguf` file, a hub id, or `smollm2` (the default).
     pub fn model(mut self, name_or_path: impl Into<String>) -> Self {
         self.model = name_or_path.into();
+        self
+    }
+    /// Model files that are already open, instead of [`EngineBuilder::model`].
+    pub fn checkpoint(mut self, checkpoint: Checkpoint) -> Self {
+        self.checkpoint = Some(checkpoint);
+        self
+    }
+    /// The model's tokenizer where it is already there. Default: the one that comes with the model's files.
+    pub fn tokenizer(mut self, tokenizer: Tokenizer) -> Self {
+        self.tokenizer = Some(tokenizer);
         self
     }
     /// `auto` (default), `cpu`, `wgpu[:name]` or `cuda[:n]`; see [`open`].
@@ -165,9 +179,14 @@ impl<'a> EngineBuilder<'a> {
     /// # Errors
     /// Any [`EngineError`]; nothing is left behind.
     pub fn build(mut self) -> Result<Engine, EngineError> {
-        let path = self.fetch()?;
-        let checkpoint = Checkpoint::open(&path)?;
-        let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
+        let checkpoint = match self.checkpoint.take() {
+            Some(open) => open,
+            None => Checkpoint::open(&self.fetch()?)?,
+        };
+        let tokenizer = match self.tokenizer.take() {
+            Some(there) => there,
+            None => Tokenizer::for_checkpoint(&checkpoint)?,
+        };
         let template = match ChatTemplate::for_checkpoint(&checkpoint, &tokenizer) {
             Ok(t) => Some(t),
             Err(ModelError::NoTemplate) => None,

@@ -16,6 +16,7 @@ mod audit;
 mod builder;
 mod calibrate;
 mod error;
+mod fork;
 mod generate;
 mod request;
 mod reuse;

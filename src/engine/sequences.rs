@@ -177,21 +177,6 @@ impl Engine {
         self.sequences.iter().position(Option::is_none)
     }
 
-    /// A second sequence with the same cached tokens. Pages are shared until one of them is written.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSlot`], [`EngineError::NoSequence`].
-    pub fn fork(&mut self, seq: SeqId) -> Result<SeqId, EngineError> {
-        self.sequence(seq)?;
-        let new = self.open_sequence()?;
-        let b = self.decoder.backend().clone();
-        let from = self.sequences[seq.0].as_ref().ok_or(EngineError::NoSequence(seq.0))?;
-        let steps = from.decode_steps;
-        let table = self.cache.fork(&*b, &from.table, seq.0, new.0)?;
-        self.sequences[new.0] = Some(Sequence { id: new, table, decode_steps: steps });
-        Ok(new)
-    }
-
     /// Closes a sequence and frees its pages. Closing one that is not open is harmless.
     pub fn close(&mut self, seq: SeqId) {
         let open = self.sequences.get_mut(seq.0);

@@ -129,6 +129,17 @@ impl Attention {
         self.selectors.iter_mut().flatten().try_for_each(|s| s.reset(b, slot))
     }
 
+    /// Copies private state of slot `from`, whose sequence holds `tokens` tokens, to slot `to`.
+    pub fn fork(
+        &mut self,
+        b: &dyn Backend,
+        from: usize,
+        to: usize,
+        tokens: usize,
+    ) -> std::result::Result<(), SelectError> {
+        self.selectors.iter_mut().flatten().try_for_each(|s| s.fork(b, from, to, tokens))
+    }
+
     /// Appends the step's keys and values to the cache of layer `shape.layer`, then attends: `ws.q`, `ws.k` and
     /// the v part of `ws.qkv` in, `ws.attn` out.
     pub fn layer(

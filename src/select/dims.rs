@@ -116,4 +116,29 @@ impl Selector for DimsSelector {
         let n = self.shape.kv_heads * DIM_STATE_WORDS;
         Ok(b.zero(&self.state.slice(slot * n, n))?)
     }
+
+    /// `changed` and `coverage` are left out: the next step writes them before it reads them.
+    fn fork(
+        &mut self,
+        b: &dyn Backend,
+        from: usize,
+        to: usize,
+        tokens: usize,
+    ) -> Result<(), SelectError> {
+        let kv_heads = self.shape.kv_heads;
+        for (t, per_head) in [(&self.dims, self.n_dims), (&self.state, DIM_STATE_WORDS)] {
+            let n = kv_heads * per_head;
+            b.copy(&t.slice(from * n, n), &t.slice(to * n, n))?;
+        }
+        if let Some(slice) = &self.slice {
+            let part = |slot: usize, head: usize| {
+                let row = (slot * kv_heads + head) * self.shape.capacity;
+                slice.slice(row * self.n_dims, tokens.min(self.shape.capacity) * self.n_dims)
+            };
+            for head in 0..kv_heads {
+                b.copy(&part(from, head), &part(to, head))?;
+            }
+        }
+        Ok(())
+    }
 }

@@ -29,6 +29,21 @@ pub enum Variant {
     SparcasGroups,
 }
 
+impl Variant {
+    /// Whether budget, dims, update or metric changes what the variant does.
+    pub fn takes(self, option: &str) -> bool {
+        use Variant::{Dense, Oracle, SparcasGroups, SparcasPaper, SparcasRecommended, Window};
+        match option {
+            "budget" => self != Dense,
+            "dims" => !matches!(self, Dense | Window | Oracle),
+            "update" | "metric" => {
+                matches!(self, SparcasPaper | SparcasRecommended | SparcasGroups)
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
     MethodInfo {

@@ -86,10 +86,23 @@ pub trait Selector: Send {
         out: &Selection,
     ) -> Result<(), SelectError>;
 
-    /// The sequence in `slot` is new or was forked: forget what was known about it.
+    /// The sequence in `slot` is new: forget what was known about it.
     fn reset(&mut self, backend: &dyn Backend, slot: usize) -> Result<(), SelectError> {
         let _ = (backend, slot);
         Ok(())
+    }
+
+    /// The sequence in slot `to` is a fork of the one in slot `from`, which holds `tokens` tokens: copy what was
+    /// known, so that both continue alike. Without an implementation the fork starts as a new sequence.
+    fn fork(
+        &mut self,
+        backend: &dyn Backend,
+        from: usize,
+        to: usize,
+        tokens: usize,
+    ) -> Result<(), SelectError> {
+        let _ = (from, tokens);
+        self.reset(backend, to)
     }
 }
 

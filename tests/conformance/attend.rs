@@ -80,8 +80,13 @@ pub fn cases(c: &mut Cases) {
                         continue;
                     }
                     let name = format!("{}_{mix}_k{k}_{lists}lists_s{splits}", h.name());
-                    let r = Rows { h, per_head, k, splits };
-                    c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
+                    let r = Rows { h, per_head, k, splits, lse: true };
+                    c.add("attend_rows", &name, move |rig, t| rows(rig, t, seqs, r));
+                    if splits == 1 && *mix == "edges" {
+                        let r = Rows { lse: false, ..r };
+                        let name = format!("{name}_nolse");
+                        c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
+                    }
                 }
             }
         }
@@ -140,6 +145,8 @@ struct Rows {
     per_head: bool,
     k: usize,
     splits: usize,
+    /// With `lse`, which splits need.
+    lse: bool,
 }
 
 fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
@@ -181,7 +188,7 @@ fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
         rows_per_seq,
         splits: c.splits,
         out: &out,
-        lse: Some(&lse),
+        lse: c.lse.then_some(&lse),
     };
     let outs = match c.splits {
         1 => reference::attend_rows(&p, &*rig.dev)?,

@@ -38,8 +38,14 @@ pub struct Case {
 /// Cases under construction for one combination of dtypes.
 pub struct Cases {
     pub types: Types,
+    /// Ops wanted; empty for all.
+    ops: &'static [&'static str],
+    suffix: &'static str,
     all: Vec<Case>,
 }
+
+/// Ops that take f32 activations over a narrower KV cache on every backend.
+const MIXED: &[&str] = &["score_dims", "attend_dense", "attend_rows"];
 
 impl Cases {
     /// Adds a case; its name gets the dtype.
@@ -50,7 +56,10 @@ impl Cases {
         body: impl Fn(&mut Rig, Types) -> Outcome + Send + 'static,
     ) {
         let types = self.types;
-        let name = format!("{}_{}", name.as_ref(), types.w);
+        if !self.ops.is_empty() && !self.ops.contains(&op) {
+            return;
+        }
+        let name = format!("{}_{}{}", name.as_ref(), types.w, self.suffix);
         let body = Box::new(move |rig: &mut Rig| body(rig, types));
         self.all.push(Case { op, name, dtype: types.w, body });
     }
@@ -61,7 +70,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
     let mut all = Vec::new();
     for w in caps.storage.iter().copied().filter(|d| d.is_float()) {
         let act = if caps.activations_follow_weights { w } else { DType::F32 };
-        let mut c = Cases { types: Types { w, act }, all: Vec::new() };
+        let mut c = Cases { types: Types { w, act }, ops: &[], suffix: "", all: Vec::new() };
         dense::cases(&mut c);
         kv::cases(&mut c);
         dims::cases(&mut c);
@@ -73,6 +82,14 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             errors::cases(&mut c);
         }
         all.append(&mut c.all);
+        if act != DType::F32 {
+            // Where activations are f32 for every cache, the cases above are these.
+            let types = Types { w, act: DType::F32 };
+            let mut c = Cases { types, ops: MIXED, suffix: "_f32_act", all: Vec::new() };
+            score::cases(&mut c);
+            attend::cases(&mut c);
+            all.append(&mut c.all);
+        }
     }
     all
 }

@@ -19,7 +19,7 @@ use crate::backend::{AttendDense, PAGE, Result};
 /// Most rows of a sequence that go key by key.
 const FEW_ROWS: usize = 4;
 /// Query rows times heads of a tile, about.
-const TILE_ROWS: usize = 192;
+const TILE_ROWS: usize = 96;
 /// Keys of a tile.
 const TILE_KEYS: usize = 256;
 

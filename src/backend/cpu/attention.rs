@@ -35,7 +35,6 @@ pub(super) fn tile(page: u32, kv_head: usize, kv_heads: usize, width: usize) -> 
 }
 
 /// Where a block of cached tokens lies: offsets of the two pieces of each key and of each value.
-#[derive(Default)]
 pub(super) struct Rows {
     lead: Vec<usize>,
     rest: Vec<usize>,
@@ -43,6 +42,10 @@ pub(super) struct Rows {
 }
 
 impl Rows {
+    pub fn new(capacity: usize) -> Self {
+        let list = || Vec::with_capacity(capacity);
+        Rows { lead: list(), rest: list(), value: list() }
+    }
     pub fn clear(&mut self) {
         self.lead.clear();
         self.rest.clear();
@@ -147,8 +150,11 @@ pub(super) fn log_sum(max: f32, sum: f32) -> f32 {
     if max == f32::NEG_INFINITY { max } else { max + sum.ln() }
 }
 
-/// Keys of one task; longer ranges are cut and merged in order.
-const CHUNK: usize = 512;
+/// Keys of one task of a range of `len`; the parts are merged in order. Set by the range alone, as the sums are.
+fn chunk(len: usize) -> usize {
+    (len / 16).next_multiple_of(PAGE).clamp(PAGE, 512)
+}
+
 /// Keys whose logits are taken before their values are read.
 const BLOCK: usize = 128;
 
@@ -190,10 +196,11 @@ pub(super) fn run_jobs<T: Lane>(
         .iter()
         .enumerate()
         .flat_map(|(i, j)| {
-            let (keys, n) = (j.keys.clone(), j.keys.len().div_ceil(CHUNK).max(1));
+            let (keys, chunk) = (j.keys.clone(), chunk(j.keys.len()));
+            let n = keys.len().div_ceil(chunk).max(1);
             (0..n).map(move |c| {
-                let start = keys.start + c * CHUNK;
-                (i, start..keys.end.min(start + CHUNK))
+                let start = keys.start + c * chunk;
+                (i, start..keys.end.min(start + chunk))
             })
         })
         .collect();
@@ -206,7 +213,7 @@ pub(super) fn run_jobs<T: Lane>(
         let q = &queries.q[at..at + job.heads * d];
         let q: Vec<f32> = q.iter().map(|x| x * queries.scale).collect();
         let mut state = Running::new(job.heads, d);
-        let (mut rows, mut logits) = (Rows::default(), Vec::new());
+        let (mut rows, mut logits) = (Rows::new(BLOCK), Vec::with_capacity(job.heads * BLOCK));
         for start in keys.clone().step_by(BLOCK) {
             rows.clear();
             for j in (start..keys.end.min(start + BLOCK)).filter_map(|k| token(job, k)) {

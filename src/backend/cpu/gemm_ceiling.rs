@@ -2,9 +2,8 @@
 
 use std::time::Instant;
 
-use rayon::prelude::*;
-
 use super::matmul::{Matrix, matmul};
+use super::par;
 
 /// How a product is shared out to the threads, one part each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
@@ -38,12 +37,13 @@ impl GemmCeiling {
     pub fn seconds(&mut self, split: GemmSplit) -> f64 {
         let (rows, n, outputs) = (self.rows, self.inputs, self.outputs);
         let (x, w) = (&self.x, &self.w);
-        let threads = rayon::current_num_threads();
+        let threads = par::threads();
+        let work = rows * n * outputs;
         let start = Instant::now();
         match split {
             GemmSplit::Rows => {
                 let part = rows.div_ceil(threads).max(1);
-                self.y.par_chunks_mut((part * outputs).max(1)).enumerate().for_each(|(i, y)| {
+                par::chunks(&mut self.y, part * outputs, work, |i, y| {
                     let m = y.len() / outputs;
                     let a = Matrix::rows(&x[i * part * n..][..m * n], n);
                     // SAFETY: `y` is this task's own slice of `m` rows of `outputs`.
@@ -56,7 +56,7 @@ impl GemmCeiling {
             // Each part keeps its columns as a matrix of its own.
             GemmSplit::Outputs => {
                 let part = outputs.div_ceil(threads).max(1);
-                self.y.par_chunks_mut((part * rows).max(1)).enumerate().for_each(|(i, y)| {
+                par::chunks(&mut self.y, part * rows, work, |i, y| {
                     let width = y.len() / rows;
                     let b = Matrix::columns(&w[i * part * n..][..width * n], n);
                     // SAFETY: `y` is this task's own slice of `rows` rows of `width`.

@@ -1,7 +1,8 @@
 //! The CPU backend: f32 arithmetic that follows each op's formula, on all cores.
 //!
 //! One file per op. `memory` keeps the borrow rules of tensors, `seqs` reads and checks the sequence records,
-//! `simd` holds the vector kernels, `matmul` wraps the GEMM crate, `par` the parallel loops. Weights and the KV
+//! `simd` holds the vector kernels, `matmul` wraps the GEMM crate, `tiles` cuts its products, `par` has the
+//! parallel loops and `pool` the threads that run them. Weights and the KV
 //! cache may be f32, f16 or bf16; activations are f32. Results do not depend on the number of threads.
 
 mod attend_dense;
@@ -19,6 +20,7 @@ mod matmul;
 mod memory;
 mod merge;
 mod par;
+mod pool;
 mod pool_scores;
 mod rebuild_slice;
 mod rms_norm;
@@ -28,6 +30,7 @@ mod select_dims;
 mod seqs;
 mod simd;
 mod swiglu;
+mod tiles;
 mod top_k;
 
 use std::sync::Arc;
@@ -40,7 +43,7 @@ use memory::{CpuBuffer, Io, Stream};
 /// The host's own cores and memory as a [`Backend`].
 ///
 /// Ops run to their end before the call returns, one at a time in the order of the calls; do not call them
-/// from inside a rayon task.
+/// from inside a task of an op.
 #[derive(Debug)]
 pub struct CpuBackend {
     caps: Capabilities,
@@ -48,14 +51,14 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// Always available; uses rayon's global thread pool.
+    /// Always available; uses one pool of threads for all.
     #[allow(clippy::new_without_default)] // a device, not a value
     pub fn new() -> CpuBackend {
         let isa = simd::Isa::detected();
         let caps = Capabilities {
             backend: "cpu",
             device: device_name(),
-            driver: format!("{}, {} threads", isa.name(), rayon::current_num_threads()),
+            driver: format!("{}, {} threads", isa.name(), par::threads()),
             memory: memory::installed(),
             topology: Topology::Unified,
             f16: false,
@@ -66,6 +69,12 @@ impl CpuBackend {
             activations_follow_weights: false,
         };
         CpuBackend { caps, stream: Arc::default() }
+    }
+
+    /// Threads that an op runs on at most: `RAYON_NUM_THREADS` where that is a positive number, else as many as the
+    /// process may use cores.
+    pub fn threads() -> usize {
+        par::threads()
     }
 
     fn io(&self, op: &'static str) -> Result<Io<'_>> {

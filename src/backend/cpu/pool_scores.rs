@@ -7,36 +7,43 @@ use super::seqs::sequences;
 use super::{par, simd};
 use crate::backend::{Pool, PoolScores, Result};
 
+/// Tokens of one task.
+const CHUNK: usize = 1024;
+
 pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     let scores = io.read::<f32>(p.scores)?;
     let out = io.write::<f32>(p.out)?;
     let seqs = sequences(io, &p.seqs)?;
     let group = p.heads / p.kv_heads;
-    let work = seqs.iter().map(|s| s.kv_len * p.heads).sum();
+    let work = seqs.iter().map(|s| 2 * s.kv_len * p.heads).sum();
+    let row = |i: usize| &scores[i * p.stride..][..seqs[i / p.heads].kv_len];
+    let mut lse = vec![0.0; seqs.len() * p.heads];
+    par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));
+
+    let per_row = p.seqs.max_kv.div_ceil(CHUNK);
     let out = Parts::new(out);
-    par::tasks(seqs.len() * p.kv_heads, work, |i| {
-        let (s, n) = (i / p.kv_heads, seqs[i / p.kv_heads].kv_len);
-        let first = s * p.heads + i % p.kv_heads * group;
-        let rows: Vec<&[f32]> =
-            (first..first + group).map(|h| &scores[h * p.stride..][..n]).collect();
-        let lse: Vec<f32> = rows.iter().map(|row| log_sum_exp(row)).collect();
-        // SAFETY: one row a task.
-        let out = unsafe { out.part(i * p.stride, n) };
-        for (j, out) in out.iter_mut().enumerate() {
-            // -infinity stays: its head may have nothing else, and no sum to divide by.
-            let log_p = || {
-                rows.iter().zip(&lse).map(|(row, lse)| match row[j] {
+    par::tasks(seqs.len() * p.kv_heads * per_row, work, |i| {
+        let (i, chunk) = (i / per_row, i % per_row);
+        let n = seqs[i / p.kv_heads].kv_len;
+        let tokens = n.min(chunk * CHUNK)..n.min((chunk + 1) * CHUNK);
+        let heads = i * group..(i + 1) * group;
+        // SAFETY: tasks differ in row or tokens.
+        let out = unsafe { out.part(i * p.stride + tokens.start, tokens.len()) };
+        out.fill(f32::NEG_INFINITY);
+        for h in heads.clone() {
+            simd::max_sub(&row(h)[tokens.clone()], lse[h], out);
+        }
+        if p.pool == Pool::MeanSoftmax {
+            for (out, j) in out.iter_mut().zip(tokens).filter(|(max, _)| **max > f32::NEG_INFINITY)
+            {
+                // -infinity stays: its head may have nothing else, and no sum to divide by.
+                let log_p = |h: usize| match row(h)[j] {
                     f32::NEG_INFINITY => f32::NEG_INFINITY,
-                    s => s - lse,
-                })
-            };
-            let max = log_p().fold(f32::NEG_INFINITY, f32::max);
-            *out = match p.pool {
-                Pool::MeanSoftmax if max > f32::NEG_INFINITY => {
-                    max + log_p().map(|x| (x - max).exp()).sum::<f32>().ln()
-                }
-                _ => max,
-            };
+                    s => s - lse[h],
+                };
+                let sum: f32 = heads.clone().map(|h| (log_p(h) - *out).exp()).sum();
+                *out += sum.ln();
+            }
         }
     });
     Ok(())

@@ -21,9 +21,12 @@ pub(super) fn run(io: &Io<'_>, p: &Rope<'_>) -> Result<()> {
         let row = &x[r * p.x_stride..][..width];
         let t = positions[r] as f32;
         let mut angles = vec![(0.0, 0.0); half];
+        let mut held: &[f32] = &[];
         for (h, out) in out.chunks_exact_mut(d).enumerate() {
-            if h.is_multiple_of(p.heads_per_freq) {
-                let freqs = &inv_freq[h / p.heads_per_freq * half..][..half];
+            let freqs = &inv_freq[h / p.heads_per_freq * half..][..half];
+            // Most models have the same frequencies in every head.
+            if freqs != held {
+                held = freqs;
                 for (a, f) in angles.iter_mut().zip(freqs) {
                     *a = (t * f).sin_cos();
                 }

@@ -10,7 +10,7 @@ use super::simd::{self, Lane};
 use crate::backend::{KvPool, LogitScale, PAGE, Pool, Result, ScoreDims, ScoreSource};
 
 /// Tokens of one task.
-const CHUNK: usize = 16 * PAGE;
+const CHUNK: usize = 4 * PAGE;
 
 /// Where the chosen dimensions of a sequence's keys are, for one KV head: rows inside a slice of `T`.
 trait Keys: Sync {

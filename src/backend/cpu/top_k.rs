@@ -1,12 +1,15 @@
-//! Exact deterministic top-k by radix selection: the `k` largest scores, as ascending token indices.
+//! Exact deterministic top-k: the `k` largest scores, as ascending token indices.
 //!
-//! Scores are compared by an unsigned image that keeps their order. A histogram of its upper bits finds the
-//! bucket that holds the `k`th largest, two more on the bucket's members find the value itself; then one pass
-//! in token order takes everything above it and as many equal ones as still fit (the smallest indices).
+//! Scores are compared by an unsigned image that keeps their order. Halving the range of images finds the `k`th
+//! largest: each step counts the images from the middle up, a pass that vectors do at the speed of the cache, and
+//! a count of exactly `k` ends the search early. Then one pass in token order takes everything above it and as many
+//! equal ones as still fit (the smallest indices).
+
+use std::cell::RefCell;
 
 use super::memory::{Io, Parts};
-use super::par;
 use super::seqs::sequences;
+use super::{par, simd};
 use crate::backend::{Result, TopK};
 
 pub(super) fn run(io: &Io<'_>, p: &TopK<'_>) -> Result<()> {
@@ -14,85 +17,60 @@ pub(super) fn run(io: &Io<'_>, p: &TopK<'_>) -> Result<()> {
     let indices = Parts::new(io.write::<u32>(p.indices)?);
     let counts = Parts::new(io.write::<u32>(p.counts)?);
     let seqs = sequences(io, &p.seqs)?;
-    let work = seqs.iter().map(|s| s.kv_len * p.rows_per_seq).sum();
+    // A score is looked at some twenty times, by vectors.
+    let work = seqs.iter().map(|s| 4 * s.kv_len * p.rows_per_seq).sum();
     par::tasks(seqs.len() * p.rows_per_seq, work, |row| {
         let scores = &scores[row * p.stride..][..seqs[row / p.rows_per_seq].kv_len];
         // SAFETY: one row a task.
         let (indices, count) = unsafe { (indices.part(row * p.k, p.k), counts.part(row, 1)) };
-        count[0] = select(scores, indices) as u32;
+        count[0] = IMAGES.with_borrow_mut(|images| select(scores, images, indices)) as u32;
     });
     Ok(())
 }
 
-/// Image of a score: larger for larger scores, equal for -0 and +0, and 0 for NaN and -infinity, which are
-/// never chosen (no other score has image 0).
-fn image(score: f32) -> u32 {
-    if score.is_nan() || score == f32::NEG_INFINITY {
-        return 0;
-    }
-    // Adding +0 turns -0 into +0.
-    let bits = (score + 0.0).to_bits();
-    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+thread_local! {
+    /// Images of the row that runs on this thread.
+    static IMAGES: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Writes the indices of the `out.len()` largest scores, ascending; returns how many there were.
-fn select(scores: &[f32], out: &mut [u32]) -> usize {
-    let Some((least, mut equal)) = threshold(scores, out.len()) else {
-        // Fewer than k: all that may be chosen.
-        return take(scores, out, |image| image > 0);
-    };
-    take(scores, out, |image| {
-        let fits = image == least && equal > 0;
-        equal -= usize::from(fits);
-        image > least || fits
-    })
-}
-
-fn take(scores: &[f32], out: &mut [u32], mut wanted: impl FnMut(u32) -> bool) -> usize {
+fn select(scores: &[f32], images: &mut Vec<u32>, out: &mut [u32]) -> usize {
+    images.resize(images.len().max(scores.len()), 0);
+    let images = &mut images[..scores.len()];
+    let largest = simd::images(scores, images);
+    let (least, mut equal) = threshold(images, largest, out.len());
     let mut n = 0;
-    for (j, &s) in scores.iter().enumerate() {
-        if n < out.len() && wanted(image(s)) {
-            out[n] = j as u32;
-            n += 1;
+    for (j, &image) in images.iter().enumerate() {
+        if n == out.len() {
+            break;
         }
+        // Written always, kept by counting: there is no branch to mispredict.
+        out[n] = j as u32;
+        let fits = (image == least) & (equal > 0);
+        equal -= usize::from(fits);
+        n += usize::from((image > least) | fits);
     }
     n
 }
 
-/// Image of the `k`th largest score and how many equal ones belong to the `k`; None when there are fewer.
-fn threshold(scores: &[f32], k: usize) -> Option<(u32, usize)> {
-    let mut counts = vec![0u32; 1 << 11];
-    for &s in scores {
-        counts[(image(s) >> 21) as usize] += 1;
-    }
+/// Image of the `k`th largest score and how many equal ones belong to the `k`. Where `k` or fewer may be chosen:
+/// an image that they are all above.
+fn threshold(images: &[u32], largest: u32, k: usize) -> (u32, usize) {
     // Image 0 is not a score.
-    let none = scores.iter().filter(|&&s| image(s) == 0).count();
-    counts[0] -= none as u32;
-    let (high, left) = bucket(&counts, k)?;
-    let members: Vec<u32> =
-        scores.iter().map(|&s| image(s)).filter(|&i| i >> 21 == high && i > 0).collect();
-
-    counts.fill(0);
-    members.iter().for_each(|i| counts[(i >> 10 & 0x7ff) as usize] += 1);
-    let (middle, left) = bucket(&counts, left)?;
-
-    let prefix = high << 11 | middle;
-    counts.fill(0);
-    members.iter().filter(|&&i| i >> 10 == prefix).for_each(|i| counts[(i & 0x3ff) as usize] += 1);
-    let (low, left) = bucket(&counts, left)?;
-    Some((prefix << 10 | low, left))
-}
-
-/// The bucket that holds the `k`th largest, counted from the top, and its rank in there.
-fn bucket(counts: &[u32], k: usize) -> Option<(u32, usize)> {
-    let mut left = k;
-    for (b, &n) in counts.iter().enumerate().rev() {
-        if left <= n as usize {
-            return Some((b as u32, left));
-        }
-        left -= n as usize;
+    if simd::count_from(images, 1) <= k {
+        return (0, 0);
     }
-    None
+    // More than `k` are from `low` up, fewer than `k` from `high` up: `above` of them.
+    let (mut low, mut high, mut above) = (1, largest + 1, 0);
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        match simd::count_from(images, middle) {
+            n if n == k => return (middle - 1, 0),
+            n if n > k => low = middle,
+            n => (high, above) = (middle, n),
+        }
+    }
+    (low, k - above)
 }
 
 #[cfg(test)]
@@ -114,7 +92,7 @@ mod tests {
 
     fn check(scores: &[f32], k: usize) {
         let mut out = vec![0; k];
-        let n = select(scores, &mut out);
+        let n = select(scores, &mut vec![7; 3], &mut out);
         assert_eq!(out[..n], sorted(scores, k), "k = {k}, {scores:?}");
     }
 
@@ -153,7 +131,7 @@ mod tests {
     #[test]
     fn ties_go_to_the_smaller_index() {
         let mut out = [0; 2];
-        assert_eq!(select(&[1.0, 2.0, 1.0, 1.0], &mut out), 2);
+        assert_eq!(select(&[1.0, 2.0, 1.0, 1.0], &mut Vec::new(), &mut out), 2);
         assert_eq!(out, [0, 1]);
     }
 }

@@ -3,6 +3,7 @@
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
+use super::parts;
 use crate::backend::{AttendDense, AttendRows, DType, KvPool, Merge, Result, Seqs, Tensor};
 use bytemuck::{Pod, Zeroable};
 
@@ -79,6 +80,14 @@ impl CudaBackend {
         }
     }
 
+    /// Launch of `decode.cuh` with `grid[0]` splits, each read by a cluster.
+    fn decode_grid(&self, grid: [usize; 3], d: usize, pairs: usize, tokens: usize) -> Shape {
+        let (warps, shared) = decode_shape(d);
+        let blocks = parts::cluster(&self.limits, pairs, tokens, grid[0]);
+        let grid = [grid[0] * blocks, grid[1], grid[2]];
+        Shape::new(grid, warps * 32).shared(shared).cluster(blocks)
+    }
+
     fn attend_args(
         &self,
         op: &'static str,
@@ -119,8 +128,8 @@ impl CudaBackend {
         let vectors = p.seqs.max_q * (p.heads / hkv);
         let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
         let (entry, shape) = if mma && p.seqs.max_q <= 1 {
-            let (warps, shared) = decode_shape(d);
-            let shape = Shape::new([p.splits, hkv, p.seqs.n], warps * 32).shared(shared);
+            let pairs = hkv * p.seqs.n;
+            let shape = self.decode_grid([p.splits, hkv, p.seqs.n], d, pairs, p.seqs.max_kv);
             (format!("attend_decode_{kv}_d{d}"), shape)
         } else if mma {
             let grid = [vectors.div_ceil(PREFILL_VECTORS), hkv, p.seqs.n * p.splits];
@@ -151,8 +160,8 @@ impl CudaBackend {
         let grid = [p.splits, p.rows_per_seq, p.seqs.n];
         let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
         let (entry, shape) = if mma {
-            let (warps, shared) = decode_shape(d);
-            (format!("attend_rows_{kv}_d{d}"), Shape::new(grid, warps * 32).shared(shared))
+            let pairs = p.rows_per_seq * p.seqs.n;
+            (format!("attend_rows_{kv}_d{d}"), self.decode_grid(grid, d, pairs, p.k))
         } else {
             let shape = Shape::new(grid, 128).shared(generic_shared(d));
             (format!("attend_rows_{act}_{kv}"), shape)

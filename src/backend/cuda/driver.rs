@@ -56,6 +56,8 @@ pub(super) struct Limits {
     pub sms: usize,
     /// Most shared memory of one block in bytes, after opting in.
     pub shared: usize,
+    /// Most blocks of a cluster; 1 where the embedded kernels were compiled without clusters.
+    pub cluster: usize,
 }
 
 /// Capabilities and limits of device `ordinal`; opens no context.
@@ -107,6 +109,8 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
         sms: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
         shared: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0)
             as usize,
+        // Newer architectures run the machine-independent code for 8.0, which knows no clusters.
+        cluster: if cc == (9, 0) { 8 } else { 1 },
     };
     Ok((caps, limits))
 }

@@ -49,20 +49,25 @@ impl Args {
     }
 }
 
-/// Grid, block and dynamic shared memory (bytes) of a launch.
+/// Grid, block, dynamic shared memory (bytes) and cluster (neighbours in x) of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
     pub grid: [usize; 3],
     pub block: usize,
     pub shared: usize,
+    pub cluster: usize,
 }
 
 impl Shape {
     pub fn new(grid: [usize; 3], block: usize) -> Self {
-        Shape { grid, block, shared: 0 }
+        Shape { grid, block, shared: 0, cluster: 1 }
     }
     pub fn shared(self, bytes: usize) -> Self {
         Shape { shared: bytes, ..self }
+    }
+    /// Clusters of `blocks` (at most 8, dividing the grid's x); more than 1 only where `Limits::cluster` allows.
+    pub fn cluster(self, blocks: usize) -> Self {
+        Shape { cluster: blocks, ..self }
     }
 }
 
@@ -135,7 +140,7 @@ impl Kernels {
         shape: Shape,
         args: Args,
     ) -> Result<()> {
-        let Shape { grid, block, shared } = shape;
+        let Shape { grid, block, shared, cluster } = shape;
         if grid.contains(&0) {
             return Ok(());
         }
@@ -162,19 +167,49 @@ impl Kernels {
         let mut pointers: Vec<*mut c_void> =
             starts.iter().map(|i| std::ptr::from_mut(&mut words[*i]).cast()).collect();
         let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
-        // SAFETY: the function's module is kept by `f`; the pointers are into `words`, which the driver
-        // copies before it returns; the rest is the caller's promise.
-        unsafe {
-            result::launch_kernel(
-                f.cu_function(),
-                grid,
-                (block as u32, 1, 1),
-                shared as u32,
-                stream.cu_stream(),
-                &mut pointers,
-            )
-        }
-        .said(&format!("launching {entry}"))
+        let launched = if cluster > 1 {
+            let mut size = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue {
+                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                        x: cluster as u32,
+                        y: 1,
+                        z: 1,
+                    },
+                },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid.0,
+                gridDimY: grid.1,
+                gridDimZ: grid.2,
+                blockDimX: block as u32,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared as u32,
+                hStream: stream.cu_stream(),
+                attrs: &mut size,
+                numAttrs: 1,
+            };
+            let none = std::ptr::null_mut();
+            // SAFETY: as below; the configuration outlives the call.
+            unsafe { sys::cuLaunchKernelEx(&config, f.cu_function(), pointers.as_mut_ptr(), none) }
+                .result()
+        } else {
+            // SAFETY: the function's module is kept by `f`; the pointers are into `words`, which the driver
+            // copies before it returns; the rest is the caller's promise.
+            unsafe {
+                result::launch_kernel(
+                    f.cu_function(),
+                    grid,
+                    (block as u32, 1, 1),
+                    shared as u32,
+                    stream.cu_stream(),
+                    &mut pointers,
+                )
+            }
+        };
+        launched.said(&format!("launching {entry}"))
     }
 }
 

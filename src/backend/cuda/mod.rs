@@ -16,6 +16,7 @@ mod launch;
 mod linear;
 mod memory;
 mod nvrtc;
+mod parts;
 mod score;
 
 use super::{
@@ -217,20 +218,8 @@ impl Backend for CudaBackend {
         timed(&self.stream, f)
     }
 
-    /// The fewest splits whose blocks run in evenly filled waves, at least 256 keys each.
     fn splits(&self, groups: usize, tokens: usize) -> usize {
-        /// Blocks of a decode kernel that one multiprocessor holds (shared memory allows three at
-        /// head_dim 128).
-        const RESIDENT: usize = 3;
-        /// What another split costs in partial results and the merge, relative to the whole.
-        const MERGE_COST: f64 = 0.002;
-        let slots = self.limits.sms * RESIDENT;
-        let most = (tokens / 256).clamp(1, 128);
-        let cost = |s: usize| {
-            let waves = (groups.max(1) * s).div_ceil(slots);
-            waves as f64 / s as f64 * slots as f64 / groups.max(1) as f64 + MERGE_COST * s as f64
-        };
-        (1..=most).min_by(|a, b| cost(*a).total_cmp(&cost(*b))).unwrap_or(1)
+        parts::splits(&self.limits, groups, tokens)
     }
 
     fn embed(&self, p: &Embed<'_>) -> Result<()> {

@@ -136,13 +136,24 @@ impl CudaBackend {
 
     pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {
         const OP: &str = "top_k";
-        const BLOCK: usize = 1024;
-        /// Bytes of the histograms (2048 bins, 4 copies), and room for the kernel's static shared memory.
-        const HISTOGRAMS: usize = 2048 * 4 * 4;
+        /// Threads of a block that keeps its keys in registers, and the keys of a thread (kernel variants).
+        const THREADS: usize = 512;
+        const KEYS: [usize; 4] = [8, 16, 32, 64];
+        /// Most keys of a thread of which a multiprocessor holds two blocks.
+        const TWO_BLOCKS: usize = 32;
+        /// Bytes of a digit's histogram (2048 bins).
+        const HISTOGRAM: usize = 2048 * 4;
+        /// The long kernel: threads, and room for its static shared memory.
+        const LONG_THREADS: usize = 1024;
         const STATIC: usize = 1024;
         p.check()?;
-        let room = self.limits.shared.saturating_sub(HISTOGRAMS + STATIC) / 4;
-        let cached = p.seqs.max_kv.min(room);
+        let (rows, n) = (p.rows_per_seq * p.seqs.n, p.seqs.max_kv.max(1));
+        // As many blocks a row as run at once; more where the registers ask for it.
+        let wanted = (2 * self.limits.sms / rows.max(1)).max(n.div_ceil(THREADS * TWO_BLOCKS));
+        let useful = n.div_ceil(THREADS * KEYS[0]);
+        let blocks = wanted.min(useful).clamp(1, self.limits.cluster);
+        let keys = KEYS.into_iter().find(|k| blocks * THREADS * k >= n);
+        let room = self.limits.shared.saturating_sub(HISTOGRAM + STATIC) / 4;
         let args = Args::new()
             .with(self.ptr(OP, p.scores)?)
             .with(self.seqs(OP, &p.seqs)?)
@@ -151,8 +162,18 @@ impl CudaBackend {
             .with(word(OP, "rows_per_seq", p.rows_per_seq)?)
             .with(word(OP, "k", p.k)?)
             .with(p.stride as u64)
-            .with(word(OP, "cached keys", cached)?);
-        let shape = Shape::new([p.rows_per_seq, p.seqs.n, 1], BLOCK);
-        self.launch(OP, OP, shape.shared(HISTOGRAMS + cached * 4), args)
+            .with(word(OP, "cached keys", n.min(room))?);
+        match keys {
+            Some(keys) => {
+                let grid = [blocks, p.rows_per_seq, p.seqs.n];
+                let shape = Shape::new(grid, THREADS).shared(3 * HISTOGRAM).cluster(blocks);
+                self.launch(OP, &format!("top_k_{keys}"), shape, args)
+            }
+            None => {
+                let shape = Shape::new([1, p.rows_per_seq, p.seqs.n], LONG_THREADS);
+                let shape = shape.shared(HISTOGRAM + n.min(room) * 4);
+                self.launch(OP, "top_k_long", shape, args)
+            }
+        }
     }
 }

@@ -162,3 +162,43 @@ pub(super) unsafe fn swiglu<V: Vector>(gate: &[f32], up: &[f32], out: &mut [f32]
         }
     }
 }
+
+#[inline(always)]
+pub(super) unsafe fn max_sub<V: Vector>(x: &[f32], a: f32, out: &mut [f32]) {
+    assert!(x.len() == out.len());
+    let lowest = f32::NEG_INFINITY;
+    // SAFETY: see the head of this file.
+    unsafe {
+        let a = V::splat(a);
+        for i in (0..x.len()).step_by(V::LANES) {
+            // -infinity less -infinity is NaN, and `max` takes its second operand then.
+            let v = get::<V>(x, i, lowest).sub(a).max(get(out, i, lowest));
+            put(v, out, i);
+        }
+    }
+}
+
+// The two kernels below are plain loops: compiled with the vector features they become vector code.
+
+#[inline(always)]
+pub(super) unsafe fn images<V: Vector>(scores: &[f32], out: &mut [u32]) -> u32 {
+    assert!(scores.len() == out.len());
+    let mut largest = 0;
+    for (out, &score) in out.iter_mut().zip(scores) {
+        // Adding +0 turns -0 into +0.
+        let bits = (score + 0.0).to_bits();
+        // All bits of a negative number, the sign of another.
+        let flipped = bits ^ (((bits as i32) >> 31) as u32 | 1 << 31);
+        // False for NaN and -infinity.
+        *out = if score > f32::NEG_INFINITY { flipped } else { 0 };
+        largest = largest.max(*out);
+    }
+    largest
+}
+
+#[inline(always)]
+pub(super) unsafe fn count_from<V: Vector>(images: &[u32], least: u32) -> usize {
+    // Narrow sums for wide vectors; a block is far from their end.
+    let block = |b: &[u32]| b.iter().fold(0u32, |n, &i| n.wrapping_add(u32::from(i >= least)));
+    images.chunks(1 << 16).map(|b| block(b) as usize).sum()
+}

@@ -164,4 +164,14 @@ kernels! {
 
     /// `out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]`.
     swiglu / swiglu_on (gate: &[f32], up: &[f32], out: &mut [f32]);
+
+    /// Unsigned images of scores; returns the largest. Larger for larger scores, equal for -0 and +0, and 0 for NaN
+    /// and -infinity alone.
+    images / images_on (scores: &[f32], out: &mut [u32]) -> u32;
+
+    /// How many images are `least` or more.
+    count_from / count_from_on (images: &[u32], least: u32) -> usize;
+
+    /// `out[i] = max(out[i], x[i] - a)`; -infinity and NaN are passed over.
+    max_sub / max_sub_on (x: &[f32], a: f32, out: &mut [f32]);
 }

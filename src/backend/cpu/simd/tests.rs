@@ -205,3 +205,45 @@ fn nan_is_passed_over_by_largest() {
         assert_eq!(largest_on(isa, &[f32::NAN; 20]), f32::NEG_INFINITY, "{isa:?}");
     }
 }
+
+#[test]
+fn images_keep_the_order_of_scores() {
+    let inf = f32::INFINITY;
+    let special = [inf, f32::MAX, 1.0, 1e-45, 0.0, -1e-45, -1.0, f32::MIN];
+    for isa in Isa::all() {
+        for n in LENGTHS {
+            let mut x = numbers(n, 5);
+            x.extend(special);
+            x.extend([f32::NAN, -inf, -f32::NAN, -0.0]);
+            let mut images = vec![9; x.len()];
+            let largest = images_on(isa, &x, &mut images);
+            assert_eq!(largest, images[n], "{isa:?}");
+            assert!(images[n..n + special.len()].is_sorted_by(|a, b| a > b), "{isa:?}");
+            assert_eq!(images[n + special.len()..], [0, 0, 0, images[n + 4]], "{isa:?}");
+            for (x, image) in x.iter().zip(&images).take(n + special.len()) {
+                assert!(*image > 0);
+                let above = special.iter().zip(&images[n..]);
+                above.for_each(|(s, i)| assert_eq!(x > s, image > i, "{isa:?}: {x} and {s}"));
+                let from = images.iter().filter(|i| *i >= image).count();
+                assert_eq!(count_from_on(isa, &images, *image), from, "{isa:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn max_sub_passes_over_what_is_no_number() {
+    let inf = f32::INFINITY;
+    for isa in Isa::all() {
+        for n in LENGTHS {
+            let (x, old) = (numbers(n, 6), numbers(n, 7));
+            let mut out = old.clone();
+            max_sub_on(isa, &x, 0.25, &mut out);
+            let want: Vec<f32> = x.iter().zip(&old).map(|(x, o)| (x - 0.25).max(*o)).collect();
+            assert_eq!(out, want, "{isa:?}");
+            max_sub_on(isa, &vec![-inf; n], -inf, &mut out);
+            max_sub_on(isa, &vec![-inf; n], 1.0, &mut out);
+            assert_eq!(out, want, "{isa:?}");
+        }
+    }
+}

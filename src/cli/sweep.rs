@@ -1,0 +1,130 @@
+//! Methods of one evaluation: every method under every combination of option values.
+
+use super::args::{MethodOptions, OtherOptions};
+use crate::backend::DimMetric;
+use crate::select::{MethodSpec, SelectError, parse_name};
+use clap::Args;
+
+/// Options for all methods. With several values, each one makes rows of its own: all combinations run.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Sparse attention")]
+pub struct Sweep {
+    /// Tokens attended to per KV head, comma separated [default: context / 32, 512 to 2048]. Each value is a row:
+    /// 128,256,512 runs every method three times. --dims, --update and --metric multiply the rows the same way,
+    /// for the methods that know them
+    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',')]
+    pub budget: Vec<usize>,
+    /// Key dimensions scored, comma separated [default: a quarter of the head dimension; 32 for the query-chosen
+    /// profiles]
+    #[arg(long, value_name = "DIMS,...", value_delimiter = ',')]
+    pub dims: Vec<usize>,
+    /// Steps between two choices of dimensions (query-chosen profiles), comma separated; 0 = once
+    #[arg(long, value_name = "STEPS,...", value_delimiter = ',')]
+    pub update: Vec<u32>,
+    /// Importance of a dimension (query-chosen profiles), comma separated: abs-q, pair-norm, abs-qk, pair-qk
+    #[arg(long, value_parser = metric_name, value_name = "METRIC,...", value_delimiter = ',')]
+    pub metric: Vec<String>,
+    #[command(flatten)]
+    pub others: OtherOptions,
+}
+
+/// Checks a metric and keeps its name.
+fn metric_name(name: &str) -> Result<String, String> {
+    parse_name::<DimMetric>(name).map(|_| name.to_string())
+}
+
+fn strings<T: ToString>(values: &[T]) -> Vec<String> {
+    values.iter().map(T::to_string).collect()
+}
+
+impl Sweep {
+    /// The given methods with these options on top. An option with several values is added to the name:
+    /// `sparcas` becomes `sparcas:budget=128` and `sparcas:budget=256`, and a value of the method's own gives way.
+    ///
+    /// # Errors
+    /// A name that is no method, or options that it does not know.
+    pub fn specs(&self, methods: &[String]) -> Result<Vec<(String, MethodSpec)>, SelectError> {
+        let lists = [
+            ("budget", strings(&self.budget)),
+            ("dims", strings(&self.dims)),
+            ("update", strings(&self.update)),
+            ("metric", self.metric.clone()),
+        ];
+        // A single value goes to all methods without a mention.
+        fn single<T: Clone>(values: &[T]) -> Option<T> {
+            values.first().filter(|_| values.len() == 1).cloned()
+        }
+        let options = MethodOptions {
+            budget: single(&self.budget),
+            dims: single(&self.dims),
+            update: single(&self.update),
+            metric: single(&self.metric).and_then(|name| parse_name(&name).ok()),
+            others: self.others.clone(),
+        };
+        let mut specs = Vec::new();
+        for method in methods {
+            let variant = method.parse::<MethodSpec>()?.variant;
+            let mut names = vec![method.clone()];
+            for (key, values) in lists.iter().filter(|(key, v)| v.len() > 1 && variant.takes(key)) {
+                names = names.iter().flat_map(|n| with_values(n, key, values)).collect();
+            }
+            for name in names {
+                let spec = options.apply(name.parse()?);
+                specs.push((name, spec));
+            }
+        }
+        Ok(specs)
+    }
+}
+
+/// `name` with `key` set to each of `values`.
+fn with_values(name: &str, key: &str, values: &[String]) -> Vec<String> {
+    let own = format!("{key}=");
+    let kept: Vec<&str> = name.split(':').filter(|part| !part.starts_with(&own)).collect();
+    values.iter().map(|v| format!("{}:{key}={v}", kept.join(":"))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(sweep: &Sweep, methods: &[&str]) -> Vec<String> {
+        sweep.specs(&strings(methods)).unwrap().into_iter().map(|s| s.0).collect()
+    }
+
+    #[test]
+    fn several_values_multiply_the_methods_that_know_the_option() {
+        let sweep = Sweep {
+            budget: vec![128, 256],
+            dims: vec![8],
+            update: vec![4, 16],
+            ..Sweep::default()
+        };
+        let all = ["dense", "window", "sparcas:budget=64:recent=8", "sparcas-paper"];
+        let want = [
+            "dense",
+            "window:budget=128",
+            "window:budget=256",
+            "sparcas:recent=8:budget=128",
+            "sparcas:recent=8:budget=256",
+            "sparcas-paper:budget=128:update=4",
+            "sparcas-paper:budget=128:update=16",
+            "sparcas-paper:budget=256:update=4",
+            "sparcas-paper:budget=256:update=16",
+        ];
+        assert_eq!(names(&sweep, &all), want);
+        let specs = sweep.specs(&strings(&all)).unwrap();
+        let last = &specs[8].1;
+        assert_eq!((last.budget, last.dims, last.update), (Some(256), Some(8), Some(16)));
+        assert_eq!((specs[3].1.budget, specs[3].1.recent), (Some(128), Some(8)));
+    }
+
+    #[test]
+    fn one_value_leaves_the_names_alone() {
+        let sweep = Sweep { budget: vec![96], metric: vec!["pair-qk".into()], ..Sweep::default() };
+        assert_eq!(names(&sweep, &["sparcas-paper"]), ["sparcas-paper"]);
+        let spec = sweep.specs(&strings(&["sparcas-paper"])).unwrap().remove(0).1;
+        assert_eq!((spec.budget, spec.metric), (Some(96), Some(DimMetric::PairQk)));
+        assert!(sweep.specs(&strings(&["sparc"])).is_err());
+    }
+}
