@@ -272,7 +272,7 @@ DEVICE u64 row_number(u32 rows_per_seq) { return (u64)blockIdx.z * rows_per_seq 
 KERNEL(8, 2)
 KERNEL(16, 4)
 KERNEL(32, 8)
-KERNEL(64, 16)
+KERNEL(48, 12)
 
 extern "C" __global__ void __launch_bounds__(1024)
 top_k_shared(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq, u32 k, u64 stride,

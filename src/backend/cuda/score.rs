@@ -138,7 +138,7 @@ impl CudaBackend {
         const OP: &str = "top_k";
         /// Threads of a block that keeps its keys in registers, and the keys of a thread (kernel variants).
         const THREADS: usize = 512;
-        const KEYS: [usize; 4] = [8, 16, 32, 64];
+        const KEYS: [usize; 4] = [8, 16, 32, 48];
         /// Bytes of the histograms: three digits of 2048 bins.
         const HISTOGRAMS: usize = 3 * 2048 * 4;
         /// The kernel with keys in shared memory: threads, and room for its static shared memory.
