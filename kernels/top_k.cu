@@ -95,23 +95,6 @@ struct Chosen {
     }
 };
 
-// A warp's keys come in chunks of 128, four neighbours a thread; chunk j of the warp starts at `first` + 128 j.
-template <int CHUNKS> struct InRegisters {
-    static const u32 chunks = CHUNKS;
-    u32 first;
-    u32 keys[4 * CHUNKS];
-    DEVICE u32 key(u32 j, int e) const { return keys[4 * j + e]; }
-};
-struct InShared {
-    u32 first, chunks, n, cached;
-    const u32* keys;  // the first `cached`
-    const float* row;
-    DEVICE u32 key(u32 j, int e) const {
-        u32 i = first + j * 128 + e;
-        return i < cached ? keys[i] : i < n ? key_of(row[i]) : 0;
-    }
-};
-
 // Scores i .. i + 3, -infinity from n on.
 DEVICE float4 four(const float* row, u32 i, u32 n, bool vectors) {
     float4 x = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
@@ -122,6 +105,28 @@ DEVICE float4 four(const float* row, u32 i, u32 n, bool vectors) {
     if (i + 3 < n) x.w = row[i + 3];
     return x;
 }
+
+// A warp's keys come in chunks of 128, four neighbours a thread; chunk j of the warp starts at `first` + 128 j.
+template <int CHUNKS> struct InRegisters {
+    static const u32 chunks = CHUNKS;
+    u32 first;
+    u32 keys[4 * CHUNKS];
+    DEVICE uint4 chunk(u32 j) const {
+        return make_uint4(keys[4 * j], keys[4 * j + 1], keys[4 * j + 2], keys[4 * j + 3]);
+    }
+};
+struct InShared {
+    u32 first, chunks, n, cached;
+    const u32* keys;  // the first `cached`, a multiple of 4
+    const float* row;
+    DEVICE uint4 chunk(u32 j) const {
+        u32 i = first + j * 128;
+        if (i < cached) return *(const uint4*)(keys + i);
+        if (i >= n) return make_uint4(0, 0, 0, 0);
+        float4 x = four(row, i, n, false);
+        return make_uint4(key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w));
+    }
+};
 
 // Selects from this block's keys and those of its cluster. `hist`: [3][BINS] zeros, a histogram a digit, so that no
 // block waits before it counts the next.
@@ -145,8 +150,9 @@ DEVICE void choose(const Keys& keys, u32* hist, u32* out, u32* counts, u32 k) {
         u32* mine = hist + i * BINS;
 #pragma unroll
         for (u32 j = 0; j < keys.chunks; j++) {
-#pragma unroll
-            for (int e = 0; e < 4; e++) count(mine, d, keys.key(j, e), s.threshold);
+            uint4 key = keys.chunk(j);
+            count(mine, d, key.x, s.threshold), count(mine, d, key.y, s.threshold);
+            count(mine, d, key.z, s.threshold), count(mine, d, key.w, s.threshold);
         }
         sync();
         u32 bins[PER];
@@ -173,11 +179,9 @@ DEVICE void choose(const Keys& keys, u32* hist, u32* out, u32* counts, u32 k) {
     u32 larger = 0, equal = 0;
 #pragma unroll
     for (u32 j = 0; j < keys.chunks; j++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            u32 key = keys.key(j, e);
-            larger += key > c.threshold, equal += key == c.threshold;
-        }
+        uint4 key = keys.chunk(j);
+        larger += (key.x > c.threshold) + (key.y > c.threshold) + (key.z > c.threshold) + (key.w > c.threshold);
+        equal += (key.x == c.threshold) + (key.y == c.threshold) + (key.z == c.threshold) + (key.w == c.threshold);
     }
     // The larger ones are fewer than k, the equal ones as many as there are keys: two sums.
     larger = __reduce_add_sync(~0u, larger), equal = __reduce_add_sync(~0u, equal);
@@ -197,10 +201,11 @@ DEVICE void choose(const Keys& keys, u32* hist, u32* out, u32* counts, u32 k) {
     u32 below = (1u << lane) - 1;
 #pragma unroll
     for (u32 j = 0; j < keys.chunks; j++) {
-        u32 larger = 0, equal = 0, before_larger = 0, before_equal = 0, key[4];
+        u32 larger = 0, equal = 0, before_larger = 0, before_equal = 0;
+        uint4 four_keys = keys.chunk(j);
+        u32 key[4] = {four_keys.x, four_keys.y, four_keys.z, four_keys.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            key[e] = keys.key(j, e);
             u32 g = __ballot_sync(~0u, key[e] > c.threshold), q = __ballot_sync(~0u, key[e] == c.threshold);
             larger += __popc(g), before_larger += __popc(g & below);
             equal += __popc(q), before_equal += __popc(q & below);
@@ -240,7 +245,7 @@ DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k,
     u32 *hist = (u32*)shared4, *kept = hist + 3 * BINS;
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     u32 chunks = (n + 32 * 128 - 1) / (32 * 128), first = warp * chunks * 128 + lane * 4;
-    u32 cached = min(n, capacity & ~3u);
+    u32 cached = min((n + 3) & ~3u, capacity & ~3u);
     clear(hist, 3 * BINS);
     bool vectors = ((u64)row & 15) == 0;
     for (u32 j = 0; j < chunks; j += 4) {
