@@ -4,7 +4,7 @@ use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
 use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, StepSeq, Tokenizer};
-use crate::select::{Plan, Role, SelectorFactory};
+use crate::select::{KvReads, Plan, Role, SelectorFactory};
 use std::sync::Arc;
 
 /// An open sequence.
@@ -125,8 +125,12 @@ impl Engine {
 
     /// Bytes of KV cache that one decode step reads for a sequence of `n` tokens under the current plan.
     pub fn bytes_read(&self, n: usize) -> u64 {
-        let s = self.cache.shape();
-        self.plan().bytes_read(n, s.kv_heads, s.head_dim, s.dtype.bytes())
+        self.plan().bytes_read(n, &self.kv_reads())
+    }
+
+    /// Sizes that [`Plan::bytes_read`] counts with.
+    pub fn kv_reads(&self) -> KvReads<'_> {
+        self.decoder.config().kv_reads(self.cache.shape().dtype.bytes())
     }
 
     /// Changes the method. Sequences keep their cached tokens; what methods knew about them is forgotten.
@@ -136,7 +140,7 @@ impl Engine {
     /// built with.
     pub fn set_plan(&mut self, plan: Plan) -> Result<(), EngineError> {
         let c = self.decoder.config();
-        plan.check(&self.fingerprint, c.n_layers, c.head_dim)?;
+        plan.check(&self.fingerprint, &c.windows, c.head_dim)?;
         let s = *self.cache.shape();
         let missing =
             |what| crate::select::SelectError::MissingSummary { method: plan.method.clone(), what };

@@ -52,7 +52,7 @@ impl std::fmt::Debug for Attention {
 }
 
 fn lists_per_seq(p: &LayerPlan, s: &LayerShape) -> usize {
-    if p.pool == Pool::None { s.heads } else { s.kv_heads }
+    p.lists(s.heads, s.kv_heads)
 }
 
 impl Attention {
