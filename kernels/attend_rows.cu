@@ -35,10 +35,11 @@ DEVICE Listed listed(const AttendArgs& a, const Part& p) {
 
 template <class T, int D> DEVICE void rows_mma(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
+    Part p = part_of(a.splits);
+    Listed keys = listed(a, p);  // its loads go along with the record's
     if (seq.q_len == 0) return;
     u32 per = a.heads / a.lists, head0 = blockIdx.y * per;
-    Part p = part_of(a.splits);
-    decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, listed(a, p));
+    decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, keys);
 }
 
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {

@@ -38,16 +38,6 @@ DEVICE void decode(const AttendArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 
     T* ring = q + Shape::tile + warp * Shape::ring;
     const u32 chunks = D / 8;
 
-    u64 item = (u64)seq.q_start * a.heads + head0;  // first of g (row, head) pairs
-    const T* src = (const T*)a.q + item * D;
-    for (u32 i = threadIdx.x; i < 16 * chunks; i += blockDim.x) {
-        u32 h = i / chunks, c = i % chunks;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (h < g) x = load8(src + h * D + c * 8).v;
-        *(uint4*)(q + h * Shape::row + c * 8) = x;
-    }
-    __syncthreads();
-
     // Lane l looks up key l % 16 of the warp's tile t. ~0 marks a key that is not there.
     const u32 first = keys.begin() + warp * 16 + (lane & 15), end = keys.end();
     auto token = [&](u32 t) {
@@ -90,6 +80,18 @@ DEVICE void decode(const AttendArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 
     flash.init();
 #pragma unroll
     for (int s = 0; s < Shape::stages - 1; s++) advance();
+
+    // The queries come while the first keys are on their way.
+    u64 item = (u64)seq.q_start * a.heads + head0;  // first of g (row, head) pairs
+    const T* src = (const T*)a.q + item * D;
+    for (u32 i = threadIdx.x; i < 16 * chunks; i += blockDim.x) {
+        u32 h = i / chunks, c = i % chunks;
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (h < g) x = load8(src + h * D + c * 8).v;
+        *(uint4*)(q + h * Shape::row + c * 8) = x;
+    }
+    __syncthreads();
+
     for (u32 t = 0; t < tiles; t++) {
         advance();
         copy_wait<Shape::stages - 1>();

@@ -4,11 +4,11 @@
 // chosen). A radix select over 11 + 11 + 10 bits finds the k-th largest key; a compaction in index order
 // then takes every larger key and the first few equal ones, so ties go to the smaller index.
 //
-// Plan: one cluster of blocks per (row, sequence). A block of 512 threads holds KEYS keys a thread in
-// registers, so device memory is read once, with all loads under way together. Each digit's histogram is
-// counted in shared memory (increments by one that meet in a word are joined by the hardware, so crowded bins
-// cost little); the blocks of a cluster add up each other's. `top_k_long` is for rows beyond what a cluster's registers hold: one block,
-// keys in shared memory where they fit.
+// Plan: few rows (rows_in_registers): a cluster of blocks per (row, sequence), KEYS keys a thread in registers.
+// Many or very long rows (row_in_shared): one block each, keys in shared memory as far as they fit. Either way
+// device memory is read once, with many loads under way together. A digit's histogram is counted in shared memory
+// (the hardware joins increments by one that meet in a word); the blocks of a cluster add up each other's.
+// A warp owns neighbouring keys, so one count per warp is enough to place them in order.
 // Bytes: kv_len * 4 read, k * 4 written.
 #include "cluster.cuh"
 #include "paged.cuh"
@@ -42,28 +42,41 @@ DEVICE void count(u32* hist, const Digit& d, u32 key, u32 prefix) {
 
 // Where the threshold lies: its bits so far, how many of the keys with these bits are still wanted, and how many
 // keys there are.
-struct Search {
+template <int THREADS> struct Search {
     u32 threshold, want, total;
-    u32* scratch;  // 33 words
-    u32* found;    // 2 words
+    u32* shared;  // a word per warp, and two
 
-    // Thread t brings the counts of PER bins from `top` = BINS - 1 - PER * t down.
+    // Thread t brings the counts of PER bins from BINS - 1 - PER * t down. No barrier is needed before the next
+    // call as long as there is one before its counts are read.
     template <int PER> DEVICE void step(const Digit& d, const u32 (&bins)[PER], bool first) {
-        u32 mine = 0, all;
+        const u32 warps = THREADS / 32;
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, mine = 0;
+        u32* found = shared + warps;
 #pragma unroll
         for (int i = 0; i < PER; i++) mine += bins[i];
-        u32 before = block_scan(mine, scratch, all), top = BINS - 1 - PER * threadIdx.x;
-        if (first) total = all, want = min(want, all);
-        if (before < want && want <= before + mine) {
+        u32 of_warp = __reduce_add_sync(~0u, mine);
+        if (lane == 0) shared[warp] = of_warp;
+        __syncthreads();
+        u32 w = lane < warps ? shared[lane] : 0;
+        u32 before = __reduce_add_sync(~0u, lane < warp ? w : 0);
+        if (first) total = __reduce_add_sync(~0u, w), want = min(want, total);
+        if (before < want && want <= before + of_warp) {
+            u32 incl = mine;
+#pragma unroll
+            for (int s = 1; s < 32; s <<= 1) {
+                u32 y = __shfl_up_sync(~0u, incl, s);
+                if (lane >= s) incl += y;
+            }
+            before += incl - mine;
 #pragma unroll
             for (int i = 0; i < PER; i++) {
-                if (before < want && want <= before + bins[i]) found[0] = top - i, found[1] = before;
+                if (before < want && want <= before + bins[i])
+                    found[0] = BINS - 1 - PER * threadIdx.x - i, found[1] = before;
                 before += bins[i];
             }
         }
         __syncthreads();
         if (want > 0) threshold |= found[0] << d.shift, want -= found[1];
-        __syncthreads();
     }
 };
 
@@ -80,46 +93,55 @@ struct Chosen {
             e++;
         }
     }
-    // Larger keys in the high half, equal ones in the low half.
-    DEVICE u32 kind(u32 key) const { return key > threshold ? 0x10000u : key == threshold ? 1 : 0; }
 };
 
-#define THREADS 512u
+// Scores i .. i + 3, -infinity from n on.
+DEVICE float4 four(const float* row, u32 i, u32 n, bool vectors) {
+    float4 x = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
+    if (vectors && i + 3 < n) return *(const float4*)(row + i);
+    if (i < n) x.x = row[i];
+    if (i + 1 < n) x.y = row[i + 1];
+    if (i + 2 < n) x.z = row[i + 2];
+    if (i + 3 < n) x.w = row[i + 3];
+    return x;
+}
 
-template <int KEYS>
-DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, u32 k) {
-    extern __shared__ uint4 shared4[];
-    u32* hist = (u32*)shared4;  // [3][BINS]: one a digit, so that no block waits before it counts the next
-    __shared__ u32 scratch[33], found[2], warps[THREADS / 32], block_total;
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, rank = cluster_rank();
-
-    // A warp owns neighbouring tokens; a thread four neighbours of every 128.
-    u32 first = (rank * THREADS + warp * 32) * KEYS + lane * 4;
-    u32 key[KEYS];
-    bool vectors = ((u64)scores & 15) == 0;
-    float4 x[KEYS / 4];
-#pragma unroll
-    for (int j = 0; j < KEYS / 4; j++) {
+// A warp's keys come in chunks of 128, four neighbours a thread; chunk j of the warp starts at `first` + 128 j.
+template <int CHUNKS> struct InRegisters {
+    static const u32 chunks = CHUNKS;
+    u32 first;
+    u32 keys[4 * CHUNKS];
+    DEVICE uint4 chunk(u32 j) const {
+        return make_uint4(keys[4 * j], keys[4 * j + 1], keys[4 * j + 2], keys[4 * j + 3]);
+    }
+};
+struct InShared {
+    u32 first, chunks, n, cached;
+    const u32* keys;  // the first `cached`, a multiple of 4
+    const float* row;
+    DEVICE uint4 chunk(u32 j) const {
         u32 i = first + j * 128;
-        x[j] = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
-        if (vectors && i + 3 < n) {
-            x[j] = *(const float4*)(scores + i);
-        } else {
-            if (i < n) x[j].x = scores[i];
-            if (i + 1 < n) x[j].y = scores[i + 1];
-            if (i + 2 < n) x[j].z = scores[i + 2];
-            if (i + 3 < n) x[j].w = scores[i + 3];
-        }
+        if (i < cached) return *(const uint4*)(keys + i);
+        if (i >= n) return make_uint4(0, 0, 0, 0);
+        float4 x = four(row, i, n, false);
+        return make_uint4(key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w));
     }
-    clear(hist, 3 * BINS);
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < KEYS / 4; j++) {
-        key[4 * j] = key_of(x[j].x), key[4 * j + 1] = key_of(x[j].y);
-        key[4 * j + 2] = key_of(x[j].z), key[4 * j + 3] = key_of(x[j].w);
-    }
+};
 
-    Search s = {0, k, 0, scratch, found};
+// Selects from this block's keys and those of its cluster. `hist`: [3][BINS] zeros, a histogram a digit, so that no
+// block waits before it counts the next.
+template <int THREADS, bool CLUSTER, class Keys>
+DEVICE void choose(const Keys& keys, u32* hist, u32* out, u32* counts, u32 k) {
+    const u32 WARPS = THREADS / 32, PER = BINS / THREADS;
+    __shared__ u32 shared[WARPS + 2], warps[WARPS], block_total;
+    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    const u32 rank = CLUSTER ? cluster_rank() : 0, blocks = CLUSTER ? cluster_size() : 1;
+    auto sync = [] {
+        if (CLUSTER) cluster_sync();
+        else __syncthreads();
+    };
+
+    Search<THREADS> s = {0, k, 0, shared};
     bool all = false;  // no more keys than wanted
 #pragma unroll
     for (int i = 0; i < 3; i++) {
@@ -127,15 +149,26 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
         if (all) continue;
         u32* mine = hist + i * BINS;
 #pragma unroll
-        for (int j = 0; j < KEYS; j++) count(mine, d, key[j], s.threshold);
-        cluster_sync();
-        u32 bins[4] = {0, 0, 0, 0};
-        const u32 blocks = cluster_size();
+        for (u32 j = 0; j < keys.chunks; j++) {
+            uint4 key = keys.chunk(j);
+            count(mine, d, key.x, s.threshold), count(mine, d, key.y, s.threshold);
+            count(mine, d, key.z, s.threshold), count(mine, d, key.w, s.threshold);
+        }
+        sync();
+        u32 bins[PER];
 #pragma unroll
-        for (u32 r = 0; r < MAX_CLUSTER; r++) {
-            if (r >= blocks) continue;
-            uint4 h = remote_words4(mine + BINS - 4 - 4 * threadIdx.x, r);
-            bins[0] += h.w, bins[1] += h.z, bins[2] += h.y, bins[3] += h.x;
+        for (u32 p = 0; p < PER; p++) bins[p] = 0;
+        const u32* top = mine + BINS - PER * (threadIdx.x + 1);
+        if constexpr (CLUSTER) {
+#pragma unroll
+            for (u32 r = 0; r < MAX_CLUSTER; r++) {
+                if (r >= blocks) continue;
+                uint4 h = remote_words4(top, r);
+                bins[0] += h.w, bins[1] += h.z, bins[2] += h.y, bins[3] += h.x;
+            }
+        } else {
+#pragma unroll
+            for (u32 p = 0; p < PER; p++) bins[p] = top[PER - 1 - p];
         }
         s.step(d, bins, i == 0);
         if (i == 0) all = s.total <= k;
@@ -143,31 +176,37 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
     if (rank == 0 && threadIdx.x == 0) *counts = min(k, s.total);
 
     Chosen c = {out, all ? LOWEST : s.threshold, all ? 0 : s.want, 0, 0};
-    u32 mine = 0;
+    u32 larger = 0, equal = 0;
 #pragma unroll
-    for (int j = 0; j < KEYS; j++) mine += c.kind(key[j]);
-    mine = __reduce_add_sync(~0u, mine);
-    if (lane == 0) warps[warp] = mine;
-    __syncthreads();
-    u32 sum = 0;
-#pragma unroll
-    for (u32 w = 0; w < THREADS / 32; w++) {
-        if (w == warp) c.g = sum >> 16, c.e = sum & 0xffff;
-        sum += warps[w];
+    for (u32 j = 0; j < keys.chunks; j++) {
+        uint4 key = keys.chunk(j);
+        larger += (key.x > c.threshold) + (key.y > c.threshold) + (key.z > c.threshold) + (key.w > c.threshold);
+        equal += (key.x == c.threshold) + (key.y == c.threshold) + (key.z == c.threshold) + (key.w == c.threshold);
     }
-    if (threadIdx.x == 0) block_total = sum;
-    cluster_sync();
-    u32 before = lane < rank ? remote_word(&block_total, lane) : 0;
-    c.g += __reduce_add_sync(~0u, before >> 16), c.e += __reduce_add_sync(~0u, before & 0xffff);
-    cluster_arrive();  // no block leaves before the others have read its memory
+    // The larger ones are fewer than k, the equal ones as many as there are keys: two sums.
+    larger = __reduce_add_sync(~0u, larger), equal = __reduce_add_sync(~0u, equal);
+    __shared__ u32 warps_equal[WARPS], block_equal;
+    if (lane == 0) warps[warp] = larger, warps_equal[warp] = equal;
+    __syncthreads();
+    u32 l = lane < WARPS ? warps[lane] : 0, q = lane < WARPS ? warps_equal[lane] : 0;
+    c.g = __reduce_add_sync(~0u, lane < warp ? l : 0), c.e = __reduce_add_sync(~0u, lane < warp ? q : 0);
+    if constexpr (CLUSTER) {
+        l = __reduce_add_sync(~0u, l), q = __reduce_add_sync(~0u, q);
+        if (threadIdx.x == 0) block_total = l, block_equal = q;
+        cluster_sync();
+        l = lane < rank ? remote_word(&block_total, lane) : 0, q = lane < rank ? remote_word(&block_equal, lane) : 0;
+        c.g += __reduce_add_sync(~0u, l), c.e += __reduce_add_sync(~0u, q);
+        cluster_arrive();  // no block leaves before the others have read its memory
+    }
     u32 below = (1u << lane) - 1;
 #pragma unroll
-    for (int j = 0; j < KEYS / 4; j++) {
+    for (u32 j = 0; j < keys.chunks; j++) {
         u32 larger = 0, equal = 0, before_larger = 0, before_equal = 0;
+        uint4 four_keys = keys.chunk(j);
+        u32 key[4] = {four_keys.x, four_keys.y, four_keys.z, four_keys.w};
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            u32 g = __ballot_sync(~0u, key[4 * j + e] > c.threshold);
-            u32 q = __ballot_sync(~0u, key[4 * j + e] == c.threshold);
+            u32 g = __ballot_sync(~0u, key[e] > c.threshold), q = __ballot_sync(~0u, key[e] == c.threshold);
             larger += __popc(g), before_larger += __popc(g & below);
             equal += __popc(q), before_equal += __popc(q & below);
         }
@@ -175,76 +214,74 @@ DEVICE void row_in_registers(const float* scores, u32 n, u32* out, u32* counts, 
         Chosen part = c;
         part.g += before_larger, part.e += before_equal;
 #pragma unroll
-        for (int e = 0; e < 4; e++) part.put(key[4 * j + e], first + j * 128 + e);
+        for (int e = 0; e < 4; e++) part.put(key[e], keys.first + j * 128 + e);
         c.g += larger, c.e += equal;
     }
-    cluster_wait();
+    if (CLUSTER) cluster_wait();
+}
+
+template <int CHUNKS>
+DEVICE void row_in_registers(const float* row, u32 n, u32* out, u32* counts, u32 k) {
+    extern __shared__ uint4 shared4[];
+    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    InRegisters<CHUNKS> keys;
+    keys.first = (cluster_rank() * 16 + warp) * CHUNKS * 128 + lane * 4;
+    bool vectors = ((u64)row & 15) == 0;
+    float4 x[CHUNKS];
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) x[j] = four(row, keys.first + j * 128, n, vectors);
+    clear((u32*)shared4, 3 * BINS);
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < CHUNKS; j++) {
+        keys.keys[4 * j] = key_of(x[j].x), keys.keys[4 * j + 1] = key_of(x[j].y);
+        keys.keys[4 * j + 2] = key_of(x[j].z), keys.keys[4 * j + 3] = key_of(x[j].w);
+    }
+    choose<512, true>(keys, (u32*)shared4, out, counts, k);
 }
 
 DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k, u32 capacity) {
     extern __shared__ uint4 shared4[];
-    u32* hist = (u32*)shared4;
-    u32* keys = hist + BINS;  // the first `cached`
-    __shared__ u32 scratch[33], found[2];
-    u32 cached = min(n, capacity);
-    auto key_at = [&](u32 i) { return i < cached ? keys[i] : key_of(row[i]); };
-
-    Search s = {0, k, 0, scratch, found};
-    bool all = false;
+    u32 *hist = (u32*)shared4, *kept = hist + 3 * BINS;
+    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    u32 chunks = (n + 32 * 128 - 1) / (32 * 128), first = warp * chunks * 128 + lane * 4;
+    u32 cached = min((n + 3) & ~3u, capacity & ~3u);
+    clear(hist, 3 * BINS);
+    bool vectors = ((u64)row & 15) == 0;
+    for (u32 j = 0; j < chunks; j += 4) {
+        float4 x[4];
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        Digit d = digit_of(i);
-        if (all) continue;
-        clear(hist, BINS);
-        __syncthreads();
-#pragma unroll 4
-        for (u32 t = threadIdx.x; t < n; t += 1024) {
-            u32 key = i == 0 ? key_of(row[t]) : key_at(t);
-            if (i == 0 && t < cached) keys[t] = key;
-            count(hist, d, key, s.threshold);
+        for (int i = 0; i < 4; i++) x[i] = four(row, first + (j + i) * 128, j + i < chunks ? n : 0, vectors);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            u32 at = first + (j + i) * 128;
+            uint4 key = make_uint4(key_of(x[i].x), key_of(x[i].y), key_of(x[i].z), key_of(x[i].w));
+            if (j + i < chunks && at < cached) *(uint4*)(kept + at) = key;
         }
-        __syncthreads();
-        u32 bins[2] = {hist[BINS - 1 - 2 * threadIdx.x], hist[BINS - 2 - 2 * threadIdx.x]};
-        s.step(d, bins, i == 0);
-        if (i == 0) all = s.total <= k;
     }
-    if (threadIdx.x == 0) *counts = min(k, s.total);
-    // Four neighbouring keys a thread; the scan counts larger keys (high half) and equal ones.
-    Chosen c = {out, all ? LOWEST : s.threshold, all ? 0 : s.want, 0, 0};
-    for (u32 t = 0; t < n; t += 1024 * 4) {
-        u32 i0 = t + threadIdx.x * 4, key[4], mine = 0, sum;
-#pragma unroll
-        for (u32 j = 0; j < 4; j++) {
-            key[j] = i0 + j < n ? key_at(i0 + j) : 0;
-            mine += c.kind(key[j]);
-        }
-        u32 scan = block_scan(mine, scratch, sum);
-        Chosen part = c;
-        part.g += scan >> 16, part.e += scan & 0xffff;
-#pragma unroll
-        for (u32 j = 0; j < 4; j++) part.put(key[j], i0 + j);
-        c.g += sum >> 16, c.e += sum & 0xffff;
-    }
+    __syncthreads();
+    InShared keys = {first, chunks, n, cached, kept, row};
+    choose<1024, false>(keys, hist, out, counts, k);
 }
 
 DEVICE u64 row_number(u32 rows_per_seq) { return (u64)blockIdx.z * rows_per_seq + blockIdx.y; }
 
-#define KERNEL(KEYS, BLOCKS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(512, BLOCKS)                                       \
+#define KERNEL(KEYS, CHUNKS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(512)                                               \
         top_k_##KEYS(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq,   \
                      u32 k, u64 stride, u32) {                                                      \
         u64 r = row_number(rows_per_seq);                                                           \
-        row_in_registers<KEYS>(scores + r * stride, seqs.get(blockIdx.z).kv_len, indices + r * k,   \
-                               counts + r, k);                                                      \
+        row_in_registers<CHUNKS>(scores + r * stride, seqs.get(blockIdx.z).kv_len, indices + r * k, \
+                                 counts + r, k);                                                    \
     }
 KERNEL(8, 2)
-KERNEL(16, 2)
-KERNEL(32, 2)
-KERNEL(64, 1)
+KERNEL(16, 4)
+KERNEL(32, 8)
+KERNEL(48, 12)
 
 extern "C" __global__ void __launch_bounds__(1024)
-top_k_long(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq, u32 k, u64 stride,
-           u32 capacity) {
+top_k_shared(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq, u32 k, u64 stride,
+             u32 capacity) {
     u64 r = row_number(rows_per_seq);
     row_in_shared(scores + r * stride, seqs.get(blockIdx.z).kv_len, indices + r * k, counts + r, k, capacity);
 }

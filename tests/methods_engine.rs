@@ -34,7 +34,7 @@ fn continued(
     let (mut tokens, mut all) = (Vec::new(), Vec::new());
     for _ in 0..n {
         assert!(logits.iter().all(|l| l.is_finite()), "logits that are not finite");
-        tokens.push(greedy.sample(&logits));
+        tokens.extend(greedy.sample(&logits));
         logits = engine.decode(seq, tokens[tokens.len() - 1]).unwrap();
         all.push(logits.clone());
     }
@@ -60,7 +60,7 @@ fn together(engine: &mut Engine, prompts: &[Vec<u32>], n: usize) -> Vec<Vec<u32>
     while !scheduler.is_idle() {
         for event in scheduler.step().unwrap() {
             if let Event::Piece { request, piece } = event {
-                answers[request].push(piece.token);
+                answers[request].extend(piece.token);
             }
         }
     }
@@ -69,7 +69,7 @@ fn together(engine: &mut Engine, prompts: &[Vec<u32>], n: usize) -> Vec<Vec<u32>
 
 fn generate(engine: &mut Engine, request: Request) -> (Vec<u32>, Stats) {
     let mut generation = engine.generate(request).unwrap();
-    let tokens = generation.by_ref().map(|piece| piece.unwrap().token).collect();
+    let tokens = generation.by_ref().filter_map(|piece| piece.unwrap().token).collect();
     (tokens, generation.stats().unwrap().clone())
 }
 

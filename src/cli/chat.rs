@@ -24,6 +24,7 @@ pub struct ChatArgs {
 }
 
 pub fn chat(a: ChatArgs) -> Result<ExitCode> {
+    a.answer.sampling().check()?;
     let interrupt = Interrupt::install();
     let mut engine = a.method.apply(a.model.builder())?.audit(a.answer.audit()).build()?;
     for note in engine.notes() {

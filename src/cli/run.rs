@@ -36,6 +36,7 @@ pub struct RunArgs {
 }
 
 pub fn run(a: RunArgs) -> Result<ExitCode> {
+    a.answer.sampling().check()?;
     let interrupt = Interrupt::install();
     let text = prompt_text(&a)?;
     // A text without a question is continued; a question is put to the model as a user would.
@@ -157,19 +158,23 @@ pub fn answer(engine: &mut Engine, request: Request, show: bool) -> Result<Answe
 pub fn statistics(a: &Answer, method: &str) -> String {
     let s = &a.stats;
     let rate = |n: usize, t: f64| if t > 0.0 { n as f64 / t } else { 0.0 };
-    let mut parts = vec![format!(
-        "{} prompt tokens, {:.1} s ({:.0}/s)",
-        ui::thousands(s.prompt_tokens as u64),
-        s.prefill_seconds,
-        rate(s.prompt_tokens, s.prefill_seconds)
-    )];
-    // The first token comes with the prefill.
-    let steps = s.generated_tokens.saturating_sub(1);
-    parts.push(format!(
-        "{} answer tokens, {:.1}/s",
-        s.generated_tokens,
-        rate(steps, s.decode_seconds)
-    ));
+    let reused = match s.reused_tokens {
+        0 => String::new(),
+        n => format!(" ({} still cached)", ui::thousands(n as u64)),
+    };
+    let mut parts = vec![
+        format!(
+            "{} prompt tokens{reused}, {:.1} s ({:.0}/s)",
+            ui::thousands(s.prompt_tokens as u64),
+            s.prefill_seconds,
+            rate(s.prefill_tokens, s.prefill_seconds)
+        ),
+        format!(
+            "{} answer tokens, {:.1}/s",
+            s.generated_tokens,
+            rate(s.decode_steps, s.decode_seconds)
+        ),
+    ];
     if s.kv_bytes < s.kv_bytes_dense {
         parts.push(format!(
             "{method}: {} of KV a token instead of {} ({:.0} %)",
@@ -192,4 +197,31 @@ pub fn statistics(a: &Answer, method: &str) -> String {
         parts.push("interrupted".into());
     }
     parts.join(" | ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn speeds_are_of_what_was_run() {
+        let stats = Stats {
+            prompt_tokens: 1100,
+            reused_tokens: 1000,
+            prefill_tokens: 100,
+            prefill_seconds: 2.0,
+            generated_tokens: 8,
+            decode_steps: 8,
+            decode_seconds: 2.0,
+            ..Stats::default()
+        };
+        let line =
+            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        assert!(
+            line.starts_with(
+                "1,100 prompt tokens (1,000 still cached), 2.0 s (50/s) | 8 answer tokens, 4.0/s"
+            ),
+            "{line}"
+        );
+    }
 }

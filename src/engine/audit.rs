@@ -62,7 +62,8 @@ impl AuditSummary {
                 layer,
                 samples: of.len(),
                 recall: heads().sum::<f64>() / heads().count().max(1) as f64,
-                worst_recall: heads().fold(1.0, f64::min),
+                // Unlike f64::min, this keeps NaN.
+                worst_recall: heads().fold(1.0, |a, b| if b.is_nan() || b < a { b } else { a }),
                 output_error: of.iter().map(|a| f64::from(a.output_error)).sum::<f64>()
                     / of.len().max(1) as f64,
             }
@@ -87,7 +88,8 @@ impl AuditSummary {
 
     /// The layer whose selection misses most, with its mean recall.
     pub fn worst_layer(&self) -> Option<(usize, f64)> {
-        let worst = self.layers.iter().min_by(|a, b| a.recall.total_cmp(&b.recall))?;
+        let key = |l: &LayerSummary| if l.recall.is_nan() { f64::NEG_INFINITY } else { l.recall };
+        let worst = self.layers.iter().min_by(|a, b| key(a).total_cmp(&key(b)))?;
         Some((worst.layer, worst.recall))
     }
 
@@ -108,6 +110,19 @@ mod tests {
         let mut seen: Vec<_> = (0..8).flat_map(|s| a.layers_at(s, &sparse)).collect();
         seen.sort_unstable();
         assert_eq!(seen, sparse);
+    }
+
+    #[test]
+    fn nan_is_the_worst_of_all() {
+        let audit = |layer, recall: &[f32]| LayerAudit {
+            layer,
+            seq: 0,
+            recall: recall.to_vec(),
+            output_error: 0.0,
+        };
+        let s = AuditSummary::new(&[audit(2, &[0.5, 0.5]), audit(3, &[0.9, f32::NAN, 0.8])]);
+        assert_eq!(s.worst_layer().unwrap().0, 3);
+        assert!(s.layers[1].worst_recall.is_nan() && s.recall().is_nan());
     }
 
     #[test]

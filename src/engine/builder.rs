@@ -2,7 +2,7 @@
 
 use super::calibrate::{calibrated_order, order_limits, order_source};
 use super::{AuditConfig, Engine, EngineError};
-use crate::backend::{Backend, DType, open};
+use crate::backend::{Backend, DType, PAGE, open};
 use crate::kv::{KvCache, KvShape, pages_for};
 use crate::model::{
     Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, KeyOrder, ModelConfig, ModelError,
@@ -150,7 +150,7 @@ impl<'a> EngineBuilder<'a> {
         self.chunk = tokens;
         self
     }
-    /// Tokens that the KV cache holds over all sequences. Default: context x sequences.
+    /// Tokens that the KV cache holds over all sequences; no sequence gets more. Default: context x sequences.
     pub fn kv_tokens(mut self, tokens: usize) -> Self {
         self.kv_tokens = Some(tokens);
         self
@@ -205,7 +205,7 @@ impl<'a> EngineBuilder<'a> {
         };
         let config = checkpoint.config().clone();
         let fingerprint = checkpoint.fingerprint();
-        let limits = self.limits(&config)?;
+        let (limits, n_pages) = self.limits(&config)?;
         let plan_of = |spec: &MethodSpec| {
             spec.plan(&fingerprint, &config.windows, config.head_dim, limits.context)
         };
@@ -263,7 +263,7 @@ impl<'a> EngineBuilder<'a> {
                 head_dim: config.head_dim,
                 lead,
                 dtype: kv_dtype,
-                n_pages: pages_for(self.kv_tokens.unwrap_or(limits.context * limits.seqs)).max(1),
+                n_pages,
                 slots: limits.seqs,
                 int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
                 key_stats: plans.iter().any(Plan::key_stats),
@@ -279,7 +279,6 @@ impl<'a> EngineBuilder<'a> {
             cache,
             attention,
             custom: self.custom,
-            chunk: self.chunk,
             audit: self.audit,
             fingerprint,
             notes,
@@ -295,7 +294,8 @@ impl<'a> EngineBuilder<'a> {
         Ok(resolve(&self.model, &|done, all| (progress.borrow_mut())(Progress::Fetch(done, all)))?)
     }
 
-    fn limits(&self, c: &ModelConfig) -> Result<DecoderLimits, EngineError> {
+    /// Sizes of the decoder, and the pages of the KV cache.
+    fn limits(&self, c: &ModelConfig) -> Result<(DecoderLimits, usize), EngineError> {
         let context = self.context.unwrap_or(c.max_context.min(32768));
         if context == 0 || context > c.max_context {
             return Err(EngineError::BadOption(format!(
@@ -303,14 +303,26 @@ impl<'a> EngineBuilder<'a> {
                 c.max_context
             )));
         }
-        if self.sequences == 0 || self.chunk == 0 {
+        let seqs = self.sequences;
+        if seqs == 0 || self.chunk == 0 || self.kv_tokens == Some(0) {
             return Err(EngineError::BadOption(
-                "give at least one sequence and one token a step".into(),
+                "give at least one sequence, one token a step and one token of KV cache".into(),
             ));
         }
-        let context = context.next_multiple_of(64);
-        let chunk = self.chunk.min(context);
-        Ok(DecoderLimits { rows: chunk + self.sequences, seqs: self.sequences, context })
+        // Page numbers are u32; this also keeps every product of sizes below far from wrapping.
+        let pages = |tokens: usize, n: usize| {
+            let pages = pages_for(tokens).checked_mul(n).filter(|&p| u32::try_from(p).is_ok());
+            pages.ok_or_else(|| {
+                EngineError::BadOption(format!(
+                    "a KV cache for {n} x {tokens} tokens: more than {} pages of {PAGE} tokens",
+                    u32::MAX
+                ))
+            })
+        };
+        let all = pages(context, seqs)?;
+        let n_pages = self.kv_tokens.map_or(Ok(all), |tokens| pages(tokens, 1))?;
+        let context = context.min(self.kv_tokens.unwrap_or(context));
+        Ok((DecoderLimits { rows: self.chunk.min(context) + seqs, seqs, context }, n_pages))
     }
 
     fn weight_dtype(&self, b: &dyn Backend, c: &Checkpoint) -> Result<DType, EngineError> {

@@ -48,6 +48,9 @@ pub enum EngineError {
     /// A sequence that was closed, or never opened.
     #[error("sequence {0} is not open")]
     NoSequence(usize),
+    /// A model or method gone wrong: nothing can be drawn.
+    #[error("none of the logits is finite; try another dtype (f32) or the dense method")]
+    NoFiniteLogit,
     /// Stopped by the caller.
     #[error("interrupted")]
     Interrupted,

@@ -26,7 +26,7 @@ impl Engine {
         let decode_steps = from.decode_steps;
         self.attention.fork(&*b, seq.0, new.0, from.table.tokens())?;
         let table = self.cache.fork(&*b, &from.table, seq.0, new.0)?;
-        self.sequences[new.0] = Some(Sequence { table, decode_steps });
+        self.sequences[new.0] = Some(Sequence { id: new, table, decode_steps });
         Ok(())
     }
 }

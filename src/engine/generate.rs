@@ -84,10 +84,8 @@ impl Iterator for Generation<'_> {
                     }
                     Event::Piece { piece, .. } => self.ready.push_back(piece),
                     Event::Finished { text, stats, .. } => {
-                        if let Some(last) = self.ready.back_mut() {
-                            last.text.push_str(&text);
-                        } else if !text.is_empty() {
-                            self.ready.push_back(Piece { token: 0, text });
+                        if !text.is_empty() {
+                            self.ready.push_back(Piece { token: None, text });
                         }
                         self.stats = Some(stats);
                     }

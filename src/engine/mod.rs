@@ -23,6 +23,7 @@ mod reuse;
 mod sampling;
 mod scheduler;
 mod sequences;
+mod step;
 mod stop;
 
 pub use audit::{AuditConfig, AuditSummary, LayerSummary};
@@ -32,5 +33,6 @@ pub use generate::Generation;
 pub use request::{Event, Finish, Piece, Prompt, Request, Stats};
 pub use sampling::{Sampler, Sampling, greedy};
 pub use scheduler::Scheduler;
-pub use sequences::{Engine, SeqId, WantLogits, Work};
+pub use sequences::{Engine, SeqId};
+pub use step::{WantLogits, Work};
 pub use stop::StopFilter;

@@ -97,7 +97,7 @@ pub enum Finish {
     Stop,
     /// `max_tokens`.
     Length,
-    /// The context is full.
+    /// The context is full, or older requests need this one's pages of the KV cache.
     Context,
     /// The caller cancelled.
     Cancelled,
@@ -106,8 +106,8 @@ pub enum Finish {
 /// A piece of an answer.
 #[derive(Clone, Debug)]
 pub struct Piece {
-    /// The token behind it.
-    pub token: u32,
+    /// The token behind it; `None` for text that was held back until the end.
+    pub token: Option<u32>,
     /// Text that became complete with it; may be empty.
     pub text: String,
 }
@@ -118,8 +118,13 @@ pub struct Stats {
     pub prompt_tokens: usize,
     /// Prompt tokens that were still cached from an earlier request.
     pub reused_tokens: usize,
+    /// Prompt tokens that were read.
+    pub prefill_tokens: usize,
+    /// Tokens of the answer, without one that ended it.
     pub generated_tokens: usize,
-    /// Seconds from the first prompt step to the first token.
+    /// Answer tokens that were fed back; the first token comes with the prompt.
+    pub decode_steps: usize,
+    /// Seconds of the steps that read the prompt.
     pub prefill_seconds: f64,
     /// Seconds of the decode steps.
     pub decode_seconds: f64,

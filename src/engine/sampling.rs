@@ -1,5 +1,6 @@
 //! From logits to a token.
 
+use super::EngineError;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,26 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`EngineError::BadOption`] for a temperature that is negative or not finite, and for a `top_p` or `min_p`
+    /// outside 0 to 1.
+    pub fn check(&self) -> Result<(), EngineError> {
+        let t = self.temperature;
+        if !(t.is_finite() && t >= 0.0) {
+            return Err(EngineError::BadOption(format!("a temperature of {t}: give 0 or more")));
+        }
+        for (name, p) in [("top_p", self.top_p), ("min_p", self.min_p)] {
+            if !(0.0..=1.0).contains(&p) {
+                return Err(EngineError::BadOption(format!("{name} is {p}: give 0 to 1")));
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Draws tokens; the same seed and logits give the same tokens.
 #[derive(Debug)]
 pub struct Sampler {
@@ -38,24 +59,23 @@ impl Sampler {
         Sampler { sampling, rng: ChaCha8Rng::seed_from_u64(sampling.seed) }
     }
 
-    /// The next token.
-    pub fn sample(&mut self, logits: &[f32]) -> u32 {
+    /// The next token; logits that are not finite are never drawn. `None` where no logit is finite.
+    pub fn sample(&mut self, logits: &[f32]) -> Option<u32> {
         let s = self.sampling;
         if s.temperature <= 0.0 {
             return greedy(logits);
         }
-        let mut p: Vec<(u32, f32)> =
-            logits.iter().enumerate().map(|(i, &l)| (i as u32, l / s.temperature)).collect();
-        // NaN sorts last; equal logits keep the smaller token first.
-        let key = |l: f32| if l.is_nan() { f32::NEG_INFINITY } else { l };
-        p.sort_unstable_by(|a, b| key(b.1).total_cmp(&key(a.1)).then(a.0.cmp(&b.0)));
+        let mut p: Vec<(u32, f32)> = finite(logits).collect();
+        // Equal logits keep the smaller token first.
+        p.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if s.top_k > 0 {
             p.truncate(s.top_k);
         }
-        let max = key(p[0].1);
+        let max = p.first()?.1;
         let mut sum = 0.0;
         for (_, l) in &mut p {
-            *l = (key(*l) - max).exp();
+            // The difference first: a logit over a tiny temperature may be infinite.
+            *l = ((*l - max) / s.temperature).exp();
             sum += *l;
         }
         let mut kept = 0.0;
@@ -72,22 +92,20 @@ impl Sampler {
         for &(t, w) in &p[..n] {
             at -= w;
             if at < 0.0 {
-                return t;
+                return Some(t);
             }
         }
-        p[n - 1].0
+        Some(p[n - 1].0)
     }
 }
 
-/// The token with the largest logit, ties to the smaller token; NaN never wins.
-pub fn greedy(logits: &[f32]) -> u32 {
-    let mut best = (0, f32::NEG_INFINITY);
-    for (i, &l) in logits.iter().enumerate() {
-        if l > best.1 {
-            best = (i as u32, l);
-        }
-    }
-    best.0
+fn finite(logits: &[f32]) -> impl Iterator<Item = (u32, f32)> {
+    logits.iter().enumerate().filter(|(_, l)| l.is_finite()).map(|(i, &l)| (i as u32, l))
+}
+
+/// The token with the largest finite logit, ties to the smaller token; `None` where no logit is finite.
+pub fn greedy(logits: &[f32]) -> Option<u32> {
+    finite(logits).reduce(|best, next| if next.1 > best.1 { next } else { best }).map(|b| b.0)
 }
 
 #[cfg(test)]
@@ -96,12 +114,47 @@ mod tests {
 
     fn draw(s: Sampling, logits: &[f32], n: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(s);
-        (0..n).map(|_| sampler.sample(logits)).collect()
+        (0..n).map(|_| sampler.sample(logits).unwrap()).collect()
     }
 
     #[test]
     fn greedy_takes_the_first_of_equals_and_skips_nan() {
-        assert_eq!(greedy(&[f32::NAN, 1.0, 3.0, 3.0]), 2);
+        assert_eq!(greedy(&[f32::NAN, 1.0, 3.0, 3.0]), Some(2));
+    }
+
+    #[test]
+    fn logits_that_are_not_finite_are_never_drawn() {
+        let hot = Sampling { temperature: 1.0, ..Default::default() };
+        let one = [f32::NAN, f32::NEG_INFINITY, -3.0, f32::INFINITY];
+        for s in [Sampling::default(), hot] {
+            assert_eq!(draw(s, &one, 20), [2; 20]);
+            for none in [&[][..], &[f32::NAN, f32::INFINITY]] {
+                assert_eq!(Sampler::new(s).sample(none), None);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tiny_temperature_takes_the_largest_logit() {
+        for temperature in [1e-10, 1e-39, f32::from_bits(1)] {
+            let s = Sampling { temperature, ..Default::default() };
+            assert_eq!(draw(s, &[9.0, 20.0, -4.0], 20), [1; 20]);
+        }
+    }
+
+    #[test]
+    fn numbers_that_make_no_sense_are_refused() {
+        let ok = Sampling::default();
+        ok.check().unwrap();
+        Sampling { temperature: 2.0, top_p: 0.0, min_p: 1.0, ..ok }.check().unwrap();
+        let bad =
+            |s: Sampling| assert!(matches!(s.check(), Err(EngineError::BadOption(_))), "{s:?}");
+        for x in [f32::NAN, f32::INFINITY, -0.5] {
+            bad(Sampling { temperature: x, ..ok });
+            bad(Sampling { top_p: x, ..ok });
+            bad(Sampling { min_p: x, ..ok });
+        }
+        bad(Sampling { top_p: 1.5, ..ok });
     }
 
     #[test]

@@ -23,17 +23,19 @@ struct Running {
     sampler: Sampler,
     stop: StopFilter,
     text: DecodeStream<Arc<Tokenizer>>,
-    started: Instant,
     stats: Stats,
 }
 
 /// Runs requests together: every step decodes one token of each running request and prefills a chunk of one that
-/// waits.
+/// waits. Where the KV cache is too small for all of them, the newest make way for the oldest.
 pub struct Scheduler<'e> {
     engine: &'e mut Engine,
     waiting: VecDeque<(usize, Request, Vec<u32>)>,
+    /// Oldest first.
     running: Vec<Running>,
     submitted: usize,
+    /// Not yet handed out.
+    events: Vec<Event>,
 }
 
 impl std::fmt::Debug for Scheduler<'_> {
@@ -45,7 +47,13 @@ impl std::fmt::Debug for Scheduler<'_> {
 impl<'e> Scheduler<'e> {
     /// No request yet.
     pub fn new(engine: &'e mut Engine) -> Self {
-        Scheduler { engine, waiting: VecDeque::new(), running: Vec::new(), submitted: 0 }
+        Scheduler {
+            engine,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            submitted: 0,
+            events: Vec::new(),
+        }
     }
 
     /// The engine behind it.
@@ -56,9 +64,12 @@ impl<'e> Scheduler<'e> {
     /// Queues a request; returns its number in events.
     ///
     /// # Errors
-    /// From [`Request::encode`]; [`EngineError::ContextTooLong`] when prompt and one token do not fit.
+    /// From [`Request::encode`]; [`EngineError::ContextTooLong`] when prompt and one token do not fit,
+    /// [`EngineError::BadOption`] for tokens outside the vocabulary and from [`Sampling::check`](super::Sampling::check).
     pub fn submit(&mut self, request: Request) -> Result<usize, EngineError> {
+        request.sampling.check()?;
         let tokens = request.encode(self.engine)?;
+        self.engine.check_tokens(&tokens)?;
         if tokens.len() >= self.engine.context() {
             return Err(self.engine.too_long(tokens.len(), 1));
         }
@@ -76,27 +87,24 @@ impl<'e> Scheduler<'e> {
     /// Runs one step and says what happened.
     ///
     /// # Errors
-    /// As [`Engine::step`]; running requests are then closed.
+    /// As [`Engine::step`]; [`EngineError::NoSlot`] when requests wait for slots that other open sequences hold,
+    /// [`EngineError::NoFiniteLogit`]. Running requests are then closed, waiting ones still wait; what happened
+    /// before the error is said by the next call.
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
-        let mut events = Vec::new();
-        self.retire_cancelled(&mut events);
-        self.admit()?;
-        if self.running.is_empty() {
-            return Ok(events);
-        }
-        let result = self.run(&mut events);
-        if result.is_err() {
+        self.retire_cancelled();
+        if let Err(e) = self.admit().and_then(|()| self.run()) {
             for r in self.running.drain(..) {
                 self.engine.close(r.seq);
             }
+            return Err(e);
         }
-        result.map(|()| events)
+        Ok(std::mem::take(&mut self.events))
     }
 
-    fn retire_cancelled(&mut self, events: &mut Vec<Event>) {
+    fn retire_cancelled(&mut self) {
         let cancelled = |r: &Request| r.cancel.load(Ordering::Relaxed);
         while let Some(i) = self.running.iter().position(|r| cancelled(&r.spec)) {
-            events.push(self.finish(i, Finish::Cancelled));
+            self.finish(i, Finish::Cancelled);
         }
         self.waiting.retain(|(request, spec, tokens)| {
             if cancelled(spec) {
@@ -105,17 +113,18 @@ impl<'e> Scheduler<'e> {
                     finish: Some(Finish::Cancelled),
                     ..Stats::default()
                 };
-                events.push(Event::Finished { request: *request, text: String::new(), stats });
+                let text = String::new();
+                self.events.push(Event::Finished { request: *request, text, stats });
             }
             !cancelled(spec)
         });
     }
 
     fn admit(&mut self) -> Result<(), EngineError> {
-        while !self.waiting.is_empty() {
-            let (seq, reused) = match self.engine.open_for(&self.waiting[0].2) {
+        while let Some((_, _, prompt)) = self.waiting.front() {
+            let (seq, reused) = match self.engine.open_for(prompt) {
                 Ok(opened) => opened,
-                Err(EngineError::NoSlot(_)) => break,
+                Err(EngineError::NoSlot(_)) if !self.running.is_empty() => break,
                 Err(e) => return Err(e),
             };
             let Some((request, spec, prompt)) = self.waiting.pop_front() else { break };
@@ -135,18 +144,49 @@ impl<'e> Scheduler<'e> {
                 next: None,
                 spec,
                 text: DecodeStream::new(self.engine.tokenizer.clone()),
-                started: Instant::now(),
             });
         }
         Ok(())
     }
 
-    fn run(&mut self, events: &mut Vec<Event>) -> Result<(), EngineError> {
+    /// One step of as many running requests as the KV cache has pages for, the oldest first.
+    fn run(&mut self) -> Result<(), EngineError> {
+        let mut n = self.running.len();
+        while n > 0 {
+            match self.run_first(n) {
+                Err(EngineError::Cache(_)) if n > 1 => n -= 1,
+                Err(EngineError::Cache(full)) => {
+                    self.make_way().ok_or(full)?;
+                    n = self.running.len();
+                }
+                done => return done,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the pages of the newest request that holds some: one that still reads its prompt waits again, another
+    /// ends. `None` when only the oldest holds any.
+    fn make_way(&mut self) -> Option<()> {
+        let holds = |r: &Running| self.engine.cached(r.seq).is_ok_and(|n| n > 0);
+        let i = self.running.iter().rposition(holds).filter(|&i| i > 0)?;
+        if self.running[i].next.is_some() {
+            self.finish(i, Finish::Context);
+        } else {
+            let r = self.running.remove(i);
+            self.engine.close(r.seq);
+            self.waiting.push_front((r.request, r.spec, r.prompt));
+        }
+        Some(())
+    }
+
+    /// One step of the `n` oldest requests.
+    fn run_first(&mut self, n: usize) -> Result<(), EngineError> {
         let chunk = self.engine.chunk();
         let mut work = Vec::new();
         let mut owner = Vec::new();
         let mut prefilling = false;
-        for (i, r) in self.running.iter().enumerate() {
+        for (i, r) in self.running[..n].iter().enumerate() {
             if let Some(token) = &r.next {
                 let tokens = std::slice::from_ref(token);
                 work.push(Work { seq: r.seq, tokens, decode: true, logits: WantLogits::Last });
@@ -172,56 +212,59 @@ impl<'e> Scheduler<'e> {
         for ((i, n, decode), logits) in fed.into_iter().zip(logits) {
             let r = &mut self.running[i];
             if decode {
+                r.stats.decode_steps += 1;
                 r.stats.decode_seconds += seconds;
                 r.fed_answer.extend(r.next);
             } else {
                 r.fed += n;
+                r.stats.prefill_tokens += n;
+                r.stats.prefill_seconds += seconds;
                 let (request, done, of) = (r.request, r.fed, r.prompt.len());
-                events.push(Event::Prefilled { request, done, of });
-                if logits.is_some() {
-                    r.stats.prefill_seconds = r.started.elapsed().as_secs_f64();
-                }
+                self.events.push(Event::Prefilled { request, done, of });
             }
             if let Some(logits) = logits
-                && let Some(why) = self.draw(i, &logits, events)
+                && let Some(why) = self.draw(i, &logits)?
             {
                 finished.push((i, why));
             }
         }
         for (i, why) in finished.into_iter().rev() {
-            events.push(self.finish(i, why));
+            self.finish(i, why);
         }
         Ok(())
     }
 
     /// Draws the next token of running request `i`; says why the request ends, if it does.
-    fn draw(&mut self, i: usize, logits: &[f32], events: &mut Vec<Event>) -> Option<Finish> {
+    fn draw(&mut self, i: usize, logits: &[f32]) -> Result<Option<Finish>, EngineError> {
         let r = &mut self.running[i];
         if r.spec.max_tokens == 0 {
-            return Some(Finish::Length);
+            return Ok(Some(Finish::Length));
         }
-        let token = r.sampler.sample(logits);
+        let token = r.sampler.sample(logits).ok_or(EngineError::NoFiniteLogit)?;
         if self.engine.checkpoint.config().eos.contains(&token) {
-            return Some(Finish::Eos);
+            return Ok(Some(Finish::Eos));
         }
         if r.spec.stop_tokens.contains(&token) {
-            return Some(Finish::Stop);
+            return Ok(Some(Finish::Stop));
         }
         r.stats.generated_tokens += 1;
-        let (shown, stopped) = r.stop.push(&r.text.push(token));
-        events.push(Event::Piece { request: r.request, piece: Piece { token, text: shown } });
+        let (text, stopped) = r.stop.push(&r.text.push(token));
+        let piece = Piece { token: Some(token), text };
+        self.events.push(Event::Piece { request: r.request, piece });
         if stopped {
-            return Some(Finish::Stop);
+            // Nothing that follows a stop string is shown, half a character neither.
+            r.text = DecodeStream::new(self.engine.tokenizer.clone());
+            return Ok(Some(Finish::Stop));
         }
         r.next = Some(token);
         if r.stats.generated_tokens >= r.spec.max_tokens {
-            return Some(Finish::Length);
+            return Ok(Some(Finish::Length));
         }
         let cached = r.prompt.len() + r.stats.generated_tokens - 1;
-        (cached >= self.engine.context()).then_some(Finish::Context)
+        Ok((cached >= self.engine.context()).then_some(Finish::Context))
     }
 
-    fn finish(&mut self, i: usize, why: Finish) -> Event {
+    fn finish(&mut self, i: usize, why: Finish) {
         let mut r = self.running.remove(i);
         let n = self.engine.cached(r.seq).unwrap_or(0);
         let layers = self.engine.plan().layers.len();
@@ -236,11 +279,8 @@ impl<'e> Scheduler<'e> {
         } else {
             self.engine.close(r.seq);
         }
-        let text = match why {
-            Finish::Stop => String::new(),
-            _ => r.stop.finish() + &r.text.finish(),
-        };
-        Event::Finished { request: r.request, text, stats: r.stats }
+        let text = r.stop.finish() + &r.text.finish();
+        self.events.push(Event::Finished { request: r.request, text, stats: r.stats });
     }
 }
 

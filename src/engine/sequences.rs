@@ -1,40 +1,29 @@
-//! The engine: open sequences and ragged steps over them.
+//! The engine: a model, its cache, and the open sequences.
 
 use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
-use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, StepSeq, Tokenizer};
-use crate::select::{KvReads, Plan, Role, SelectorFactory};
+use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, Tokenizer};
+use crate::select::{KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-/// An open sequence.
+/// An open sequence: its slot, and a number that no other sequence of the process has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SeqId(pub(super) usize);
+pub struct SeqId(pub(super) usize, pub(super) u64);
 
-#[derive(Debug, Default)]
+impl SeqId {
+    fn new(slot: usize) -> Self {
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        SeqId(slot, OPENED.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+#[derive(Debug)]
 pub(super) struct Sequence {
+    pub(super) id: SeqId,
     pub(super) table: PageTable,
     pub(super) decode_steps: usize,
-}
-
-/// One sequence's share of a step.
-#[derive(Clone, Copy, Debug)]
-pub struct Work<'a> {
-    pub seq: SeqId,
-    /// New tokens; exactly one when `decode` is set.
-    pub tokens: &'a [u32],
-    /// A decode step: sparse layers select. Otherwise the tokens are prefilled densely.
-    pub decode: bool,
-    /// Rows whose logits are wanted: the last one, all, or none.
-    pub logits: WantLogits,
-}
-
-/// Rows whose logits a step returns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WantLogits {
-    None,
-    Last,
-    All,
 }
 
 /// A model on a device with a KV cache and a method.
@@ -46,7 +35,6 @@ pub struct Engine {
     pub(super) cache: KvCache,
     pub(super) attention: Attention,
     pub(super) custom: Option<SelectorFactory>,
-    pub(super) chunk: usize,
     pub(super) audit: Option<AuditConfig>,
     pub(super) fingerprint: String,
     pub(super) notes: Vec<String>,
@@ -120,7 +108,8 @@ impl Engine {
 
     /// Prompt tokens per step.
     pub fn chunk(&self) -> usize {
-        self.chunk
+        let limits = self.decoder.limits();
+        limits.rows - limits.seqs
     }
 
     /// Bytes of KV cache that one decode step reads for a sequence of `n` tokens under the current plan.
@@ -169,28 +158,40 @@ impl Engine {
         std::mem::take(&mut self.attention.audits)
     }
 
-    /// Opens an empty sequence.
+    /// Opens an empty sequence. Where every slot is in use, the oldest kept sequence makes way.
     ///
     /// # Errors
     /// [`EngineError::NoSlot`].
     pub fn open_sequence(&mut self) -> Result<SeqId, EngineError> {
-        let n = self.sequences.len();
-        let slot = self.sequences.iter().position(Option::is_none).ok_or(EngineError::NoSlot(n))?;
+        let slot = loop {
+            match self.free_slot() {
+                Some(slot) => break slot,
+                None if self.evict_oldest_kept() => {}
+                None => return Err(EngineError::NoSlot(self.sequences.len())),
+            }
+        };
         let b = self.decoder.backend().clone();
         self.attention.reset(&*b, slot)?;
-        self.sequences[slot] = Some(Sequence::default());
-        Ok(SeqId(slot))
+        let id = SeqId::new(slot);
+        self.sequences[slot] = Some(Sequence { id, table: PageTable::default(), decode_steps: 0 });
+        Ok(id)
     }
 
-    /// Closes a sequence and frees its pages. Closing twice is harmless.
+    pub(super) fn free_slot(&self) -> Option<usize> {
+        self.sequences.iter().position(Option::is_none)
+    }
+
+    /// Closes a sequence and frees its pages. Closing one that is not open is harmless.
     pub fn close(&mut self, seq: SeqId) {
-        if let Some(mut s) = self.sequences[seq.0].take() {
+        let open = self.sequences.get_mut(seq.0);
+        if let Some(mut s) = open.and_then(|s| s.take_if(|s| s.id == seq)) {
             self.cache.truncate(&mut s.table, 0);
         }
     }
 
     pub(super) fn sequence(&self, seq: SeqId) -> Result<&Sequence, EngineError> {
-        self.sequences.get(seq.0).and_then(Option::as_ref).ok_or(EngineError::NoSequence(seq.0))
+        let open = self.sequences.get(seq.0).and_then(Option::as_ref);
+        open.filter(|s| s.id == seq).ok_or(EngineError::NoSequence(seq.0))
     }
 
     /// Tokens cached of a sequence.
@@ -199,170 +200,6 @@ impl Engine {
     /// [`EngineError::NoSequence`].
     pub fn cached(&self, seq: SeqId) -> Result<usize, EngineError> {
         Ok(self.sequence(seq)?.table.tokens())
-    }
-
-    /// Runs one ragged step. `each` gets (index in `work`, row inside that work's tokens, logits `[vocab]`).
-    ///
-    /// # Errors
-    /// [`EngineError::ContextTooLong`] and [`EngineError::Cache`] before anything has run;
-    /// [`EngineError::Backend`] when the device fails, after which the step's sequences should be closed.
-    pub fn step(
-        &mut self,
-        work: &[Work<'_>],
-        mut each: impl FnMut(usize, usize, &[f32]),
-    ) -> Result<(), EngineError> {
-        let rows: usize = work.iter().map(|w| w.tokens.len()).sum();
-        if rows > self.decoder.limits().rows {
-            return Err(EngineError::BadOption(format!(
-                "a step of {rows} rows, at most {} fit; use a smaller chunk",
-                self.decoder.limits().rows
-            )));
-        }
-        let b = self.decoder.backend().clone();
-        for w in work {
-            if w.tokens.is_empty() || (w.decode && w.tokens.len() != 1) {
-                return Err(EngineError::BadOption("a decode step takes one token".into()));
-            }
-            let tokens = self.cached(w.seq)? + w.tokens.len();
-            if tokens > self.context() {
-                return Err(self.too_long(tokens, 0));
-            }
-        }
-        self.make_room(&*b, work)?;
-        self.attention.audit_layers = match self.audit {
-            Some(a) if work.iter().any(|w| w.decode) => {
-                let layers = &self.attention.plan().layers;
-                let sparse: Vec<usize> =
-                    (0..layers.len()).filter(|&l| layers[l].role != Role::Dense).collect();
-                a.layers_at(self.decode_steps, &sparse)
-            }
-            _ => Vec::new(),
-        };
-        let mut seqs = Vec::with_capacity(work.len());
-        for w in work {
-            let id = w.seq.0;
-            let s = self.sequences[id].as_ref().ok_or(EngineError::NoSequence(id))?;
-            seqs.push(StepSeq {
-                tokens: w.tokens,
-                cached: s.table.tokens() - w.tokens.len(),
-                pages: s.table.pages(),
-                slot: w.seq.0,
-                decode: w.decode.then_some(s.decode_steps),
-            });
-        }
-        let step = self.decoder.forward(&seqs, &self.cache, &mut self.attention)?;
-        for w in work.iter().filter(|w| w.decode) {
-            if let Some(s) = self.sequences[w.seq.0].as_mut() {
-                s.decode_steps += 1;
-            }
-        }
-        if work.iter().any(|w| w.decode) {
-            self.decode_steps += 1;
-        }
-
-        let mut wanted = Vec::new();
-        for (i, w) in work.iter().enumerate() {
-            let n = w.tokens.len();
-            let rows = match w.logits {
-                WantLogits::None => n..n,
-                WantLogits::Last => n - 1..n,
-                WantLogits::All => 0..n,
-            };
-            wanted.extend(rows.map(|r| (i, r, step.first_row[i] + r)));
-        }
-        let rows: Vec<usize> = wanted.iter().map(|w| w.2).collect();
-        self.decoder.logits(&rows, |i, logits| each(wanted[i].0, wanted[i].1, logits))?;
-        Ok(())
-    }
-
-    /// Gives every sequence of a step its pages, or none of them any.
-    fn make_room(&mut self, b: &dyn Backend, work: &[Work<'_>]) -> Result<(), EngineError> {
-        for (i, w) in work.iter().enumerate() {
-            let id = w.seq.0;
-            let s = self.sequences[id].as_mut().ok_or(EngineError::NoSequence(id))?;
-            let room = self.cache.extend(b, &mut s.table, w.tokens.len());
-            let failed = match room {
-                Ok(Ok(())) => continue,
-                Ok(Err(device)) => {
-                    // Pages are taken, their copies are not: give this one back as well.
-                    let before = s.table.tokens() - w.tokens.len();
-                    self.cache.truncate(&mut s.table, before);
-                    EngineError::Backend(device)
-                }
-                Err(full) => EngineError::Cache(full),
-            };
-            for w in &work[..i] {
-                if let Some(s) = self.sequences[w.seq.0].as_mut() {
-                    let before = s.table.tokens() - w.tokens.len();
-                    self.cache.truncate(&mut s.table, before);
-                }
-            }
-            return Err(failed);
-        }
-        Ok(())
-    }
-
-    /// Prefills `tokens` chunk by chunk. `each` gets (position, logits) of the wanted rows;
-    /// `progress` gets the tokens done and answers whether to go on.
-    ///
-    /// # Errors
-    /// As [`Engine::step`]; [`EngineError::Interrupted`] when `progress` answers false.
-    pub fn prefill(
-        &mut self,
-        seq: SeqId,
-        tokens: &[u32],
-        logits: WantLogits,
-        mut each: impl FnMut(usize, &[f32]),
-        mut progress: impl FnMut(usize) -> bool,
-    ) -> Result<(), EngineError> {
-        let mut done = 0;
-        for chunk in tokens.chunks(self.chunk) {
-            if !progress(done) {
-                return Err(EngineError::Interrupted);
-            }
-            let last = done + chunk.len() == tokens.len();
-            let want = match logits {
-                WantLogits::Last if !last => WantLogits::None,
-                w => w,
-            };
-            let at = self.cached(seq)?;
-            let work = [Work { seq, tokens: chunk, decode: false, logits: want }];
-            self.step(&work, |_, row, l| each(at + row, l))?;
-            done += chunk.len();
-        }
-        self.backend().sync()?;
-        progress(done);
-        Ok(())
-    }
-
-    /// One decode step of one sequence; returns the logits `[vocab]`.
-    ///
-    /// # Errors
-    /// As [`Engine::step`].
-    pub fn decode(&mut self, seq: SeqId, token: u32) -> Result<Vec<f32>, EngineError> {
-        let mut out = Vec::new();
-        let work = [Work { seq, tokens: &[token], decode: true, logits: WantLogits::Last }];
-        self.step(&work, |_, _, l| out = l.to_vec())?;
-        Ok(out)
-    }
-
-    /// The `n` most likely tokens after a prompt, one by one; the model's own end tokens do not end it.
-    ///
-    /// # Errors
-    /// As [`Engine::step`].
-    pub fn greedy_tokens(&mut self, prompt: &[u32], n: usize) -> Result<Vec<u32>, EngineError> {
-        let seq = self.open_sequence()?;
-        let mut out = Vec::with_capacity(n);
-        let first = |_: usize, l: &[f32]| out.push(super::greedy(l));
-        let result = self.prefill(seq, prompt, WantLogits::Last, first, |_| true).and_then(|()| {
-            while out.len() < n {
-                let last = *out.last().ok_or(EngineError::EmptyPrompt)?;
-                out.push(super::greedy(&self.decode(seq, last)?));
-            }
-            Ok(())
-        });
-        self.close(seq);
-        result.map(|()| out)
     }
 
     pub(super) fn too_long(&self, tokens: usize, kept: usize) -> EngineError {

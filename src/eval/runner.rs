@@ -52,7 +52,7 @@ fn score(logits: &[f32], target: u32) -> (f32, bool) {
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
     let own = logits.get(target as usize).copied().unwrap_or(f32::NEG_INFINITY);
     let nll = sum.ln() + f64::from(max) - f64::from(own);
-    (nll as f32, crate::engine::greedy(logits) == target)
+    (nll as f32, crate::engine::greedy(logits) == Some(target))
 }
 
 /// Decodes every sample with every plan, dense first. The engine needs two sequences and a cache that was built

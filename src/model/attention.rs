@@ -1,5 +1,6 @@
 //! One layer's attention: where selection and cache meet.
 
+use super::audit::{LayerAudit, audit};
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{
@@ -10,19 +11,6 @@ use crate::select::{
     LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection, Selector,
     SelectorFactory, build,
 };
-
-/// What the selection of one (layer, sequence) cost, measured against dense attention.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct LayerAudit {
-    pub layer: usize,
-    /// Index of the sequence in the step.
-    pub seq: usize,
-    /// Per query head: exact attention mass on the selected tokens,
-    /// `exp(lse_selected - lse_all)`.
-    pub recall: Vec<f32>,
-    /// `|out - out_dense| / |out_dense|` over all heads.
-    pub output_error: f32,
-}
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
 pub struct Attention {
@@ -330,43 +318,4 @@ impl Dense<'_> {
             self.attend(g, splits, o, Some(l))
         })
     }
-}
-
-fn download_f32(b: &dyn Backend, t: &Tensor) -> Result<Vec<f32>> {
-    let mut bytes = vec![0u8; t.bytes()];
-    b.download(t, &mut bytes)?;
-    let pairs = || bytes.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]]));
-    Ok(match t.dtype() {
-        DType::F16 => pairs().map(|u| half::f16::from_bits(u).to_f32()).collect(),
-        DType::BF16 => pairs().map(|u| half::bf16::from_bits(u).to_f32()).collect(),
-        _ => bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
-    })
-}
-
-/// Compares the sparse outputs of the given (sequence, row) pairs with the dense ones.
-fn audit(
-    b: &dyn Backend,
-    shape: LayerShape,
-    rows: &[(usize, usize)],
-    (out, lse): (&Tensor, &Tensor),
-    (exact_out, exact_lse): (&Tensor, &Tensor),
-    results: &mut Vec<LayerAudit>,
-) -> Result<()> {
-    let width = shape.heads * shape.head_dim;
-    for &(seq, row) in rows {
-        let part = |t: &Tensor, w: usize| download_f32(b, &t.slice(row * w, w));
-        let (o, l) = (part(out, width)?, part(lse, shape.heads)?);
-        let (eo, el) = (part(exact_out, width)?, part(exact_lse, shape.heads)?);
-        let recall = l.iter().zip(&el).map(|(s, e)| (s - e).exp().min(1.0)).collect();
-        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>();
-        let diff = norm(&mut o.iter().zip(&eo).map(|(a, b)| a - b));
-        let full = norm(&mut eo.iter().copied()).max(f64::MIN_POSITIVE);
-        results.push(LayerAudit {
-            layer: shape.layer,
-            seq,
-            recall,
-            output_error: (diff / full).sqrt() as f32,
-        });
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@ use super::step::{Step, StepSeq};
 use super::workspace::{LOGIT_ROWS, Workspace};
 use super::{Checkpoint, KeyOrder, ModelConfig};
 use crate::backend::{
-    Backend, DType, Embed, GatherRows, Linear, QkNorm, Result, RmsNorm, Rope, SwiGlu, Tensor,
+    Backend, DType, Embed, GatherRows, Linear, PAGE, QkNorm, Result, RmsNorm, Rope, SwiGlu, Tensor,
 };
 use crate::kv::{KvCache, pages_for};
 use crate::select::{LayerShape, SelectError};
@@ -123,7 +123,7 @@ impl Decoder {
             head_dim: self.config.head_dim,
             kv_dtype,
             slots: self.limits.seqs,
-            capacity: self.limits.context,
+            capacity: self.limits.context.next_multiple_of(PAGE),
         }
     }
 

@@ -1,6 +1,7 @@
 //! From a model's name to its weights: files, configuration, tokenizer, chat template.
 
 pub mod attention;
+mod audit;
 pub mod chat;
 pub mod config;
 mod config_gguf;
@@ -22,7 +23,8 @@ mod weights_gguf;
 mod weights_hf;
 mod workspace;
 
-pub use attention::{Attention, LayerAudit};
+pub use attention::Attention;
+pub use audit::LayerAudit;
 pub use chat::{ChatTemplate, Message};
 pub use config::{Arch, ModelConfig, RopeScaling};
 pub use decoder::{Decoder, DecoderLimits};

@@ -47,6 +47,17 @@ pub enum SelectError {
         /// `the int8 key copy`, `key statistics` or `energy-sorted keys`.
         what: &'static str,
     },
+    /// The audit contradicts itself.
+    #[error(
+        "the audit of layer {layer} finds {recall} of all attention mass on the selected tokens, which cannot be \
+         more than 1: this device computes attention wrongly"
+    )]
+    AuditMismatch {
+        /// Layer.
+        layer: usize,
+        /// Attention mass on the selected tokens over that on all.
+        recall: f32,
+    },
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

@@ -26,11 +26,14 @@ fn parts(l: &Limits, groups: usize, tokens: usize) -> usize {
     let (groups, slots) = (groups.max(1), l.sms * RESIDENT);
     let cost = |parts: usize| {
         let blocks = groups * parts;
-        let rounds = tokens.div_ceil(parts).div_ceil(ROUND);
-        let round = LATENCY_US.max(blocks.min(slots) as f64 * BLOCK_US);
+        let rounds = tokens.div_ceil(parts).div_ceil(ROUND) as f64;
+        let wave = |resident: usize| match resident {
+            0 => 0.0,
+            n => rounds * LATENCY_US.max(n as f64 * BLOCK_US) + BLOCK_FIXED_US,
+        };
         let splits = parts.div_ceil(l.cluster);
         let merge = if splits > 1 { MERGE_US + SPLIT_US * splits as f64 } else { 0.0 };
-        blocks.div_ceil(slots) as f64 * (rounds as f64 * round + BLOCK_FIXED_US) + merge
+        (blocks / slots) as f64 * wave(slots) + wave(blocks % slots) + merge
     };
     let most = tokens.div_ceil(ROUND).clamp(1, MOST);
     (1..=most).min_by(|a, b| cost(*a).total_cmp(&cost(*b))).unwrap_or(1)

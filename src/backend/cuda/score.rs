@@ -138,22 +138,25 @@ impl CudaBackend {
         const OP: &str = "top_k";
         /// Threads of a block that keeps its keys in registers, and the keys of a thread (kernel variants).
         const THREADS: usize = 512;
-        const KEYS: [usize; 4] = [8, 16, 32, 64];
-        /// Most keys of a thread of which a multiprocessor holds two blocks.
-        const TWO_BLOCKS: usize = 32;
-        /// Bytes of a digit's histogram (2048 bins).
-        const HISTOGRAM: usize = 2048 * 4;
-        /// The long kernel: threads, and room for its static shared memory.
-        const LONG_THREADS: usize = 1024;
+        const KEYS: [usize; 4] = [8, 16, 32, 48];
+        /// Bytes of the histograms: three digits of 2048 bins.
+        const HISTOGRAMS: usize = 3 * 2048 * 4;
+        /// The kernel with keys in shared memory: threads, and room for its static shared memory.
+        const SHARED_THREADS: usize = 1024;
         const STATIC: usize = 1024;
         p.check()?;
         let (rows, n) = (p.rows_per_seq * p.seqs.n, p.seqs.max_kv.max(1));
-        // As many blocks a row as run at once; more where the registers ask for it.
-        let wanted = (2 * self.limits.sms / rows.max(1)).max(n.div_ceil(THREADS * TWO_BLOCKS));
+        let room = self.limits.shared.saturating_sub(HISTOGRAMS + STATIC) / 4;
+        // As many blocks a row as run at once, one a multiprocessor; where rows alone fill the device, one.
         let useful = n.div_ceil(THREADS * KEYS[0]);
-        let blocks = wanted.min(useful).clamp(1, self.limits.cluster);
-        let keys = KEYS.into_iter().find(|k| blocks * THREADS * k >= n);
-        let room = self.limits.shared.saturating_sub(HISTOGRAM + STATIC) / 4;
+        let blocks = (self.limits.sms / rows.max(1)).min(useful).clamp(1, self.limits.cluster);
+        let fits = |blocks: usize| KEYS.into_iter().find(|k| blocks * THREADS * k >= n);
+        let keys = match fits(blocks) {
+            Some(keys) if blocks > 1 || keys <= 16 => Some((blocks, keys)),
+            // One block with its keys in shared memory, or else the largest cluster.
+            _ if n <= room => None,
+            _ => fits(self.limits.cluster).map(|keys| (self.limits.cluster, keys)),
+        };
         let args = Args::new()
             .with(self.ptr(OP, p.scores)?)
             .with(self.seqs(OP, &p.seqs)?)
@@ -164,15 +167,15 @@ impl CudaBackend {
             .with(p.stride as u64)
             .with(word(OP, "cached keys", n.min(room))?);
         match keys {
-            Some(keys) => {
+            Some((blocks, keys)) => {
                 let grid = [blocks, p.rows_per_seq, p.seqs.n];
-                let shape = Shape::new(grid, THREADS).shared(3 * HISTOGRAM).cluster(blocks);
+                let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS).cluster(blocks);
                 self.launch(OP, &format!("top_k_{keys}"), shape, args)
             }
             None => {
-                let shape = Shape::new([1, p.rows_per_seq, p.seqs.n], LONG_THREADS);
-                let shape = shape.shared(HISTOGRAM + n.min(room) * 4);
-                self.launch(OP, "top_k_long", shape, args)
+                let shape = Shape::new([1, p.rows_per_seq, p.seqs.n], SHARED_THREADS);
+                let shape = shape.shared(HISTOGRAMS + n.min(room).next_multiple_of(4) * 4);
+                self.launch(OP, "top_k_shared", shape, args)
             }
         }
     }

@@ -1,0 +1,165 @@
+//! The audit and the sparse path of a whole (tiny, random) model against attention computed here in f64.
+
+mod common;
+
+use common::cache::backends;
+use common::model::{Model, dense, prompt, sparse};
+use common::tiny::Tiny;
+use longsight::backend::Pool;
+use longsight::engine::{AuditConfig, Engine, SeqId, WantLogits};
+use longsight::model::{Arch, LayerAudit, LayerWeight, Weight};
+use longsight::select::{MethodSpec, Variant};
+
+const EVERY_STEP: Option<AuditConfig> = Some(AuditConfig { every: 1, layers: 0 });
+
+fn read(engine: &mut Engine, tokens: &[u32]) -> SeqId {
+    let seq = engine.open_sequence().unwrap();
+    engine.prefill(seq, tokens, WantLogits::None, |_, _| (), |_| true).unwrap();
+    seq
+}
+
+/// What the model's first layer does for the last of some tokens.
+struct FirstLayer {
+    tiny: Tiny,
+    /// RMS-normalised embeddings.
+    x: Vec<Vec<f64>>,
+}
+
+impl FirstLayer {
+    fn new(tokens: &[u32]) -> FirstLayer {
+        let mut layer = FirstLayer { tiny: Tiny::new(Arch::Llama, false, 3), x: Vec::new() };
+        let hidden = layer.tiny.config.hidden;
+        let (table, norm) = (layer.weight(Weight::Embed), layer.layer(LayerWeight::AttnNorm));
+        let row = |&t: &u32| {
+            let x = &table[t as usize * hidden..][..hidden];
+            let mean = x.iter().map(|v| v * v).sum::<f64>() / hidden as f64;
+            let scale = 1.0 / (mean + layer.tiny.config.norm_eps).sqrt();
+            x.iter().zip(&norm).map(|(v, w)| v * scale * w).collect()
+        };
+        layer.x = tokens.iter().map(row).collect();
+        layer
+    }
+
+    fn weight(&self, which: Weight) -> Vec<f64> {
+        let (_, values) = self.tiny.weights.iter().find(|(w, _)| *w == which).unwrap();
+        values.iter().map(|&v| f64::from(v)).collect()
+    }
+
+    fn layer(&self, which: LayerWeight) -> Vec<f64> {
+        self.weight(Weight::Layer(0, which))
+    }
+
+    /// One head of a projection, per token.
+    fn head(&self, which: LayerWeight, head: usize) -> Vec<Vec<f64>> {
+        let (w, d) = (self.layer(which), self.tiny.config.head_dim);
+        let hidden = self.tiny.config.hidden;
+        let rows = || w.chunks_exact(hidden).skip(head * d).take(d);
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum();
+        self.x.iter().map(|x| rows().map(|r| dot(r, x)).collect()).collect()
+    }
+
+    /// Rotary embedding: dimension i turns with i + d / 2.
+    fn rotated(&self, which: LayerWeight, head: usize) -> Vec<Vec<f64>> {
+        let half = self.tiny.config.head_dim / 2;
+        let mut all = self.head(which, head);
+        for (position, x) in all.iter_mut().enumerate() {
+            for i in 0..half {
+                let freq = self.tiny.config.rope_theta.powf(-(i as f64) / half as f64);
+                let (sin, cos) = (position as f64 * freq).sin_cos();
+                let (a, b) = (x[i], x[i + half]);
+                (x[i], x[i + half]) = (a * cos - b * sin, b * cos + a * sin);
+            }
+        }
+        all
+    }
+
+    /// Per query head the mass of `selected` tokens, and the relative error of the outputs over them.
+    fn audit(&self, selected: &[usize]) -> (Vec<f64>, f64) {
+        let c = &self.tiny.config;
+        let (mut masses, mut wrong, mut norm) = (Vec::new(), 0.0, 0.0);
+        for h in 0..c.n_heads {
+            let kv = h / (c.n_heads / c.n_kv_heads);
+            let q = self.rotated(LayerWeight::Q, h).pop().unwrap();
+            let (k, v) = (self.rotated(LayerWeight::K, kv), self.head(LayerWeight::V, kv));
+            let logit = |k: &Vec<f64>| q.iter().zip(k).map(|(a, b)| a * b).sum::<f64>();
+            let weights: Vec<f64> =
+                k.iter().map(|k| (logit(k) / (c.head_dim as f64).sqrt()).exp()).collect();
+            let over = |tokens: &mut dyn Iterator<Item = usize>| {
+                let (mut sum, mut out) = (0.0, vec![0.0; c.head_dim]);
+                for j in tokens {
+                    sum += weights[j];
+                    out.iter_mut().zip(&v[j]).for_each(|(o, x)| *o += weights[j] * x);
+                }
+                out.iter_mut().for_each(|o| *o /= sum);
+                (sum, out)
+            };
+            let (all, exact) = over(&mut (0..k.len()));
+            let (part, sparse) = over(&mut selected.iter().copied());
+            masses.push(part / all);
+            wrong += exact.iter().zip(&sparse).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            norm += exact.iter().map(|a| a * a).sum::<f64>();
+        }
+        (masses, (wrong / norm).sqrt())
+    }
+}
+
+/// A window's selection is known beforehand, so mass and error of the first layer follow from the weights.
+#[test]
+fn the_audit_finds_the_mass_and_error_of_a_known_selection() {
+    let model = Model::new();
+    let tokens = prompt(1, 101);
+    let selected: Vec<usize> = (0..4).chain(101 - 36..101).collect();
+    let (masses, error) = FirstLayer::new(&tokens).audit(&selected);
+    assert!(masses.iter().all(|m| (0.1..0.9).contains(m)) && error > 0.1, "{masses:?}, {error}");
+    for dev in backends() {
+        let spec = MethodSpec { sinks: Some(4), ..sparse(Variant::Window, 40) };
+        let mut engine = model.builder(&dev, &spec).audit(EVERY_STEP).build().unwrap();
+        // Slot 0 holds another sequence.
+        engine.open_sequence().unwrap();
+        let seq = read(&mut engine, &tokens[..100]);
+        engine.decode(seq, tokens[100]).unwrap();
+        let audits = engine.take_audits();
+        assert_eq!(audits.iter().map(|a| a.layer).collect::<Vec<_>>(), [0, 1]);
+        let LayerAudit { recall, output_error, .. } = &audits[0];
+        assert_eq!(recall.len(), masses.len());
+        for (got, want) in recall.iter().zip(&masses) {
+            assert!((f64::from(*got) - want).abs() < 1e-4, "{recall:?} {masses:?}");
+        }
+        assert!((f64::from(*output_error) - error).abs() < 1e-4, "{output_error} {error}");
+    }
+}
+
+/// All tokens but one take the sparse path. The one that a head leaves out is the one with its smallest weight, so
+/// at most one n-th of the mass is missing, and the logits are off by no larger share.
+#[test]
+fn all_but_one_token_is_almost_dense() {
+    let model = Model::new();
+    let (n, tokens) = (151, prompt(3, 151));
+    for dev in backends() {
+        let mut exact = model.engine(&dev, &dense());
+        let seq = read(&mut exact, &tokens[..n - 1]);
+        let want = exact.decode(seq, tokens[n - 1]).unwrap();
+        let nmse = |budget: usize| {
+            let spec = MethodSpec {
+                pool: Some(Pool::None),
+                recent: Some(1),
+                sinks: Some(0),
+                ..sparse(Variant::Oracle, budget)
+            };
+            let mut engine = model.builder(&dev, &spec).audit(EVERY_STEP).build().unwrap();
+            let seq = read(&mut engine, &tokens[..n - 1]);
+            let got = engine.decode(seq, tokens[n - 1]).unwrap();
+            let diff: f64 = got.iter().zip(&want).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+            let nmse = diff / want.iter().map(|w| f64::from(*w).powi(2)).sum::<f64>();
+            (nmse, engine.take_audits())
+        };
+        let (off, audits) = nmse(n - 1);
+        assert!(off > 0.0 && off < (1.0 / n as f64).powi(2), "{}: {off}", dev.name());
+        assert_eq!(audits.len(), 2);
+        for recall in audits.iter().flat_map(|a| &a.recall) {
+            assert!(*recall < 1.0 && *recall >= 1.0 - 1.0 / n as f32, "{recall}");
+        }
+        let (far, _) = nmse(n / 4);
+        assert!(far > 100.0 * off, "{}: {far} {off}", dev.name());
+    }
+}
