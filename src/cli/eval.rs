@@ -73,15 +73,15 @@ pub struct EvalArgs {
 
 pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
-    let output = a.output.as_deref().map(OutputFile::create).transpose()?;
-    let (checkpoint, tokenizer) = a.model.open()?;
-    let samples = samples(&a, &tokenizer)?;
-    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let mut specs = a.options.specs(&a.methods)?;
     for (_, spec) in &mut specs {
         // Below the default threshold nothing would be sparse, and nothing measured.
         spec.dense_below.get_or_insert(0);
     }
+    let output = a.output.as_deref().map(OutputFile::create).transpose()?;
+    let (checkpoint, tokenizer) = a.model.open()?;
+    let samples = samples(&a, &tokenizer)?;
+    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
     let context = a.model.size.ctx.unwrap_or(longest);
     let mut engine = a

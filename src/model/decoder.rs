@@ -117,7 +117,6 @@ impl Decoder {
     pub fn layer_shape(&self, layer: usize, kv_dtype: DType) -> LayerShape {
         LayerShape {
             layer,
-            n_layers: self.config.n_layers,
             heads: self.config.n_heads,
             kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,
