@@ -1,7 +1,7 @@
 //! Longsight runs long-context language models with sparse attention, on any GPU.
 //!
 //! Layers, each importing only those below: `cli`, `eval`, `bench` | `engine` | `model` | `select`, `kv` |
-//! `backend`. See `DESIGN.md`.
+//! `backend` | `files`. See `DESIGN.md`.
 
 #![warn(missing_debug_implementations)]
 #![forbid(unsafe_op_in_unsafe_fn)]
@@ -11,6 +11,7 @@ pub mod bench;
 pub mod cli;
 pub mod engine;
 pub mod eval;
+mod files;
 pub mod kv;
 pub mod model;
 pub mod select;

@@ -60,6 +60,20 @@ fn wrong_configurations_are_refused() {
     config["model_type"] = json!("mamba2");
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     assert!(complaint(&folder, "config.json").contains("mamba2"));
+    // Sizes that make sense but do not run here, refused before any weight is read.
+    for (key, value, names) in [
+        ("num_attention_heads", 34, "17 query heads per KV head"),
+        ("head_dim", 264, "a head dimension of 264"),
+        ("head_dim", 20, "a head dimension of 20"),
+        ("hidden_size", 60, "a hidden size of 60"),
+        ("intermediate_size", 100, "a MLP width of 100"),
+    ] {
+        let mut config = good.clone();
+        config[key] = json!(value);
+        fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        let message = complaint(&folder, "config.json");
+        assert!(message.contains(names) && message.contains("run here"), "{message}");
+    }
     // Consistent numbers that are not those of the weights.
     for (key, value) in [("intermediate_size", 128), ("vocab_size", 512), ("head_dim", 32)] {
         let mut config = good.clone();

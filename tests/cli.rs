@@ -234,6 +234,85 @@ fn plans_are_printed_saved_and_run() {
     assert!(table.out.contains("dense") && table.out.contains("100.0 %"), "{}", table.out);
 }
 
+/// The order of the keys is measured once per model and kept, so it must not depend on who asks first.
+#[test]
+fn the_order_of_keys_does_not_depend_on_the_context() {
+    let order = |home: &Home, context: &str| -> Value {
+        let model = home.model();
+        let more = ["--ctx", context, "--chunk", context, "--dense-layers", "0", "hello"];
+        assert_eq!(home.run(&run_on(&model, &more)).code, Some(0));
+        let cached = home.files().into_iter().filter(|f| f.starts_with(home.path("cache")));
+        let cached: Vec<PathBuf> = cached.collect();
+        assert_eq!(cached.len(), 1, "{cached:?}");
+        serde_json::from_slice(&std::fs::read(&cached[0]).unwrap()).unwrap()
+    };
+    let (short, long) = (Home::new(), Home::new());
+    let measured = order(&short, "64");
+    assert_eq!(measured, order(&long, "512"));
+    assert_eq!(measured["source"]["tokens"], 512, "all that the model was trained for");
+    // An order that was measured on something else is not used.
+    let file = short.files().into_iter().find(|f| f.starts_with(short.path("cache"))).unwrap();
+    for (key, value) in [("tokens", Value::from(64)), ("text", "other".into())] {
+        let mut other = measured.clone();
+        other["source"][key] = value;
+        other["pairs"][0][0].as_array_mut().unwrap().reverse();
+        std::fs::write(&file, other.to_string()).unwrap();
+        assert_eq!(order(&short, "512"), measured, "{key}");
+    }
+}
+
+#[test]
+fn a_plan_may_not_select_where_the_model_has_a_window() {
+    let home = Home::new();
+    let model = home.model();
+    let sparse = ["--dense-layers", "0", "--budget", "64", "--format", "json"];
+    let mut plan = home.run(&[&["plan", "-m", &model][..], &sparse].concat()).json();
+    // Fits any model of two layers.
+    plan["model"] = "".into();
+    let saved = home.file("plan.json", plan.to_string().as_bytes());
+    let on = |model: &str| home.run(&run_on(model, &["--plan", &saved, "hello"])).code;
+    assert_eq!(on(&model), Some(0));
+    let windowed = home.path("windowed");
+    let tiny = Tiny::new(Arch::Mistral, false, 5);
+    tiny.write_hf(&windowed, Quant::F32, 1);
+    let mut config = tiny.hf_config();
+    config["sliding_window"] = 32.into();
+    home.file("windowed/config.json", config.to_string().as_bytes());
+    let names = ["sparcas", "last 32", "dense"];
+    home.refused(&run_on(&text(&windowed), &["--plan", &saved, "hello"]), &names);
+    home.refused(&["plan", "-m", &text(&windowed), "--plan", &saved], &names);
+}
+
+#[test]
+fn options_that_would_change_nothing_are_refused() {
+    let home = Home::new();
+    let model = home.model();
+    let run: [(&[&str], &[&str]); 9] = [
+        (&["--plan", "p.json", "--method", "dense"], &["--plan", "--method"]),
+        (&["--plan", "p.json", "--budget", "64"], &["--plan", "--budget"]),
+        (&["--plan", "p.json", "--dense-layers", "0"], &["--plan", "--dense-layers"]),
+        (&["--method", "dense", "--budget", "64"], &["--budget changes nothing in dense"]),
+        (&["--method", "sparcas", "--update", "8"], &["--update changes nothing in sparcas"]),
+        (&["--method", "window", "--pool", "max-softmax"], &["--pool changes nothing"]),
+        (&["--method", "dense:budget=64"], &["\"budget\" is no option", "reads none"]),
+        (&["--method", "oracle:dims=8"], &["\"dims\" is no option", "budget, pool"]),
+        (&["--method", "sparcas:dims=few"], &["\"few\" is no value for dims"]),
+    ];
+    for (more, names) in run {
+        home.refused(&run_on(&model, &[more, &["hi"]].concat()), names);
+    }
+    home.refused(&["chat", "-m", &model, "--json"], &["--json"]);
+    home.refused(&["plan", "-m", &model, "--device", "cpu"], &["--device"]);
+    home.refused(&["plan", "-m", &model, "--chunk", "8"], &["--chunk"]);
+    let prose = home.file("prose.txt", b"The mill stood by the river.");
+    let eval = ["eval", "copy", "-m", &model, "--text", &prose, "--lengths", "16"];
+    let dims = ["--methods", "window,oracle", "--dims", "8,16"];
+    home.refused(&[&eval[..], &dims].concat(), &["--dims changes nothing in window, oracle"]);
+    home.refused(&[&eval[..], &["--score", "18446744073709551615"]].concat(), &["too few"]);
+    let bench = ["bench", "-m", &model, "--methods", "dense", "--budget", "64"];
+    home.refused(&bench, &["--budget changes nothing in dense"]);
+}
+
 #[test]
 fn bad_model_files_are_refused() {
     let home = Home::new();

@@ -129,7 +129,7 @@ fn harness_trials() -> Vec<Trial> {
         let name = format!("harness::catches::{fault:?}_in_{op}").to_lowercase();
         trials.push(Trial::test(name, move || {
             let rows = oracle_rows(fault, op);
-            // Cases that pass a faulty backend prove nothing about it, but most must not.
+            // Some cases cannot see a fault (it leaves their inputs as they are); one that does names it.
             let caught = rows.iter().filter(|r| matches!(&r.end, End::Fail(w) if w.contains(want)));
             match caught.count() {
                 0 => Err(Failed::from(format!("no case of {op} fails with {want:?}"))),

@@ -117,12 +117,17 @@ fn sorting_the_keys_leaves_dense_logits_alone() {
     assert!(worst < 2e-4, "{worst}");
 }
 
+/// Tokens that every greedy text must share with the recording, whatever its margins.
+const AGREE: usize = 16;
+/// Margins up to which a token may differ: twice the widest tie seen (bf16: 0.026, CUDA at token 27 of `code`).
+const TIES: [(DType, f32); 2] = [(DType::F32, 2e-3), (DType::BF16, 0.052)];
+
 /// Greedy texts of 64 tokens. Where a token differs, the recorded margin must be within the dtype's rounding: a tie.
 #[test]
 fn greedy_texts_agree_on_every_backend() {
     let r = Reference::load();
     for (name, software) in backends() {
-        for (dtype, tie) in [(DType::F32, 2e-3), (DType::BF16, 0.25)] {
+        for (dtype, tie) in TIES {
             let prompts: &[&str] = match software {
                 true => &["raw"],
                 false => &["raw", "chat", "code", "list", "excerpt_1000"],
@@ -140,6 +145,7 @@ fn greedy_texts_agree_on_every_backend() {
                             "{name} {dtype} {p}: first difference at {i}, margin {}",
                             margins[i]
                         );
+                        assert!(i >= AGREE, "{name} {dtype} {p}: only {i} tokens agree");
                         assert!(margins[i] <= tie, "{name} {dtype} {p} at {i}: {}", margins[i]);
                     }
                 }

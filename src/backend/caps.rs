@@ -39,6 +39,13 @@ pub struct Capabilities {
     pub activations_follow_weights: bool,
 }
 
+impl Capabilities {
+    /// Dtype of activations beside weights of dtype `weights`.
+    pub fn activations(&self, weights: DType) -> DType {
+        if self.activations_follow_weights { weights } else { DType::F32 }
+    }
+}
+
 /// Measured bandwidths in GB/s (1e9 bytes per second).
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct Bandwidth {

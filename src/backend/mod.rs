@@ -29,6 +29,12 @@ pub const ALIGN: usize = 256;
 /// Tokens of one KV page.
 pub const PAGE: usize = 64;
 
+/// Most dimensions of a head; also, it must be a multiple of 8.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// Most query heads that share a KV head.
+pub const MAX_GROUP: usize = 16;
+
 /// A device that runs the ops. Object safe: the model and the engine hold `Arc<dyn Backend>`.
 ///
 /// Ops run in call order; a later op sees the writes of an earlier one. Output tensors must not overlap
@@ -78,6 +84,12 @@ pub trait Backend: Send + Sync {
     fn splits(&self, groups: usize, tokens: usize) -> usize {
         let _ = (groups, tokens);
         1
+    }
+
+    /// Whether attention takes queries of `act` over a cache of `kv`.
+    fn attends(&self, act: DType, kv: DType) -> bool {
+        let _ = (act, kv);
+        true
     }
 
     /// Token embedding; see [`Embed`].

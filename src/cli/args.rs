@@ -4,20 +4,17 @@ use super::ui;
 use crate::backend::{DType, DimMetric, Pool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
-use crate::select::{METHODS, MethodSpec, Plan, parse_name};
-use anyhow::{Context, Result};
+use crate::select::{METHODS, MethodSpec, Plan, Variant, parse_name};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
 
-/// Which model runs where.
+/// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
-pub struct ModelArgs {
+pub struct SizeArgs {
     /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), or `smollm2` (fetched once)
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
-    /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
-    #[arg(short, long, default_value = "auto")]
-    pub device: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
     /// CUDA, else f16]
     #[arg(long, value_name = "DTYPE")]
@@ -28,12 +25,22 @@ pub struct ModelArgs {
     /// Most tokens of a sequence [default: what the prompt and the answer need, or the model's limit]
     #[arg(long, value_name = "TOKENS")]
     pub ctx: Option<usize>,
+}
+
+/// Which model runs where.
+#[derive(Args, Clone, Debug)]
+pub struct ModelArgs {
+    #[command(flatten)]
+    pub size: SizeArgs,
+    /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
+    #[arg(short, long, default_value = "auto")]
+    pub device: String,
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub chunk: usize,
 }
 
-impl ModelArgs {
+impl SizeArgs {
     /// Opens the model's files without loading weights, fetching them first where needed.
     ///
     /// # Errors
@@ -45,13 +52,15 @@ impl ModelArgs {
         })?;
         Ok(Checkpoint::open(&path)?)
     }
+}
 
+impl ModelArgs {
     /// The opened files and their tokenizer, for [`EngineBuilder::checkpoint`] and [`EngineBuilder::tokenizer`].
     ///
     /// # Errors
-    /// As [`ModelArgs::checkpoint`].
+    /// As [`SizeArgs::checkpoint`].
     pub fn open(&self) -> Result<(Checkpoint, Tokenizer)> {
-        let checkpoint = self.checkpoint()?;
+        let checkpoint = self.size.checkpoint()?;
         let tokenizer = Tokenizer::for_checkpoint(&checkpoint)?;
         Ok((checkpoint, tokenizer))
     }
@@ -59,11 +68,11 @@ impl ModelArgs {
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
         Engine::builder()
-            .model(&self.model)
+            .model(&self.size.model)
             .device(&self.device)
-            .dtype(self.dtype)
-            .kv_dtype(self.kv_dtype)
-            .context(self.ctx)
+            .dtype(self.size.dtype)
+            .kv_dtype(self.size.kv_dtype)
+            .context(self.size.ctx)
             .chunk(self.chunk)
             .on_progress(ui::build_progress())
     }
@@ -74,6 +83,22 @@ fn method_help() -> String {
     format!("Which tokens each decode step attends to:\n{}", lines.join("\n"))
 }
 
+/// Arguments that a finished plan leaves nothing to decide for.
+const PLANNED: [&str; 12] = [
+    "method",
+    "budget",
+    "dims",
+    "update",
+    "metric",
+    "beta",
+    "unit",
+    "pool",
+    "sinks",
+    "recent",
+    "dense_layers",
+    "dense_below",
+];
+
 /// Which tokens are attended to.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sparse attention")]
@@ -81,8 +106,8 @@ pub struct MethodArgs {
     /// Method; --help lists them
     #[arg(long, default_value = "sparcas", long_help = method_help())]
     pub method: MethodSpec,
-    /// A plan file instead of --method (see `longsight plan --save`)
-    #[arg(long, value_name = "FILE")]
+    /// A plan file instead of --method and its options (see `longsight plan --save`)
+    #[arg(long, value_name = "FILE", conflicts_with_all = PLANNED)]
     pub plan: Option<PathBuf>,
     #[command(flatten)]
     pub options: MethodOptions,
@@ -136,39 +161,57 @@ pub struct OtherOptions {
 }
 
 impl MethodOptions {
-    /// `spec` with these options on top.
-    pub fn apply(&self, mut spec: MethodSpec) -> MethodSpec {
+    /// The methods with these options on top, each with those that it reads.
+    ///
+    /// # Errors
+    /// An option that none of the methods reads.
+    pub fn apply(&self, methods: &[MethodSpec]) -> Result<Vec<MethodSpec>> {
+        let given = self.on(Variant::Dense.into());
+        for option in given.given() {
+            if !methods.iter().any(|m| m.variant.takes(option)) {
+                let names: Vec<_> = methods.iter().map(MethodSpec::name).collect();
+                bail!("--{option} changes nothing in {}; leave it out", names.join(", "));
+            }
+        }
+        Ok(methods.iter().map(|m| self.on(m.clone()).with_read_options_only()).collect())
+    }
+
+    /// `spec` with all of these options on top.
+    fn on(&self, mut spec: MethodSpec) -> MethodSpec {
+        let o = &self.others;
         spec.budget = self.budget.or(spec.budget);
         spec.dims = self.dims.or(spec.dims);
         spec.update = self.update.or(spec.update);
         spec.metric = self.metric.or(spec.metric);
-        self.others.apply(spec)
-    }
-}
-
-impl OtherOptions {
-    /// `spec` with these options on top.
-    pub fn apply(&self, mut spec: MethodSpec) -> MethodSpec {
-        spec.beta = self.beta.or(spec.beta);
-        spec.unit = self.unit.or(spec.unit);
-        spec.pool = self.pool.or(spec.pool);
-        spec.sinks = self.sinks.or(spec.sinks);
-        spec.recent = self.recent.or(spec.recent);
-        spec.dense_layers = self.dense_layers.or(spec.dense_layers);
-        spec.dense_below = self.dense_below.or(spec.dense_below);
+        spec.beta = o.beta.or(spec.beta);
+        spec.unit = o.unit.or(spec.unit);
+        spec.pool = o.pool.or(spec.pool);
+        spec.sinks = o.sinks.or(spec.sinks);
+        spec.recent = o.recent.or(spec.recent);
+        spec.dense_layers = o.dense_layers.or(spec.dense_layers);
+        spec.dense_below = o.dense_below.or(spec.dense_below);
         spec
     }
 }
 
 impl MethodArgs {
+    /// The method with its options.
+    ///
+    /// # Errors
+    /// An option that the method does not read.
+    pub fn spec(&self) -> Result<MethodSpec> {
+        let specs = self.options.apply(std::slice::from_ref(&self.method))?;
+        Ok(specs.into_iter().next().unwrap_or_default())
+    }
+
     /// Sets the method on a builder.
     ///
     /// # Errors
-    /// A plan file that cannot be read.
+    /// A plan file that cannot be read, or an option that the method does not read.
     pub fn apply<'a>(&self, builder: EngineBuilder<'a>) -> Result<EngineBuilder<'a>> {
         Ok(match &self.plan {
             Some(path) => builder.plan(read_plan(path)?),
-            None => builder.method(self.options.apply(self.method.clone())),
+            None => builder.method(self.spec()?),
         })
     }
 }
@@ -210,9 +253,6 @@ pub struct AnswerArgs {
     /// Every N steps, measure the attention mass and output error of the selection
     #[arg(long, value_name = "N")]
     pub audit: Option<usize>,
-    /// Print the answer and its statistics as JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// Layers looked at in one audited step.

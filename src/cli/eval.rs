@@ -7,7 +7,9 @@ use super::sweep::Sweep;
 use super::table::Table;
 use super::ui;
 use crate::engine::EngineError;
-use crate::eval::{DEPTHS, Row, Sample, continuation, copy, evaluate, key_sequence, passkey};
+use crate::eval::{
+    DEPTHS, Row, Sample, continuation, copy, evaluate, key_sequence, passkey, start_of_text,
+};
 use crate::model::Tokenizer;
 use crate::select::MethodSpec;
 use anyhow::{Context, Result, bail};
@@ -71,17 +73,17 @@ pub struct EvalArgs {
 
 pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
-    let output = a.output.as_deref().map(OutputFile::create).transpose()?;
-    let (checkpoint, tokenizer) = a.model.open()?;
-    let samples = samples(&a, &tokenizer)?;
-    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let mut specs = a.options.specs(&a.methods)?;
     for (_, spec) in &mut specs {
         // Below the default threshold nothing would be sparse, and nothing measured.
         spec.dense_below.get_or_insert(0);
     }
+    let output = a.output.as_deref().map(OutputFile::create).transpose()?;
+    let (checkpoint, tokenizer) = a.model.open()?;
+    let samples = samples(&a, &tokenizer)?;
+    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
-    let context = a.model.ctx.unwrap_or(longest);
+    let context = a.model.size.ctx.unwrap_or(longest);
     let mut engine = a
         .model
         .builder()
@@ -146,6 +148,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
 
 fn samples(a: &EvalArgs, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
+    let start = start_of_text(tokenizer)?;
     for path in &a.text {
         let text = std::fs::read_to_string(path)
             .with_context(|| format!("cannot read the text {}", path.display()))?;
@@ -154,8 +157,8 @@ fn samples(a: &EvalArgs, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
         let mut keys = key_sequence();
         for &n in &a.lengths {
             match a.task {
-                Task::Ppl => samples.push(continuation(&name, &ids, n, a.score)?),
-                Task::Copy => samples.push(copy(&name, &ids, n, a.score)?),
+                Task::Ppl => samples.push(continuation(&name, &start, &ids, n, a.score)?),
+                Task::Copy => samples.push(copy(&name, &start, &ids, n, a.score)?),
                 Task::Passkey => {
                     for (tenths, key) in DEPTHS.into_iter().zip(keys.by_ref()) {
                         samples.push(passkey(tokenizer, &name, &ids, n, tenths, key)?);

@@ -1,15 +1,14 @@
 //! Result files: tried before a long run, complete or not there at all.
 
+use crate::files::{PartFile, write_atomic};
 use anyhow::{Context, Result};
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// A file that appears under its name when it is finished; until then (and after a failure or Ctrl-C) there is none.
 #[derive(Debug)]
 pub struct OutputFile {
     path: PathBuf,
-    part: PathBuf,
 }
 
 impl OutputFile {
@@ -18,21 +17,19 @@ impl OutputFile {
     /// # Errors
     /// A folder that does not exist or may not be written to.
     pub fn create(path: &Path) -> Result<OutputFile> {
-        let mut name = path.file_name().map(ToOwned::to_owned).unwrap_or_default();
-        name.push(".part");
-        let part = path.with_file_name(name);
         let failed = || {
             format!(
-                "cannot write {}; name a file in a folder that exists and may be written to (-o)",
+                "cannot write {}; name a file in a folder that exists and may be written to",
                 path.display()
             )
         };
         if path.is_dir() || path.file_name().is_none() {
             anyhow::bail!("{}: it is a folder", failed());
         }
-        // Only a trial: a run that is interrupted must not leave it behind.
-        File::create(&part).and_then(|_| std::fs::remove_file(&part)).with_context(failed)?;
-        Ok(OutputFile { path: path.to_owned(), part })
+        // Only a trial, gone at once: a run that is interrupted must not leave it behind.
+        let trial = PartFile::beside(path);
+        File::create(trial.path()).with_context(failed)?;
+        Ok(OutputFile { path: path.to_owned() })
     }
 
     /// Writes the contents and gives the file its name.
@@ -40,20 +37,8 @@ impl OutputFile {
     /// # Errors
     /// A full disk, or a folder that went away.
     pub fn finish(self, contents: &[u8]) -> Result<()> {
-        let write = || -> std::io::Result<()> {
-            let mut f = File::create(&self.part)?;
-            f.write_all(contents)?;
-            f.sync_all()?;
-            std::fs::rename(&self.part, &self.path)
-        };
-        write().with_context(|| format!("cannot write {}", self.path.display()))
-    }
-}
-
-impl Drop for OutputFile {
-    fn drop(&mut self) {
-        // After `finish` it has moved away.
-        let _ = std::fs::remove_file(&self.part);
+        write_atomic(&self.path, contents)
+            .with_context(|| format!("cannot write {}", self.path.display()))
     }
 }
 
@@ -77,7 +62,7 @@ mod tests {
     fn an_unwritable_place_is_refused_before_the_run() {
         let dir = tempfile::tempdir().unwrap();
         let missing = OutputFile::create(&dir.path().join("no/such/run.json")).unwrap_err();
-        assert!(missing.to_string().contains("-o"), "{missing}");
+        assert!(missing.to_string().contains("folder that exists"), "{missing}");
         let folder = OutputFile::create(dir.path()).unwrap_err();
         assert!(folder.to_string().contains("folder"), "{folder}");
     }

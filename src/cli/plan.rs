@@ -1,9 +1,10 @@
 //! `longsight plan`: a method as data.
 
-use super::args::{Format, MethodArgs, ModelArgs, read_plan};
+use super::args::{Format, MethodArgs, SizeArgs, read_plan};
+use super::output::OutputFile;
 use super::ui;
 use crate::select::{LayerPlan, Plan, Role, Scorer};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,7 +18,7 @@ pub struct PlanArgs {
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
     #[command(flatten)]
-    model: ModelArgs,
+    model: SizeArgs,
     #[command(flatten)]
     method: MethodArgs,
 }
@@ -29,16 +30,11 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let print = checkpoint.fingerprint();
     let plan = match &a.method.plan {
         Some(path) => read_plan(path)?,
-        None => a
-            .method
-            .options
-            .apply(a.method.method.clone())
-            .plan(&print, &c.windows, c.head_dim, context)?,
+        None => a.method.spec()?.plan(&print, &c.windows, c.head_dim, context)?,
     };
-    plan.check(&print, c.n_layers, c.head_dim)?;
+    plan.check(&print, &c.windows, c.head_dim)?;
     if let Some(path) = &a.save {
-        std::fs::write(path, serde_json::to_vec_pretty(&plan)?)
-            .with_context(|| format!("cannot write the plan to {}", path.display()))?;
+        OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
     }
     if a.format == Format::Json {
         println!("{}", serde_json::to_string_pretty(&plan)?);
@@ -57,7 +53,7 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
         start = last + 1;
     }
     let elem = a.model.kv_dtype.or(a.model.dtype).map_or(2, |d| d.bytes());
-    let bytes = |p: &Plan| p.bytes_read(context, c.n_kv_heads, c.head_dim, elem);
+    let bytes = |p: &Plan| p.bytes_read(context, &c.kv_reads(elem));
     let (sparse, dense) = (bytes(&plan), bytes(&Plan::dense(c.n_layers)));
     println!(
         "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)",

@@ -30,6 +30,9 @@ pub struct RunArgs {
     method: MethodArgs,
     #[command(flatten)]
     answer: AnswerArgs,
+    /// Print the answer and its statistics as JSON
+    #[arg(long, help_heading = "Answer")]
+    json: bool,
 }
 
 pub fn run(a: RunArgs) -> Result<ExitCode> {
@@ -40,7 +43,7 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     let question = a.ask.is_some() || a.prompt.is_some() || a.file.is_none();
     let builder = a.method.apply(a.model.builder())?.audit(a.answer.audit());
     let (checkpoint, tokenizer) = a.model.open()?;
-    let builder = match a.model.ctx {
+    let builder = match a.model.size.ctx {
         Some(_) => builder,
         None => {
             builder.context(needed_context(&checkpoint, &tokenizer, &text, a.answer.max_tokens)?)
@@ -55,8 +58,8 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
     request.stop = a.answer.stop.clone();
     request.cancel = interrupt.arm();
-    let answer = answer(&mut engine, request, !a.answer.json)?;
-    if a.answer.json {
+    let answer = answer(&mut engine, request, !a.json)?;
+    if a.json {
         let report = serde_json::json!({
             "answer": answer.text,
             "stats": answer.stats,

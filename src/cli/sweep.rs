@@ -2,7 +2,8 @@
 
 use super::args::{MethodOptions, OtherOptions};
 use crate::backend::DimMetric;
-use crate::select::{MethodSpec, SelectError, parse_name};
+use crate::select::{MethodSpec, parse_name};
+use anyhow::{Result, bail};
 use clap::Args;
 
 /// Options for all methods. With several values, each one makes rows of its own: all combinations run.
@@ -43,7 +44,7 @@ impl Sweep {
     ///
     /// # Errors
     /// A name that is no method, or options that it does not know.
-    pub fn specs(&self, methods: &[String]) -> Result<Vec<(String, MethodSpec)>, SelectError> {
+    pub fn specs(&self, methods: &[String]) -> Result<Vec<(String, MethodSpec)>> {
         let lists = [
             ("budget", strings(&self.budget)),
             ("dims", strings(&self.dims)),
@@ -62,18 +63,27 @@ impl Sweep {
             others: self.others.clone(),
         };
         let mut specs = Vec::new();
+        let mut all = Vec::new();
         for method in methods {
-            let variant = method.parse::<MethodSpec>()?.variant;
+            let base = method.parse::<MethodSpec>()?;
+            let variant = base.variant;
+            all.push(base);
             let mut names = vec![method.clone()];
             for (key, values) in lists.iter().filter(|(key, v)| v.len() > 1 && variant.takes(key)) {
                 names = names.iter().flat_map(|n| with_values(n, key, values)).collect();
             }
             for name in names {
-                let spec = options.apply(name.parse()?);
+                let spec: MethodSpec = name.parse()?;
                 specs.push((name, spec));
             }
         }
-        Ok(specs)
+        for (key, _) in lists.iter().filter(|(_, v)| v.len() > 1) {
+            if !all.iter().any(|m| m.variant.takes(key)) {
+                bail!("--{key} changes nothing in {}; leave it out", methods.join(", "));
+            }
+        }
+        let (names, specs): (Vec<_>, Vec<_>) = specs.into_iter().unzip();
+        Ok(names.into_iter().zip(options.apply(&specs)?).collect())
     }
 }
 

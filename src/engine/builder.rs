@@ -1,6 +1,6 @@
 //! Building an engine: model, device, dtypes, method, sizes.
 
-use super::calibrate::calibrated_order;
+use super::calibrate::{calibrated_order, order_limits, order_source};
 use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, PAGE, open};
 use crate::kv::{KvCache, KvShape, pages_for};
@@ -47,6 +47,7 @@ pub struct EngineBuilder<'a> {
     kv_tokens: Option<usize>,
     summaries_for: Vec<MethodSpec>,
     calibrate: bool,
+    key_order_dir: Option<PathBuf>,
     audit: Option<AuditConfig>,
     progress: OnProgress<'a>,
 }
@@ -76,6 +77,7 @@ impl Engine {
             kv_tokens: None,
             summaries_for: Vec::new(),
             calibrate: true,
+            key_order_dir: None,
             audit: None,
             progress: Box::new(|_| ()),
         }
@@ -163,6 +165,11 @@ impl<'a> EngineBuilder<'a> {
         self.calibrate = yes;
         self
     }
+    /// Folder that keeps the measured order of the keys. Default: [`cache_dir`].
+    pub fn key_order_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.key_order_dir = Some(dir.into());
+        self
+    }
     /// Audits the selection while decoding.
     pub fn audit(mut self, audit: impl Into<Option<AuditConfig>>) -> Self {
         self.audit = audit.into();
@@ -206,7 +213,7 @@ impl<'a> EngineBuilder<'a> {
             MethodChoice::Spec(spec) => plan_of(spec)?,
             MethodChoice::Plan(plan) => plan.clone(),
         };
-        plan.check(&fingerprint, config.n_layers, config.head_dim)?;
+        plan.check(&fingerprint, &config.windows, config.head_dim)?;
         let mut plans = vec![plan.clone()];
         for spec in &self.summaries_for {
             plans.push(plan_of(spec)?);
@@ -214,26 +221,37 @@ impl<'a> EngineBuilder<'a> {
 
         let dtype = self.weight_dtype(&*backend, &checkpoint)?;
         let kv_dtype = self.kv_dtype.unwrap_or(dtype);
+        let act = backend.caps().activations(dtype);
+        if !backend.attends(act, kv_dtype) {
+            return Err(EngineError::BadOption(format!(
+                "{dtype} weights beside a {kv_dtype} KV cache: {} attends to caches of {act} with them; leave the \
+                 cache's dtype out, or take f32 weights",
+                backend.name()
+            )));
+        }
         let mut notes = Vec::new();
         let calibrate = self.calibrate;
         let order_wanted = calibrate && plans.iter().any(Plan::wants_key_order);
-        let saved = cache_dir().map(|d| KeyOrder::cache_file(&d, &fingerprint));
-        let known = saved.as_ref().and_then(|p| KeyOrder::load(p, &fingerprint, &config));
+        let source = order_source(&config, &fingerprint);
+        let dir = self.key_order_dir.take().or_else(cache_dir);
+        let saved = dir.map(|d| KeyOrder::cache_file(&d, &fingerprint));
+        let known = saved.as_ref().and_then(|p| KeyOrder::load(p, &source, &config));
         let measure = order_wanted && known.is_none();
         let order = known.filter(|_| order_wanted).unwrap_or_else(|| KeyOrder::identity(&config));
         let mut progress = self.progress;
         let mut on_load = |done, all| progress(Progress::Load(done, all));
-        let mut decoder = Decoder::load(backend, &checkpoint, dtype, order, limits, &mut on_load)?;
+        let first = if measure { order_limits(&source) } else { limits };
+        let mut decoder = Decoder::load(backend, &checkpoint, dtype, order, first, &mut on_load)?;
         if measure {
             let mut on = |done, all| progress(Progress::Calibrate(done, all));
-            let order =
-                calibrated_order(&mut decoder, &tokenizer, kv_dtype, &fingerprint, &mut on)?;
+            let order = calibrated_order(&mut decoder, &tokenizer, kv_dtype, source, &mut on)?;
             if let Some(path) = &saved
                 && let Err(e) = order.save(path)
             {
                 notes.push(format!("the key order could not be saved to {}: {e}", path.display()));
             }
             decoder.set_key_order(&checkpoint, order)?;
+            decoder.set_limits(limits)?;
         }
 
         let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.head_dim);

@@ -1,28 +1,56 @@
 //! The key order of a model, measured once on a short built-in text.
 
 use super::EngineError;
-use crate::backend::DType;
+use crate::backend::{DType, PAGE};
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
-use crate::model::{Attention, Decoder, KeyOrder, StepSeq, Tokenizer, pair_energies};
+use crate::model::{
+    Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, OrderSource, StepSeq, Tokenizer,
+    pair_energies,
+};
 use crate::select::Plan;
+use sha2::{Digest, Sha256};
 
 /// The opening of Sense and Sensibility (public domain).
 const TEXT: &str = include_str!("../../assets/calibration.txt");
-/// Tokens read at most.
+/// Tokens read at most, and tokens per step.
 const TOKENS: usize = 2048;
+const CHUNK: usize = 512;
+/// To be raised when the measurement changes, so that orders saved before are measured anew.
+const VERSION: u32 = 1;
 
-/// Reads the built-in text with the decoder (in checkpoint order) and sorts each KV head's pairs by key energy.
+/// What the order of a model is measured on: the same for every engine, whatever its own sizes are.
+pub fn order_source(c: &ModelConfig, fingerprint: &str) -> OrderSource {
+    let hash = Sha256::digest(TEXT);
+    OrderSource {
+        model: fingerprint.into(),
+        version: VERSION,
+        text: hash[..8].iter().map(|b| format!("{b:02x}")).collect(),
+        tokens: TOKENS.min(c.max_context),
+    }
+}
+
+/// Sizes of the decoder that measures.
+pub fn order_limits(source: &OrderSource) -> DecoderLimits {
+    DecoderLimits {
+        rows: CHUNK.min(source.tokens),
+        seqs: 1,
+        context: source.tokens.next_multiple_of(PAGE),
+    }
+}
+
+/// Reads the built-in text with a decoder of [`order_limits`] (in checkpoint order) and sorts each KV head's pairs
+/// by key energy.
 pub fn calibrated_order(
     decoder: &mut Decoder,
     tokenizer: &Tokenizer,
     kv_dtype: DType,
-    fingerprint: &str,
+    source: OrderSource,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<KeyOrder, EngineError> {
     let c = decoder.config().clone();
     let limits = decoder.limits();
     let mut tokens = tokenizer.encode(TEXT, tokenizer.adds_bos())?;
-    tokens.truncate(TOKENS.min(limits.context));
+    tokens.truncate(source.tokens);
     let b = decoder.backend().clone();
     let mut cache = KvCache::new(
         &*b,
@@ -54,5 +82,5 @@ pub fn calibrated_order(
         .map(|stats| pair_energies(&*b, stats, 0, c.n_kv_heads, c.head_dim))
         .collect::<Result<Vec<_>, _>>()?;
     progress(all, all);
-    Ok(KeyOrder::from_energies(fingerprint, &energies))
+    Ok(KeyOrder::from_energies(source, &energies))
 }

@@ -267,14 +267,10 @@ impl<'e> Scheduler<'e> {
     fn finish(&mut self, i: usize, why: Finish) {
         let mut r = self.running.remove(i);
         let n = self.engine.cached(r.seq).unwrap_or(0);
-        let s = *self.engine.cache().shape();
+        let layers = self.engine.plan().layers.len();
+        let dense = crate::select::Plan::dense(layers);
         r.stats.kv_bytes = self.engine.bytes_read(n);
-        r.stats.kv_bytes_dense = crate::select::Plan::dense(s.n_layers).bytes_read(
-            n,
-            s.kv_heads,
-            s.head_dim,
-            s.dtype.bytes(),
-        );
+        r.stats.kv_bytes_dense = dense.bytes_read(n, &self.engine.kv_reads());
         r.stats.finish = Some(why);
         if r.spec.keep && n > 0 {
             r.prompt.truncate(r.fed);

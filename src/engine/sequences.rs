@@ -4,7 +4,7 @@ use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
 use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, Tokenizer};
-use crate::select::{Plan, SelectorFactory};
+use crate::select::{KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -114,8 +114,12 @@ impl Engine {
 
     /// Bytes of KV cache that one decode step reads for a sequence of `n` tokens under the current plan.
     pub fn bytes_read(&self, n: usize) -> u64 {
-        let s = self.cache.shape();
-        self.plan().bytes_read(n, s.kv_heads, s.head_dim, s.dtype.bytes())
+        self.plan().bytes_read(n, &self.kv_reads())
+    }
+
+    /// Sizes that [`Plan::bytes_read`] counts with.
+    pub fn kv_reads(&self) -> KvReads<'_> {
+        self.decoder.config().kv_reads(self.cache.shape().dtype.bytes())
     }
 
     /// Changes the method. Sequences keep their cached tokens; what methods knew about them is forgotten.
@@ -125,7 +129,7 @@ impl Engine {
     /// built with.
     pub fn set_plan(&mut self, plan: Plan) -> Result<(), EngineError> {
         let c = self.decoder.config();
-        plan.check(&self.fingerprint, c.n_layers, c.head_dim)?;
+        plan.check(&self.fingerprint, &c.windows, c.head_dim)?;
         let s = *self.cache.shape();
         let missing =
             |what| crate::select::SelectError::MissingSummary { method: plan.method.clone(), what };

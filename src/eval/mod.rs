@@ -8,4 +8,6 @@ mod runner;
 mod samples;
 
 pub use runner::{Difference, Row, evaluate};
-pub use samples::{DEPTHS, Sample, SampleError, continuation, copy, key_sequence, passkey};
+pub use samples::{
+    DEPTHS, Sample, SampleError, continuation, copy, key_sequence, passkey, start_of_text,
+};

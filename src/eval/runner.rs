@@ -1,7 +1,7 @@
 //! Runs samples through methods.
 
 use super::Sample;
-use crate::engine::{AuditConfig, AuditSummary, Engine, EngineError, WantLogits};
+use crate::engine::{AuditConfig, AuditSummary, Engine, EngineError, SeqId, WantLogits};
 use crate::select::Plan;
 use serde::Serialize;
 
@@ -80,60 +80,89 @@ pub fn evaluate(
     let mut done = 0;
     let mut rows = Vec::with_capacity(samples.len() * plans.len());
     for sample in samples {
+        let prefilled = done + sample.decode_from as u64;
         engine.set_audit(None);
         engine.set_plan(dense.1.clone())?;
         let base = engine.open_sequence()?;
-        let before = done;
-        engine.prefill(
-            base,
-            &sample.tokens[..sample.decode_from],
-            WantLogits::None,
-            |_, _| (),
-            |n| progress(before + n as u64, all),
-        )?;
-        done += sample.decode_from as u64;
-        let mut reference: Option<Vec<f32>> = None;
-        for (name, plan) in &plans {
-            engine.set_plan(plan.clone())?;
-            engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
-            let seq = engine.fork(base)?;
-            let start = std::time::Instant::now();
-            let (mut nlls, mut hits) = (Vec::new(), 0);
-            for t in sample.decode_from..sample.tokens.len() - 1 {
-                let logits = engine.decode(seq, sample.tokens[t])?;
-                if t + 1 >= sample.score_from {
-                    let (nll, hit) = score(&logits, sample.tokens[t + 1]);
-                    nlls.push(nll);
-                    hits += usize::from(hit);
-                }
-                done += 1;
-                if !progress(done, all) {
-                    return Err(EngineError::Interrupted);
-                }
+        let outcome = with(engine, base, |engine| {
+            let text = &sample.tokens[..sample.decode_from];
+            let on = |n: usize| progress(done + n as u64, all);
+            engine.prefill(base, text, WantLogits::None, |_, _| (), on)?;
+            let mut reference: Option<Vec<f32>> = None;
+            for (i, (name, plan)) in plans.iter().enumerate() {
+                engine.set_plan(plan.clone())?;
+                engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
+                let before = prefilled + (i * steps(sample)) as u64;
+                let step = |n: usize| progress(before + n as u64, all);
+                let mut row = decoded(engine, base, sample, step)?;
+                row.method.clone_from(name);
+                let dense = reference.get_or_insert_with(|| row.nlls.clone());
+                row.nll_difference = Difference::paired(&row.nlls, dense);
+                each(&row);
+                rows.push(row);
             }
-            done += 1;
-            let tokens = engine.cached(seq)?;
-            engine.close(seq);
-            let n = nlls.len().max(1) as f64;
-            let row = Row {
-                sample: sample.name.clone(),
-                method: name.clone(),
-                nll: nlls.iter().map(|&x| f64::from(x)).sum::<f64>() / n,
-                nll_difference: Difference::paired(&nlls, reference.as_ref().unwrap_or(&nlls)),
-                top1: hits as f64 / n,
-                exact: hits == nlls.len(),
-                kv_bytes: engine.bytes_read(tokens),
-                seconds: start.elapsed().as_secs_f64(),
-                audit: AuditSummary::new(&engine.take_audits()),
-                nlls,
-            };
-            reference.get_or_insert_with(|| row.nlls.clone());
-            each(&row);
-            rows.push(row);
+            Ok(())
+        });
+        // An engine that goes on must not measure, nor keep what was measured.
+        engine.set_audit(None);
+        if outcome.is_err() {
+            engine.take_audits();
         }
-        engine.close(base);
+        outcome?;
+        done = prefilled + (plans.len() * steps(sample)) as u64;
     }
     Ok(rows)
+}
+
+/// Runs `f` and closes `seq` whatever comes out.
+fn with<T>(
+    engine: &mut Engine,
+    seq: SeqId,
+    f: impl FnOnce(&mut Engine) -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let outcome = f(engine);
+    engine.close(seq);
+    outcome
+}
+
+/// Decodes and scores the end of `sample` on a fork of `base`, which holds what comes before, under the engine's
+/// plan. `step` gets the decode steps done and answers whether to go on.
+fn decoded(
+    engine: &mut Engine,
+    base: SeqId,
+    sample: &Sample,
+    mut step: impl FnMut(usize) -> bool,
+) -> Result<Row, EngineError> {
+    let seq = engine.fork(base)?;
+    let start = std::time::Instant::now();
+    let (mut nlls, mut hits) = (Vec::new(), 0);
+    let tokens = with(engine, seq, |engine| {
+        for t in sample.decode_from..sample.tokens.len() - 1 {
+            let logits = engine.decode(seq, sample.tokens[t])?;
+            if t + 1 >= sample.score_from {
+                let (nll, hit) = score(&logits, sample.tokens[t + 1]);
+                nlls.push(nll);
+                hits += usize::from(hit);
+            }
+            if !step(t + 1 - sample.decode_from) {
+                return Err(EngineError::Interrupted);
+            }
+        }
+        engine.cached(seq)
+    })?;
+    let n = nlls.len().max(1) as f64;
+    Ok(Row {
+        sample: sample.name.clone(),
+        method: String::new(),
+        nll: nlls.iter().map(|&x| f64::from(x)).sum::<f64>() / n,
+        nll_difference: Difference { mean: 0.0, error: 0.0 },
+        top1: hits as f64 / n,
+        exact: hits == nlls.len(),
+        kv_bytes: engine.bytes_read(tokens),
+        seconds: start.elapsed().as_secs_f64(),
+        audit: AuditSummary::new(&engine.take_audits()),
+        nlls,
+    })
 }
 
 #[cfg(test)]

@@ -48,38 +48,63 @@ fn need(text: &str, ids: &[u32], n: usize) -> Result<(), SampleError> {
     Err(SampleError::TextTooShort { text: text.into(), have: ids.len(), need: n })
 }
 
-/// The first `tokens` ids of a text; the last `scored` are predicted.
+/// The tokens that start a text of this model: its BOS where it wants one, else none.
+///
+/// # Errors
+/// What the tokenizer says.
+pub fn start_of_text(tokenizer: &Tokenizer) -> Result<Vec<u32>, ModelError> {
+    tokenizer.encode("", tokenizer.adds_bos())
+}
+
+/// `start` and the first ids of a text, `tokens` in all; the last `scored` are predicted.
 ///
 /// # Errors
 /// [`SampleError`] when the text or the number is too small.
 pub fn continuation(
     text: &str,
+    start: &[u32],
     ids: &[u32],
     tokens: usize,
     scored: usize,
 ) -> Result<Sample, SampleError> {
-    need(text, ids, tokens)?;
-    tail(format!("{text} {tokens}"), ids[..tokens].to_vec(), scored)
+    let count = room(tokens, start.len(), scored)?;
+    need(text, ids, count)?;
+    Ok(tail(format!("{text} {tokens}"), [start, &ids[..count]].concat(), scored))
 }
 
-/// The first `tokens / 2` ids of a text, twice; the last `scored` are predicted, each of which stands
-/// `tokens / 2` back.
+/// `start` and the first ids of a text, twice, `tokens` in all (one less where they do not halve); the last
+/// `scored` are predicted, each of which stands half the length back.
 ///
 /// # Errors
 /// [`SampleError`] when the text or the number is too small.
-pub fn copy(text: &str, ids: &[u32], tokens: usize, scored: usize) -> Result<Sample, SampleError> {
-    need(text, ids, tokens / 2)?;
-    let half = &ids[..tokens / 2];
-    tail(format!("{text} {tokens}"), [half, half].concat(), scored)
+pub fn copy(
+    text: &str,
+    start: &[u32],
+    ids: &[u32],
+    tokens: usize,
+    scored: usize,
+) -> Result<Sample, SampleError> {
+    let count = room(tokens, start.len(), scored)? / 2;
+    need(text, ids, count)?;
+    let half = &ids[..count];
+    let all = [start, half, half].concat();
+    room(all.len(), start.len(), scored)?;
+    Ok(tail(format!("{text} {tokens}"), all, scored))
 }
 
-fn tail(name: String, tokens: Vec<u32>, scored: usize) -> Result<Sample, SampleError> {
-    let n = tokens.len();
-    if scored == 0 || n < scored + 2 {
-        return Err(SampleError::TooFewTokens { tokens: n, least: scored.max(1) + 2 });
+/// Tokens of text after `start` tokens, at least one of which comes before those that are scored.
+fn room(tokens: usize, start: usize, scored: usize) -> Result<usize, SampleError> {
+    let least = scored.max(1).saturating_add(2).saturating_add(start);
+    if scored == 0 || tokens < least {
+        return Err(SampleError::TooFewTokens { tokens, least });
     }
+    Ok(tokens - start)
+}
+
+fn tail(name: String, tokens: Vec<u32>, scored: usize) -> Sample {
+    let n = tokens.len();
     // The token before the first scored one is the first decode step.
-    Ok(Sample { name, tokens, decode_from: n - scored - 1, score_from: n - scored })
+    Sample { name, tokens, decode_from: n - scored - 1, score_from: n - scored }
 }
 
 /// Depths of the pass key, in tenths of the text.
@@ -100,7 +125,8 @@ pub fn key_sequence() -> impl Iterator<Item = u64> {
 /// A key hidden in prose at `tenths` / 10 of the text; the question and the five digits are fed one by one, the
 /// digits are scored. The question ends with a space so that the next token is a digit.
 ///
-/// `tokens` counts everything. Pieces are encoded apart, so the filler is the text's own ids.
+/// `tokens` counts everything, the start of the text too. Pieces are encoded apart, so the filler is the text's own
+/// ids.
 ///
 /// # Errors
 /// [`SampleError`] when the text or the number is too small.
@@ -115,7 +141,8 @@ pub fn passkey(
     let encode = |s: &str| tokenizer.encode(s, false);
     let key = key.to_string();
     let needle = format!("\n\nThe pass key is {key}. Do not forget it: {key} is the pass key.\n\n");
-    let (head, needle, question) = (encode(HEAD)?, encode(&needle)?, encode(QUESTION)?);
+    let (needle, question) = (encode(&needle)?, encode(QUESTION)?);
+    let head = [start_of_text(tokenizer)?, encode(HEAD)?].concat();
     let digits = encode(&key)?;
     let fixed = head.len() + needle.len() + question.len() + digits.len();
     let count = tokens
@@ -145,10 +172,33 @@ mod tests {
     #[test]
     fn copy_repeats_and_scores_the_tail() {
         let ids: Vec<u32> = (0..10).collect();
-        let s = copy("t", &ids, 8, 3).unwrap();
+        let s = copy("t", &[], &ids, 8, 3).unwrap();
         assert_eq!(s.tokens, [0, 1, 2, 3, 0, 1, 2, 3]);
         assert_eq!((s.decode_from, s.score_from), (4, 5));
-        assert!(copy("t", &ids, 40, 3).is_err());
-        assert!(continuation("t", &ids, 4, 3).is_err());
+        assert!(copy("t", &[], &ids, 40, 3).is_err());
+        assert!(continuation("t", &[], &ids, 4, 3).is_err());
+        // One token that does not halve is missing for the score.
+        assert!(copy("t", &[], &ids, 5, 3).is_err());
+    }
+
+    #[test]
+    fn a_text_starts_as_its_model_wants_it() {
+        let ids: Vec<u32> = (0..10).collect();
+        let s = copy("t", &[99], &ids, 9, 3).unwrap();
+        assert_eq!(s.tokens, [99, 0, 1, 2, 3, 0, 1, 2, 3]);
+        let s = continuation("t", &[99], &ids, 6, 3).unwrap();
+        assert_eq!((&s.tokens[..], s.score_from), (&[99, 0, 1, 2, 3, 4][..], 3));
+    }
+
+    #[test]
+    fn no_number_of_scored_tokens_overflows() {
+        let ids = [1, 2, 3];
+        for scored in [0, usize::MAX, usize::MAX - 1] {
+            for made in [continuation("t", &[7], &ids, 3, scored), copy("t", &[7], &ids, 6, scored)]
+            {
+                let e = made.unwrap_err();
+                assert!(matches!(e, SampleError::TooFewTokens { .. }), "{e}");
+            }
+        }
     }
 }

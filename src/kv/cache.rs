@@ -22,20 +22,6 @@ pub struct KvShape {
     pub key_stats: bool,
 }
 
-impl KvShape {
-    /// Bytes of one page of one layer: K and V tiles, and the int8 copy.
-    pub fn page_bytes(&self) -> usize {
-        let rows = self.kv_heads * PAGE;
-        let int8 = if self.int8_dims > 0 { rows * (self.int8_dims + 4) } else { 0 };
-        2 * rows * self.head_dim * self.dtype.bytes() + int8
-    }
-
-    /// Bytes of all pools.
-    pub fn bytes(&self) -> u64 {
-        self.page_bytes() as u64 * self.n_pages as u64 * self.n_layers as u64
-    }
-}
-
 struct Layer {
     k: Tensor,
     v: Tensor,

@@ -42,11 +42,6 @@ impl PageAllocator {
         self.free.len()
     }
 
-    /// Pages in the pool.
-    pub fn total_pages(&self) -> usize {
-        self.counts.len()
-    }
-
     fn take(&mut self, n: usize) -> Result<Vec<u32>, PageError> {
         if n > self.free.len() {
             return Err(PageError { need: n, free: self.free.len(), total: self.counts.len() });

@@ -40,7 +40,7 @@ impl std::fmt::Debug for Attention {
 }
 
 fn lists_per_seq(p: &LayerPlan, s: &LayerShape) -> usize {
-    if p.pool == Pool::None { s.heads } else { s.kv_heads }
+    p.lists(s.heads, s.kv_heads)
 }
 
 impl Attention {
@@ -178,8 +178,12 @@ impl Attention {
         let Some(selector) = self.selectors[l].as_mut() else {
             return Ok(dense.decode(step.decode, &mut self.partials, &ws.attn, &ws.lse)?);
         };
+        let missing = |what: &str| SelectError::BadPlan {
+            method: self.plan.method.clone(),
+            reason: format!("there is no {what}"),
+        };
         let threshold = p.budget.dense_until();
-        let Some(split) = step.split(threshold) else { return Ok(()) };
+        let split = step.split(threshold).ok_or_else(|| missing("split of the step"))?;
         dense.decode(split.dense, &mut self.partials, &ws.attn, &ws.lse)?;
         if split.sparse.n == 0 {
             return Ok(());
@@ -188,10 +192,6 @@ impl Attention {
         let group = GroupSeqs::new(step, split.sparse);
         let seqs = group.seqs();
         let per_seq = lists_per_seq(p, &shape);
-        let missing = |what: &str| SelectError::BadPlan {
-            method: self.plan.method.clone(),
-            reason: format!("no {what} was allocated"),
-        };
         let out = self
             .selections
             .iter()

@@ -5,6 +5,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::error::{ModelError, Result};
+use crate::backend::{MAX_GROUP, MAX_HEAD_DIM};
+use crate::select::KvReads;
 
 /// Architectures the decoder computes. They share one block (pre-norm, rotary GQA attention,
 /// gated SiLU); what differs is in [`ModelConfig`]'s flags.
@@ -81,7 +83,9 @@ const MAX_LAYERS: usize = 4096;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_CONTEXT: usize = 1 << 31;
-const MAX_HEAD_DIM: usize = 1 << 14;
+
+/// Inputs of a matrix product come in units of this many.
+const UNIT: usize = 8;
 
 impl ModelConfig {
     /// Checks every number; `path` is the file that messages name.
@@ -92,7 +96,7 @@ impl ModelConfig {
             ("hidden size", self.hidden, MAX_WIDTH),
             ("number of heads", self.n_heads, MAX_WIDTH),
             ("number of KV heads", self.n_kv_heads, MAX_WIDTH),
-            ("head dimension", self.head_dim, MAX_HEAD_DIM),
+            ("head dimension", self.head_dim, MAX_WIDTH),
             ("MLP width", self.ffn, MAX_WIDTH),
             ("vocabulary", self.vocab, MAX_VOCAB),
             ("context length", self.max_context, MAX_CONTEXT),
@@ -116,6 +120,25 @@ impl ModelConfig {
                 "{} heads of {} dimensions are too many",
                 self.n_heads, self.head_dim
             ));
+        }
+        // The ops' own limits, said before any weight is loaded.
+        let not_here = |what: String| Err(ModelError::unsupported(path, what));
+        let group = self.n_heads / self.n_kv_heads;
+        if group > MAX_GROUP {
+            return not_here(format!(
+                "{group} query heads per KV head (at most {MAX_GROUP} run here)"
+            ));
+        }
+        if self.head_dim > MAX_HEAD_DIM || !self.head_dim.is_multiple_of(UNIT) {
+            return not_here(format!(
+                "a head dimension of {} (multiples of {UNIT} up to {MAX_HEAD_DIM} run here)",
+                self.head_dim
+            ));
+        }
+        for (name, width) in [("hidden size", self.hidden), ("MLP width", self.ffn)] {
+            if !width.is_multiple_of(UNIT) {
+                return not_here(format!("a {name} of {width} (multiples of {UNIT} run here)"));
+            }
         }
         if !(self.rope_theta.is_finite() && self.rope_theta >= 1.0) {
             return bad(format!("its rotary base is {}", self.rope_theta));
@@ -155,9 +178,15 @@ impl ModelConfig {
         (self.n_layers * layer + embed) as u64
     }
 
-    /// Query heads per KV head.
-    pub fn group(&self) -> usize {
-        self.n_heads / self.n_kv_heads
+    /// What attention over a cache of `elem` bytes a number reads.
+    pub fn kv_reads(&self, elem: usize) -> KvReads<'_> {
+        KvReads {
+            windows: &self.windows,
+            heads: self.n_heads,
+            kv_heads: self.n_kv_heads,
+            head_dim: self.head_dim,
+            elem,
+        }
     }
 
     /// Rotary frequencies, one per pair: `inv_freq[i]` radians per position for the dimensions

@@ -55,7 +55,7 @@ impl Decoder {
     ) -> std::result::Result<Self, LoadError> {
         let config = checkpoint.config().clone();
         let weights = Loader::new(&*backend, checkpoint, dtype, progress).weights(&order)?;
-        let act = if backend.caps().activations_follow_weights { dtype } else { DType::F32 };
+        let act = backend.caps().activations(dtype);
         let ws = Workspace::new(&*backend, &config, act, limits.rows)?;
         Ok(Decoder { backend, config, weights, order, ws, limits, step_words: None })
     }
@@ -73,6 +73,18 @@ impl Decoder {
     /// Dtype of the weights on the device.
     pub fn weight_dtype(&self) -> DType {
         self.weights.embed.dtype()
+    }
+
+    /// Allocates activations for other limits. Caches and [`Attention`]s of the old ones do not fit any more.
+    ///
+    /// # Errors
+    /// When the device is full; the limits are as before.
+    pub fn set_limits(&mut self, limits: DecoderLimits) -> Result<()> {
+        let act = self.backend.caps().activations(self.weight_dtype());
+        self.ws = Workspace::new(&*self.backend, &self.config, act, limits.rows)?;
+        self.step_words = None;
+        self.limits = limits;
+        Ok(())
     }
 
     /// Limits it was allocated for.
@@ -105,7 +117,6 @@ impl Decoder {
     pub fn layer_shape(&self, layer: usize, kv_dtype: DType) -> LayerShape {
         LayerShape {
             layer,
-            n_layers: self.config.n_layers,
             heads: self.config.n_heads,
             kv_heads: self.config.n_kv_heads,
             head_dim: self.config.head_dim,

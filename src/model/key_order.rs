@@ -6,14 +6,28 @@
 
 use super::ModelConfig;
 use crate::backend::{Backend, Result, Tensor, key_stats_len};
+use crate::files::write_cached;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
+
+/// What an order was measured on: an order is used again only where all of it is the same.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderSource {
+    /// Fingerprint of the model.
+    pub model: String,
+    /// Version of the measurement.
+    pub version: u32,
+    /// Hash of the text.
+    pub text: String,
+    /// Tokens read at most.
+    pub tokens: usize,
+}
 
 /// For every layer and KV head the checkpoint's pair numbers in storage order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyOrder {
-    /// Fingerprint of the model it was measured on.
-    pub model: String,
+    /// What it was measured on; empty for the checkpoint's own order.
+    pub source: OrderSource,
     /// `[layers][kv_heads][head_dim / 2]`.
     pub pairs: Vec<Vec<Vec<u16>>>,
 }
@@ -22,20 +36,23 @@ impl KeyOrder {
     /// The checkpoint's own order.
     pub fn identity(c: &ModelConfig) -> Self {
         let head: Vec<u16> = (0..c.head_dim as u16 / 2).collect();
-        KeyOrder { model: String::new(), pairs: vec![vec![head; c.n_kv_heads]; c.n_layers] }
+        KeyOrder {
+            source: OrderSource::default(),
+            pairs: vec![vec![head; c.n_kv_heads]; c.n_layers],
+        }
     }
 
     /// Pairs sorted by falling energy `sum_tokens |k_pair|^2`, ties to the smaller pair.
     ///
     /// `energies`: `[layers][kv_heads][head_dim / 2]` in the checkpoint's pair order.
-    pub fn from_energies(model: &str, energies: &[Vec<Vec<f32>>]) -> Self {
+    pub fn from_energies(source: OrderSource, energies: &[Vec<Vec<f32>>]) -> Self {
         let sort = |e: &Vec<f32>| {
             let mut order: Vec<u16> = (0..e.len() as u16).collect();
             order.sort_by(|&a, &b| e[b as usize].total_cmp(&e[a as usize]).then(a.cmp(&b)));
             order
         };
         let pairs = energies.iter().map(|l| l.iter().map(sort).collect()).collect();
-        KeyOrder { model: model.into(), pairs }
+        KeyOrder { source, pairs }
     }
 
     /// True when every head is a permutation of the model's pairs.
@@ -66,22 +83,15 @@ impl KeyOrder {
         dir.join(format!("key-order-{fingerprint}.json"))
     }
 
-    /// Reads a saved order; `None` when there is none that fits the model.
-    pub fn load(path: &Path, fingerprint: &str, c: &ModelConfig) -> Option<Self> {
+    /// Reads a saved order; `None` when there is none that was measured as `source` says and fits the model.
+    pub fn load(path: &Path, source: &OrderSource, c: &ModelConfig) -> Option<Self> {
         let order: KeyOrder = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-        (order.model == fingerprint && order.fits(c)).then_some(order)
+        (order.source == *source && order.fits(c)).then_some(order)
     }
 
     /// Saves the order; an interrupted write leaves no partial file.
     pub fn save(&self, path: &Path) -> std::io::Result<()> {
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir)?;
-        }
-        let part = path.with_extension(format!("{}.part", std::process::id()));
-        std::fs::write(&part, serde_json::to_vec(self)?)?;
-        std::fs::rename(&part, path).inspect_err(|_| {
-            let _ = std::fs::remove_file(&part);
-        })
+        write_cached(path, &serde_json::to_vec(self)?)
     }
 }
 
@@ -117,7 +127,7 @@ mod tests {
 
     #[test]
     fn sorts_by_energy_with_ties_to_the_smaller_pair() {
-        let o = KeyOrder::from_energies("m", &[vec![vec![1.0, 3.0, 3.0, 2.0]]]);
+        let o = KeyOrder::from_energies(OrderSource::default(), &[vec![vec![1.0, 3.0, 3.0, 2.0]]]);
         assert_eq!(o.pairs[0][0], [1, 2, 3, 0]);
         assert_eq!((o.source_dim(0, 0, 0), o.source_dim(0, 0, 1)), (1, 5));
         assert_eq!(o.inv_freq(0, &[0.1, 0.2, 0.3, 0.4]), [0.2, 0.3, 0.4, 0.1]);

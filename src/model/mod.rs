@@ -30,7 +30,7 @@ pub use config::{Arch, ModelConfig, RopeScaling};
 pub use decoder::{Decoder, DecoderLimits};
 pub use error::ModelError;
 pub use fetch::{cache_dir, resolve};
-pub use key_order::{KeyOrder, pair_energies};
+pub use key_order::{KeyOrder, OrderSource, pair_energies};
 pub use load::LoadError;
 pub use quant::Quant;
 pub use step::{Step, StepSeq};

@@ -66,8 +66,6 @@ pub struct Step {
     pub decode: Group,
     /// Batch row of each sequence's first token, in the order given.
     pub first_row: Vec<usize>,
-    /// Decoding sequences in record order, as positions in the order given.
-    pub decode_order: Vec<usize>,
     splits: Vec<(usize, DecodeSplit, Vec<usize>)>,
 }
 
@@ -162,7 +160,6 @@ impl Step {
             prefill,
             decode: group(0, &order[..n_decode]),
             first_row,
-            decode_order: order[..n_decode].to_vec(),
             splits,
         })
     }

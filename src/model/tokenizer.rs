@@ -238,11 +238,6 @@ impl Tokenizer {
         self.inner.id_to_token(id)
     }
 
-    /// Whether `id` is a special (control) token.
-    pub fn is_special(&self, id: u32) -> bool {
-        self.special.contains(&id)
-    }
-
     /// The beginning-of-sequence token.
     pub fn bos(&self) -> Option<u32> {
         self.bos

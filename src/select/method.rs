@@ -1,92 +1,9 @@
 //! Methods by name: defaults per profile, options on top, turned into a plan for a model.
 
+use super::catalog::{METHODS, Variant};
 use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
 use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
 use serde::{Deserialize, Serialize};
-
-/// What the command line and the docs say of a method.
-#[derive(Clone, Copy, Debug)]
-pub struct MethodInfo {
-    /// Name on the command line.
-    pub name: &'static str,
-    /// One line for `--help` and the README table.
-    pub about: &'static str,
-    /// The variant it makes.
-    pub variant: Variant,
-}
-
-/// Base of a [`MethodSpec`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Variant {
-    Dense,
-    Window,
-    Oracle,
-    Sparcas,
-    SparcasInt8,
-    SparcasPaper,
-    SparcasRecommended,
-    SparcasGroups,
-}
-
-impl Variant {
-    /// Whether budget, dims, update or metric changes what the variant does.
-    pub fn takes(self, option: &str) -> bool {
-        use Variant::{Dense, Oracle, SparcasGroups, SparcasPaper, SparcasRecommended, Window};
-        match option {
-            "budget" => self != Dense,
-            "dims" => !matches!(self, Dense | Window | Oracle),
-            "update" | "metric" => {
-                matches!(self, SparcasPaper | SparcasRecommended | SparcasGroups)
-            }
-            _ => false,
-        }
-    }
-}
-
-/// Every built-in method.
-pub const METHODS: &[MethodInfo] = &[
-    MethodInfo {
-        name: "dense",
-        about: "attend to every token (exact; the baseline)",
-        variant: Variant::Dense,
-    },
-    MethodInfo {
-        name: "window",
-        about: "first and most recent tokens only (StreamingLLM at original positions)",
-        variant: Variant::Window,
-    },
-    MethodInfo {
-        name: "oracle",
-        about: "top-k of the exact logits (reads every key; the bound for cheaper scorers)",
-        variant: Variant::Oracle,
-    },
-    MethodInfo {
-        name: "sparcas",
-        about: "SparCas on energy-sorted keys: score the leading dimensions, attend to the top tokens (default)",
-        variant: Variant::Sparcas,
-    },
-    MethodInfo {
-        name: "sparcas-int8",
-        about: "the same, scored on an int8 copy of the leading dimensions",
-        variant: Variant::SparcasInt8,
-    },
-    MethodInfo {
-        name: "sparcas-paper",
-        about: "SparCas as published: |q| picks dimensions every 64 steps, compact slice",
-        variant: Variant::SparcasPaper,
-    },
-    MethodInfo {
-        name: "sparcas-recommended",
-        about: "query-chosen rotary pairs weighted by key deviation, adaptive refresh, compact slice",
-        variant: Variant::SparcasRecommended,
-    },
-    MethodInfo {
-        name: "sparcas-groups",
-        about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
-        variant: Variant::SparcasGroups,
-    },
-];
 
 /// A method and the options that override its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -150,20 +67,27 @@ impl std::str::FromStr for MethodSpec {
         };
         let mut spec: MethodSpec = info.variant.into();
         for part in parts {
-            let set = part.split_once('=').is_some_and(|(key, value)| spec.set(key, value));
-            if !set {
-                return Err(SelectError::BadPlan {
-                    method: name.into(),
-                    reason: format!("{part:?} is no option; write key=value with one of {OPTIONS}"),
-                });
+            let bad = |what: String| SelectError::BadPlan { method: name.into(), reason: what };
+            let read = || match info.options {
+                [] => "none".to_owned(),
+                options => options.join(", "),
+            };
+            let Some((key, value)) = part.split_once('=') else {
+                return Err(bad(format!("{part:?} is no option; write key=value ({})", read())));
+            };
+            if !info.options.contains(&key) {
+                return Err(bad(format!(
+                    "{key:?} is no option of this method; it reads {}",
+                    read()
+                )));
+            }
+            if !spec.set(key, value) {
+                return Err(bad(format!("{value:?} is no value for {key}")));
             }
         }
         Ok(spec)
     }
 }
-
-const OPTIONS: &str = "budget, dims, update, beta, metric, unit, pool, sinks, recent, dense-layers, \
-                       dense-below";
 
 /// A value of an enum by its name in plans; dashes may stand for underscores.
 pub fn parse_name<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
@@ -192,6 +116,45 @@ impl MethodSpec {
             "dense-below" => to(&mut self.dense_below, value.parse().ok()),
             _ => false,
         }
+    }
+
+    /// Options that were set, by name.
+    pub fn given(&self) -> impl Iterator<Item = &'static str> {
+        [
+            ("budget", self.budget.is_some()),
+            ("dims", self.dims.is_some()),
+            ("update", self.update.is_some()),
+            ("beta", self.beta.is_some()),
+            ("metric", self.metric.is_some()),
+            ("unit", self.unit.is_some()),
+            ("pool", self.pool.is_some()),
+            ("sinks", self.sinks.is_some()),
+            ("recent", self.recent.is_some()),
+            ("dense-layers", self.dense_layers.is_some()),
+            ("dense-below", self.dense_below.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(name, set)| set.then_some(name))
+    }
+
+    /// Without the options that the method does not read.
+    pub fn with_read_options_only(mut self) -> Self {
+        let v = self.variant;
+        fn keep<T>(slot: &mut Option<T>, read: bool) {
+            slot.take_if(|_| !read);
+        }
+        keep(&mut self.budget, v.takes("budget"));
+        keep(&mut self.dims, v.takes("dims"));
+        keep(&mut self.update, v.takes("update"));
+        keep(&mut self.beta, v.takes("beta"));
+        keep(&mut self.metric, v.takes("metric"));
+        keep(&mut self.unit, v.takes("unit"));
+        keep(&mut self.pool, v.takes("pool"));
+        keep(&mut self.sinks, v.takes("sinks"));
+        keep(&mut self.recent, v.takes("recent"));
+        keep(&mut self.dense_layers, v.takes("dense-layers"));
+        keep(&mut self.dense_below, v.takes("dense-below"));
+        self
     }
 
     /// Name on the command line.
@@ -224,7 +187,7 @@ impl MethodSpec {
             })
             .collect();
         let plan = Plan { method: self.name().into(), model: model.into(), layers };
-        plan.check(model, n_layers, head_dim)?;
+        plan.check(model, windows, head_dim)?;
         Ok(plan)
     }
 
@@ -250,11 +213,12 @@ impl MethodSpec {
         LayerPlan {
             role: Role::Select,
             scorer: self.scorer(l, n_layers, head_dim, quarter),
-            pool: self.pool.unwrap_or(match self.variant {
-                // The window has no scores to pool.
-                Variant::SparcasPaper | Variant::Window => Pool::SumLogit,
-                _ => Pool::MaxSoftmax,
-            }),
+            pool: match self.variant {
+                // No scores to pool.
+                Variant::Window => Pool::SumLogit,
+                Variant::SparcasPaper => self.pool.unwrap_or(Pool::SumLogit),
+                _ => self.pool.unwrap_or(Pool::MaxSoftmax),
+            },
             scale: match self.variant {
                 Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,
                 _ => LogitScale::Coverage,
@@ -320,6 +284,7 @@ impl MethodSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::select::KvReads;
 
     fn plan(name: &str) -> Plan {
         let spec: MethodSpec = name.parse().unwrap();
@@ -353,6 +318,42 @@ mod tests {
         for bad in ["sparcas:dims", "sparcas:dims=x", "sparcas:size=3", "sparc"] {
             assert!(bad.parse::<MethodSpec>().is_err(), "{bad}");
         }
+        for (unread, key) in [
+            ("dense:budget=5", "budget"),
+            ("sparcas:update=8:metric=abs-qk", "update"),
+            ("oracle:dims=16", "dims"),
+            ("window:pool=max-softmax", "pool"),
+        ] {
+            let e = unread.parse::<MethodSpec>().unwrap_err().to_string();
+            assert!(e.contains(&format!("{key:?} is no option of this method")), "{e}");
+        }
+    }
+
+    /// An option that a method lists changes its plan, and one that it does not list changes nothing.
+    #[test]
+    fn methods_read_the_options_they_list() {
+        let values = [
+            ("budget", "640"),
+            ("dims", "48"),
+            ("update", "7"),
+            ("beta", "0.5"),
+            ("metric", "abs-qk"),
+            ("unit", "16"),
+            ("pool", "mean-softmax"),
+            ("sinks", "7"),
+            ("recent", "9"),
+            ("dense-layers", "3"),
+            ("dense-below", "99"),
+        ];
+        for m in METHODS {
+            for (key, value) in values {
+                let mut spec: MethodSpec = m.variant.into();
+                let base = spec.plan("m", &[None; 6], 64, 8192).unwrap();
+                assert!(spec.set(key, value), "{key}={value}");
+                let changed = spec.plan("m", &[None; 6], 64, 8192).unwrap() != base;
+                assert_eq!(changed, m.options.contains(&key), "{} {key}", m.name);
+            }
+        }
     }
 
     #[test]
@@ -381,9 +382,11 @@ mod tests {
         let spec =
             MethodSpec { budget: Some(1024), dims: Some(32), ..Variant::SparcasPaper.into() };
         let p = spec.plan("m", &[None; 32], 128, 32768).unwrap();
-        let mb = p.bytes_read(32768, 8, 128, 2) as f64 / 1e6;
+        let windows = [None; 32];
+        let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
+        let mb = p.bytes_read(32768, &shape) as f64 / 1e6;
         assert!((mb - 937.0).abs() < 15.0, "{mb}");
-        let dense = Plan::dense(32).bytes_read(32768, 8, 128, 2) as f64 / 1e6;
+        let dense = Plan::dense(32).bytes_read(32768, &shape) as f64 / 1e6;
         assert!((dense - 4295.0).abs() < 1.0, "{dense}");
     }
 }

@@ -4,6 +4,7 @@
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
+mod catalog;
 mod dims;
 mod error;
 mod method;
@@ -13,11 +14,12 @@ mod selector;
 mod sorted;
 mod window;
 
+pub use catalog::{METHODS, MethodInfo, Variant};
 pub use dims::DimsSelector;
 pub use error::SelectError;
-pub use method::{METHODS, MethodInfo, MethodSpec, Variant, parse_name};
+pub use method::{MethodSpec, parse_name};
 pub use oracle::ExactSelector;
-pub use plan::{Budget, Keep, LayerPlan, Plan, Role, Scorer};
+pub use plan::{Budget, Keep, KvReads, LayerPlan, Plan, Role, Scorer};
 pub use selector::{
     LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build, pool_and_pick,
 };

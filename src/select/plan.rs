@@ -75,6 +75,21 @@ pub struct Keep {
     pub recent: usize,
 }
 
+/// Sizes that decide how many bytes attention reads.
+#[derive(Clone, Copy, Debug)]
+pub struct KvReads<'a> {
+    /// Per layer: the sliding window, if it has one.
+    pub windows: &'a [Option<usize>],
+    /// Query heads.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// Bytes of one cached number.
+    pub elem: usize,
+}
+
 /// What one layer does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
@@ -101,14 +116,22 @@ impl LayerPlan {
         }
     }
 
-    /// Bytes that a decode step reads from this layer's cache for one sequence of `n` tokens.
+    /// Token lists of one sequence: one per KV head, or one per query head without pooling.
+    pub fn lists(&self, heads: usize, kv_heads: usize) -> usize {
+        if self.pool == Pool::None { heads } else { kv_heads }
+    }
+
+    /// Bytes that a decode step reads from the cache of this layer, whose sliding window is `window`, for one
+    /// sequence of `n` tokens.
     ///
-    /// `row` = bytes of one key (or value) of one KV head: dense `2 n row`; else the score reads plus
-    /// `2 T_b row`, plus a rebuild's key read over U.
-    pub fn bytes_read(&self, n: usize, kv_heads: usize, head_dim: usize, elem: usize) -> u64 {
+    /// `row` = bytes of one key (or value) of one KV head: dense `2 min(n, window) row` per KV head; else the score
+    /// reads and a rebuild's key read over U per KV head, and `2 T_b row` per token list.
+    pub fn bytes_read(&self, n: usize, shape: &KvReads<'_>, window: Option<usize>) -> u64 {
+        let KvReads { heads, kv_heads, head_dim, elem, .. } = *shape;
         let row = head_dim * elem;
         if self.role == Role::Dense || n <= self.budget.dense_until() {
-            return (2 * n * row * kv_heads) as u64;
+            let seen = window.map_or(n, |w| w.min(n));
+            return (2 * seen * row * kv_heads) as u64;
         }
         let score = match &self.scorer {
             Scorer::None => 0.0,
@@ -128,14 +151,33 @@ impl LayerPlan {
                 (n * dims * elem) as f64 + rebuild
             }
         };
-        ((score + (2 * self.budget.tokens.min(n) * row) as f64) * kv_heads as f64) as u64
+        let attended = 2 * self.budget.tokens.min(n) * row * self.lists(heads, kv_heads);
+        (score * kv_heads as f64) as u64 + attended as u64
     }
 
-    /// Checks the plan against the model's head dimension and group size.
-    pub fn check(&self, method: &str, head_dim: usize) -> Result<(), SelectError> {
+    /// Checks the plan against a layer's head dimension and sliding window.
+    ///
+    /// # Errors
+    /// [`SelectError::BadPlan`].
+    pub fn check(
+        &self,
+        method: &str,
+        head_dim: usize,
+        window: Option<usize>,
+    ) -> Result<(), SelectError> {
         let bad = |reason: String| Err(SelectError::BadPlan { method: method.into(), reason });
         if self.role == Role::Dense {
             return Ok(());
+        }
+        if let Some(w) = window {
+            return bad(format!(
+                "it selects tokens in a layer that the model itself limits to its last {w}; make that layer dense"
+            ));
+        }
+        if matches!(self.scorer, Scorer::None)
+            && matches!(self.pool, Pool::MaxSoftmax | Pool::MeanSoftmax)
+        {
+            return bad("it pools scores but makes none; take the pool sum_logit".into());
         }
         let dims = match &self.scorer {
             Scorer::Sorted { dims, .. } | Scorer::Dims { dims, .. } => Some(*dims),
@@ -150,8 +192,13 @@ impl LayerPlan {
         }
         if let Scorer::Dims { unit, dims, metric, refresh, .. } = &self.scorer {
             let pair = matches!(metric, DimMetric::PairNorm | DimMetric::PairQk);
-            if !matches!(unit, 1 | 2 | 8 | 16) || dims % unit != 0 || (pair && *unit < 2) {
-                return bad(format!("unit {unit} does not fit {dims} dimensions and this metric"));
+            let fits = matches!(unit, 1 | 2 | 8 | 16)
+                && dims.is_multiple_of(*unit)
+                && head_dim.is_multiple_of(*unit);
+            if !fits || (pair && *unit < 2) {
+                return bad(format!(
+                    "unit {unit} does not fit {dims} of {head_dim} dimensions and this metric"
+                ));
             }
             if let Refresh::Adaptive { beta, min, max } = refresh
                 && !(*beta > 0.0 && *beta <= 1.0 && min <= max)
@@ -159,8 +206,8 @@ impl LayerPlan {
                 return bad("adaptive refresh needs 0 < beta <= 1 and min <= max".into());
             }
         }
-        let forced = self.keep.sinks + self.keep.recent;
-        if self.keep.recent == 0 || forced > self.budget.tokens {
+        let forced = self.keep.sinks.checked_add(self.keep.recent);
+        if self.keep.recent == 0 || forced.is_none_or(|n| n > self.budget.tokens) {
             return bad(format!(
                 "{} sinks and {} recent tokens do not fit a budget of {} tokens",
                 self.keep.sinks, self.keep.recent, self.budget.tokens
@@ -190,8 +237,17 @@ impl Plan {
         }
     }
 
-    /// Checks that the plan fits a model.
-    pub fn check(&self, model: &str, n_layers: usize, head_dim: usize) -> Result<(), SelectError> {
+    /// Checks that the plan fits a model. `windows[l]`: the layer's sliding window; such a layer must be dense.
+    ///
+    /// # Errors
+    /// [`SelectError::WrongModel`], [`SelectError::BadPlan`].
+    pub fn check(
+        &self,
+        model: &str,
+        windows: &[Option<usize>],
+        head_dim: usize,
+    ) -> Result<(), SelectError> {
+        let n_layers = windows.len();
         if self.layers.len() != n_layers || (!self.model.is_empty() && self.model != model) {
             return Err(SelectError::WrongModel {
                 plan_model: self.model.clone(),
@@ -200,12 +256,14 @@ impl Plan {
                 layers: n_layers,
             });
         }
-        self.layers.iter().try_for_each(|l| l.check(&self.method, head_dim))
+        let mut layers = self.layers.iter().zip(windows);
+        layers.try_for_each(|(l, window)| l.check(&self.method, head_dim, *window))
     }
 
     /// Bytes that one decode step reads from the cache for one sequence of `n` tokens.
-    pub fn bytes_read(&self, n: usize, kv_heads: usize, head_dim: usize, elem: usize) -> u64 {
-        self.layers.iter().map(|l| l.bytes_read(n, kv_heads, head_dim, elem)).sum()
+    pub fn bytes_read(&self, n: usize, shape: &KvReads<'_>) -> u64 {
+        let window = |l: usize| shape.windows.get(l).copied().flatten();
+        self.layers.iter().enumerate().map(|(l, p)| p.bytes_read(n, shape, window(l))).sum()
     }
 
     /// Dimensions of the int8 key copy that the plan reads, 0 for none.
@@ -242,5 +300,72 @@ impl Plan {
             Scorer::Dims { unit, .. } => unit >= 8,
             _ => false,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::select::{MethodSpec, Variant};
+
+    fn select(pool: Pool) -> LayerPlan {
+        LayerPlan {
+            role: Role::Select,
+            scorer: Scorer::Exact,
+            pool,
+            budget: Budget { tokens: 64, dense_below: 0 },
+            keep: Keep { sinks: 4, recent: 32 },
+            ..LayerPlan::dense()
+        }
+    }
+
+    /// Mistral 7B: 32 heads over 8, dimension 128, and a window of 4,096 tokens in every layer.
+    #[test]
+    fn a_layer_with_a_window_reads_no_more_than_that() {
+        let windows = [Some(4096); 32];
+        let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
+        let read = |n| Plan::dense(32).bytes_read(n, &shape);
+        assert_eq!(read(4096), 32 * 2 * 4096 * 8 * 128 * 2);
+        assert_eq!(read(32768), read(4096));
+        assert_eq!(read(1000), 32 * 2 * 1000 * 8 * 128 * 2);
+        // A method leaves such layers as they are, and half of the layers free of windows.
+        let half: Vec<_> = (0..32).map(|l| (l % 2 == 0).then_some(4096)).collect();
+        let shape = KvReads { windows: &half, ..shape };
+        let spec: MethodSpec = Variant::Sparcas.into();
+        let plan = spec.plan("", &half, 128, 32768).unwrap();
+        let row = 8 * 128 * 2;
+        // Layer 1 is one of the two leading dense layers; 15 others select 1,024 tokens on 32 dimensions.
+        let want =
+            16 * 2 * 4096 * row + 2 * 32768 * row + 15 * (32768 * 8 * 32 * 2 + 2 * 1024 * row);
+        assert_eq!(plan.bytes_read(32768, &shape), want as u64);
+    }
+
+    #[test]
+    fn a_list_per_query_head_reads_keys_once_and_rows_per_list() {
+        let shape = KvReads { windows: &[None], heads: 8, kv_heads: 2, head_dim: 16, elem: 4 };
+        let read = |pool| select(pool).bytes_read(100, &shape, None);
+        assert_eq!(read(Pool::SumLogit), 100 * 64 * 2 + 2 * 64 * 64 * 2);
+        assert_eq!(read(Pool::None), 100 * 64 * 2 + 2 * 64 * 64 * 8);
+    }
+
+    #[test]
+    fn plans_that_cannot_run_are_refused() {
+        let layer = select(Pool::SumLogit);
+        let plan =
+            |l: LayerPlan| Plan { method: "m".into(), model: String::new(), layers: vec![l] };
+        let check = |l: &LayerPlan, window| plan(l.clone()).check("", &[window], 24);
+        check(&layer, None).unwrap();
+        let reason = |l: &LayerPlan, window| check(l, window).unwrap_err().to_string();
+        assert!(reason(&layer, Some(128)).contains("last 128"));
+        check(&LayerPlan::dense(), Some(128)).unwrap();
+        let pooled = LayerPlan { scorer: Scorer::None, ..select(Pool::MaxSoftmax) };
+        assert!(reason(&pooled, None).contains("pools scores"));
+        let keep = Keep { sinks: usize::MAX, recent: 2 };
+        assert!(reason(&LayerPlan { keep, ..layer.clone() }, None).contains("do not fit a budget"));
+        // 24 dimensions are no multiple of 16, though 16 of them are.
+        let refresh = Refresh::Every { every: 1, phase: 0 };
+        let metric = DimMetric::AbsQ;
+        let scorer = Scorer::Dims { dims: 16, metric, unit: 16, refresh, slice: false };
+        assert!(reason(&LayerPlan { scorer, ..layer }, None).contains("unit 16"));
     }
 }

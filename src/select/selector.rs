@@ -13,7 +13,6 @@ use std::sync::Arc;
 #[derive(Clone, Copy, Debug)]
 pub struct LayerShape {
     pub layer: usize,
-    pub n_layers: usize,
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
@@ -130,7 +129,7 @@ pub fn build(
     Ok(Some(match &plan.scorer {
         Scorer::None => Box::new(WindowSelector::new(plan)),
         Scorer::Exact => Box::new(ExactSelector::new(plan)),
-        Scorer::Sorted { .. } => Box::new(SortedSelector::new(plan)),
+        Scorer::Sorted { .. } => Box::new(SortedSelector::new(plan)?),
         Scorer::Dims { .. } => Box::new(DimsSelector::new(backend, shape, plan)?),
         Scorer::Custom { name } => match custom {
             Some(f) => f(backend, shape, plan)?,

@@ -17,12 +17,17 @@ pub struct SortedSelector {
 
 impl SortedSelector {
     /// For a plan with [`Scorer::Sorted`].
-    pub fn new(plan: &LayerPlan) -> Self {
-        let (dims, int8) = match plan.scorer {
-            Scorer::Sorted { dims, int8 } => (dims, int8),
-            _ => (0, false),
+    ///
+    /// # Errors
+    /// [`SelectError::BadPlan`] for any other scorer.
+    pub fn new(plan: &LayerPlan) -> Result<Self, SelectError> {
+        let Scorer::Sorted { dims, int8 } = plan.scorer else {
+            return Err(SelectError::BadPlan {
+                method: "sorted".into(),
+                reason: "the plan has no scorer of sorted keys".into(),
+            });
         };
-        SortedSelector { plan: plan.clone(), dims, int8 }
+        Ok(SortedSelector { plan: plan.clone(), dims, int8 })
     }
 }
 
@@ -43,5 +48,16 @@ impl Selector for SortedSelector {
             ScoreSource::Lead { n: self.dims }
         };
         score_and_pick(cx, &self.plan, q, source, out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_without_sorted_keys_is_refused() {
+        let e = SortedSelector::new(&LayerPlan::dense()).unwrap_err();
+        assert!(matches!(e, SelectError::BadPlan { .. }), "{e}");
     }
 }

@@ -234,7 +234,6 @@ impl Layer {
     pub fn shape(&self) -> LayerShape {
         LayerShape {
             layer: 0,
-            n_layers: 1,
             heads: self.heads.query,
             kv_heads: self.heads.kv,
             head_dim: self.heads.dim,

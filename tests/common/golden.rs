@@ -1,9 +1,10 @@
 //! The recorded reference of SmolLM2 and engines to compare with it.
 
 use longsight::backend::{DType, open_all};
-use longsight::engine::Engine;
+use longsight::engine::{Engine, EngineBuilder};
 use safetensors::SafeTensors;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// `tests/data/reference_smollm2.*`.
 pub struct Reference {
@@ -67,15 +68,28 @@ pub fn backends() -> Vec<(String, bool)> {
         .collect()
 }
 
-/// The demo model (or `LONGSIGHT_TEST_MODEL`), dense, on a device.
-pub fn engine(device: &str, dtype: DType, context: usize, sorted: bool) -> Engine {
+/// A folder that holds the order of the keys, measured once on the cpu: neither the user's own order is used nor is
+/// one left there, and a software renderer need not measure it.
+fn key_order_dir() -> &'static Path {
+    static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
+    DIR.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let first = builder("cpu", DType::F32, 64, true).key_order_dir(dir.path()).build();
+        first.unwrap_or_else(|e| panic!("the order of the keys: {e}"));
+        dir
+    })
+    .path()
+}
+
+fn builder(device: &str, dtype: DType, context: usize, sorted: bool) -> EngineBuilder<'static> {
     let model = std::env::var("LONGSIGHT_TEST_MODEL").unwrap_or_else(|_| "smollm2".into());
-    Engine::builder()
-        .model(model)
-        .device(device)
-        .dtype(dtype)
-        .context(context)
-        .calibrate(sorted)
+    Engine::builder().model(model).device(device).dtype(dtype).context(context).calibrate(sorted)
+}
+
+/// The demo model (or `LONGSIGHT_TEST_MODEL`) on a device; dense below 2,048 tokens.
+pub fn engine(device: &str, dtype: DType, context: usize, sorted: bool) -> Engine {
+    builder(device, dtype, context, sorted)
+        .key_order_dir(key_order_dir())
         .build()
         .unwrap_or_else(|e| panic!("{device} {dtype}: {e}"))
 }

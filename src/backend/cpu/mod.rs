@@ -125,25 +125,22 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
+        check_host("upload", dst, bytes.len())?;
         let io = self.io("upload")?;
-        same_size(&io, bytes.len(), dst.bytes())?;
         par::copy(bytes, io.write_bytes(dst)?);
         Ok(())
     }
 
     fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
+        check_host("download", src, out.len())?;
         let io = self.io("download")?;
-        same_size(&io, src.bytes(), out.len())?;
         par::copy(io.read_bytes(src)?, out);
         Ok(())
     }
 
     fn copy(&self, src: &Tensor, dst: &Tensor) -> Result<()> {
+        check_copy(src, dst)?;
         let io = self.io("copy")?;
-        if src.dtype() != dst.dtype() {
-            return Err(io.bad(format!("from {} to {}", src.dtype(), dst.dtype())));
-        }
-        same_size(&io, src.bytes(), dst.bytes())?;
         par::copy(io.read_bytes(src)?, io.write_bytes(dst)?);
         Ok(())
     }
@@ -184,8 +181,4 @@ impl Backend for CpuBackend {
         attend_rows: AttendRows,
         merge: Merge,
     }
-}
-
-fn same_size(io: &Io<'_>, from: usize, to: usize) -> Result<()> {
-    if from == to { Ok(()) } else { Err(io.bad(format!("{from} bytes into {to} bytes"))) }
 }

@@ -4,7 +4,9 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use super::parts;
-use crate::backend::{AttendDense, AttendRows, DType, KvPool, Merge, Result, Seqs, Tensor};
+use crate::backend::{
+    AttendDense, AttendRows, Backend, DType, KvPool, Merge, Result, Seqs, Tensor,
+};
 use bytemuck::{Pod, Zeroable};
 
 /// `AttendArgs` of `flash.cuh`.

@@ -111,11 +111,6 @@ impl CudaBackend {
         BackendError::Unsupported { op, backend: "cuda", what }
     }
 
-    /// Kernels exist for queries of `act` over a cache of `kv`.
-    fn attends(&self, act: DType, kv: DType) -> bool {
-        act == kv || act == DType::F32
-    }
-
     /// At least `bytes` of device memory for use inside one op; ops share it, as the stream orders them. Keep it
     /// until the last kernel that uses it is launched: another thread's op must not come between them.
     fn scratch(&self, bytes: usize) -> Result<Scratch<'_>> {
@@ -220,6 +215,10 @@ impl Backend for CudaBackend {
 
     fn splits(&self, groups: usize, tokens: usize) -> usize {
         parts::splits(&self.limits, groups, tokens)
+    }
+
+    fn attends(&self, act: DType, kv: DType) -> bool {
+        act == kv || act == DType::F32
     }
 
     fn embed(&self, p: &Embed<'_>) -> Result<()> {

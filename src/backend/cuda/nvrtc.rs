@@ -2,12 +2,13 @@
 
 use super::launch::Source;
 use crate::backend::{BackendError, Result};
+use crate::files::{cache_dir, write_cached};
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::panic::catch_unwind;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 fn failed(kernel: &str, reason: impl Into<String>) -> BackendError {
     BackendError::Compile { backend: "cuda", kernel: kernel.into(), reason: reason.into() }
@@ -48,39 +49,22 @@ pub(super) fn cubin(source: &Source, cc: (i32, i32)) -> Result<Vec<u8>> {
     let options = ["--std=c++17".to_string(), format!("--gpu-architecture={arch}")];
     let key = format!("{}\n{options:?}\n{version:?}", source.text);
     let hash: String = Sha256::digest(key).iter().map(|b| format!("{b:02x}")).collect();
-    let cached = cache_dir().map(|d| d.join(format!("{}-{arch}-{}.cubin", source.op, &hash[..32])));
+    let name = format!("{}-{arch}-{}.cubin", source.op, &hash[..32]);
+    let cached = cache_dir().map(|d| d.join("kernels").join(name));
     if let Some(bytes) = cached.as_deref().and_then(read) {
         return Ok(bytes);
     }
     let bytes = compile(source, &options)?;
     if let Some(path) = &cached {
         // A cache that cannot be written costs a compilation next time, nothing else.
-        let _ = store(path, &bytes);
+        let _ = write_cached(path, &bytes);
     }
     Ok(bytes)
-}
-
-/// `LONGSIGHT_CACHE`, or `longsight` in the user's cache directory; kernels go into `kernels` below it.
-fn cache_dir() -> Option<PathBuf> {
-    let named = std::env::var_os("LONGSIGHT_CACHE").map(PathBuf::from);
-    Some(named.or_else(|| Some(dirs::cache_dir()?.join("longsight")))?.join("kernels"))
 }
 
 /// A cached file, if it is whole: cubins are ELF files.
 fn read(path: &Path) -> Option<Vec<u8>> {
     fs::read(path).ok().filter(|b| b.starts_with(b"\x7fELF"))
-}
-
-/// Writes beside the target and renames, so that no reader sees half a file.
-fn store(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    if let Some(dir) = path.parent() {
-        fs::create_dir_all(dir)?;
-    }
-    let part = path.with_extension(format!("{}.part", std::process::id()));
-    fs::write(&part, bytes)?;
-    fs::rename(&part, path).inspect_err(|_| {
-        let _ = fs::remove_file(&part);
-    })
 }
 
 fn compile(source: &Source, options: &[String]) -> Result<Vec<u8>> {
@@ -159,10 +143,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a/b.cubin");
         assert!(read(&path).is_none());
-        store(&path, b"\x7fELF123").unwrap();
+        write_cached(&path, b"\x7fELF123").unwrap();
         assert_eq!(read(&path).unwrap(), b"\x7fELF123");
         std::fs::write(&path, b"cut").unwrap();
         assert!(read(&path).is_none());
-        assert_eq!(std::fs::read_dir(dir.path().join("a")).unwrap().count(), 1);
     }
 }

@@ -4,7 +4,7 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    DType, Force, LogitScale, Pool, PoolScores, Result, ScoreDims, ScoreSource, TopK,
+    Backend, DType, Force, LogitScale, Pool, PoolScores, Result, ScoreDims, ScoreSource, TopK,
 };
 use bytemuck::{Pod, Zeroable};
 

@@ -58,7 +58,7 @@ pub struct EndToEndArgs {
 }
 
 pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
-    let methods: Vec<MethodSpec> = a.methods.iter().map(|m| a.method.apply(m.clone())).collect();
+    let methods: Vec<MethodSpec> = a.method.apply(&a.methods)?;
     let bench = EndToEnd {
         prompts: a.prompt,
         generate: a.generate,
@@ -70,7 +70,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     };
     bench.validate()?;
     let need = bench.context();
-    let context = a.model.ctx.unwrap_or(need);
+    let context = a.model.size.ctx.unwrap_or(need);
     if context < need {
         bail!("the longest test holds {need} tokens, --ctx {context} does not; leave --ctx out");
     }

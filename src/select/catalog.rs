@@ -1,0 +1,107 @@
+//! The built-in methods: names, one line each, and the options that each reads.
+
+use serde::{Deserialize, Serialize};
+
+/// What the command line and the docs say of a method.
+#[derive(Clone, Copy, Debug)]
+pub struct MethodInfo {
+    /// Name on the command line.
+    pub name: &'static str,
+    /// One line for `--help` and the README table.
+    pub about: &'static str,
+    /// The variant it makes.
+    pub variant: Variant,
+    /// Options that it reads, as on the command line without dashes in front.
+    pub options: &'static [&'static str],
+}
+
+/// Base of a [`MethodSpec`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    Dense,
+    Window,
+    Oracle,
+    Sparcas,
+    SparcasInt8,
+    SparcasPaper,
+    SparcasRecommended,
+    SparcasGroups,
+}
+
+impl Variant {
+    /// Whether the variant reads an option of [`MethodSpec`], by its name on the command line.
+    pub fn takes(self, option: &str) -> bool {
+        METHODS.iter().any(|m| m.variant == self && m.options.contains(&option))
+    }
+}
+
+const WINDOW: &[&str] = &["budget", "sinks", "recent", "dense-layers", "dense-below"];
+const EXACT: &[&str] = &["budget", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const LEADING: &[&str] =
+    &["budget", "dims", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const QUERY_CHOSEN: &[&str] = &[
+    "budget",
+    "dims",
+    "update",
+    "beta",
+    "metric",
+    "unit",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+];
+
+/// Every built-in method.
+pub const METHODS: &[MethodInfo] = &[
+    MethodInfo {
+        name: "dense",
+        about: "attend to every token (exact; the baseline)",
+        variant: Variant::Dense,
+        options: &[],
+    },
+    MethodInfo {
+        name: "window",
+        about: "first and most recent tokens only (StreamingLLM at original positions)",
+        variant: Variant::Window,
+        options: WINDOW,
+    },
+    MethodInfo {
+        name: "oracle",
+        about: "top-k of the exact logits (reads every key; the bound for cheaper scorers)",
+        variant: Variant::Oracle,
+        options: EXACT,
+    },
+    MethodInfo {
+        name: "sparcas",
+        about: "SparCas on energy-sorted keys: score the leading dimensions, attend to the top tokens (default)",
+        variant: Variant::Sparcas,
+        options: LEADING,
+    },
+    MethodInfo {
+        name: "sparcas-int8",
+        about: "the same, scored on an int8 copy of the leading dimensions",
+        variant: Variant::SparcasInt8,
+        options: LEADING,
+    },
+    MethodInfo {
+        name: "sparcas-paper",
+        about: "SparCas as published: |q| picks dimensions every 64 steps, compact slice",
+        variant: Variant::SparcasPaper,
+        options: QUERY_CHOSEN,
+    },
+    MethodInfo {
+        name: "sparcas-recommended",
+        about: "query-chosen rotary pairs weighted by key deviation, adaptive refresh, compact slice",
+        variant: Variant::SparcasRecommended,
+        options: QUERY_CHOSEN,
+    },
+    MethodInfo {
+        name: "sparcas-groups",
+        about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
+        variant: Variant::SparcasGroups,
+        options: QUERY_CHOSEN,
+    },
+];
