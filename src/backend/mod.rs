@@ -126,7 +126,7 @@ pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
     ops::ensure(OP, src.len() == dst.len(), || {
         format!("{} elements into {}", src.len(), dst.len())
     })?;
-    ops::apart(OP, "dst", dst, "src", src)
+    ops::apart(OP, &[("dst", dst)], &[("src", src)])
 }
 
 /// `bytes` of host memory match the tensor that [`Backend::upload`] or [`Backend::download`] names.

@@ -1,7 +1,7 @@
 //! Attention and the merge of its splits.
 
 use super::score::check_heads;
-use super::{KvPool, Seqs, ensure, float, holds, is};
+use super::{KvPool, Named, Seqs, apart, ensure, float, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// Causal softmax attention of every row over its sequence's cached tokens.
@@ -41,7 +41,9 @@ impl AttendDense<'_> {
         let d = self.cache.head_dim;
         check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
         ensure(OP, self.window != Some(0), || "a window holds at least one token".into())?;
-        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+        let shape = [self.splits, self.seqs.rows, self.heads, d];
+        let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
+        check_out(OP, self.out, self.lse, shape, &[("q", self.q), k, v, meta, pages])
     }
 }
 
@@ -88,9 +90,13 @@ impl AttendRows<'_> {
         })?;
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
-        holds(OP, "indices", self.indices, self.seqs.n * r * self.k)?;
-        holds(OP, "counts", self.counts, self.seqs.n * r)?;
-        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+        holds(OP, "indices", self.indices, &[self.seqs.n, r, self.k])?;
+        holds(OP, "counts", self.counts, &[self.seqs.n, r])?;
+        let shape = [self.splits, self.seqs.rows, self.heads, d];
+        let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
+        let lists = [("indices", self.indices), ("counts", self.counts)];
+        let ins = [("q", self.q), k, v, lists[0], lists[1], meta, pages];
+        check_out(OP, self.out, self.lse, shape, &ins)
     }
 }
 
@@ -118,35 +124,38 @@ impl Merge<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "merge";
         self.seqs.check(OP)?;
-        let n = self.seqs.rows * self.heads;
+        let (splits, rows, heads) = (self.splits, self.seqs.rows, self.heads);
         is(OP, "part", self.part, DType::F32)?;
         is(OP, "part_lse", self.part_lse, DType::F32)?;
-        holds(OP, "part", self.part, self.splits * n * self.head_dim)?;
-        holds(OP, "part_lse", self.part_lse, self.splits * n)?;
-        check_out(OP, self.out, self.lse, 1, self.seqs.rows, self.heads, self.head_dim)
+        holds(OP, "part", self.part, &[splits, rows, heads, self.head_dim])?;
+        holds(OP, "part_lse", self.part_lse, &[splits, rows, heads])?;
+        let [meta, pages] = self.seqs.named();
+        let ins = [("part", self.part), ("part_lse", self.part_lse), meta, pages];
+        check_out(OP, self.out, self.lse, [1, rows, heads, self.head_dim], &ins)
     }
 }
 
+/// `shape`: splits, rows, heads, head_dim.
 fn check_out(
     op: &'static str,
     out: &Tensor,
     lse: Option<&Tensor>,
-    splits: usize,
-    rows: usize,
-    heads: usize,
-    d: usize,
+    shape: [usize; 4],
+    ins: &[Named<'_>],
 ) -> Result<()> {
+    let splits = shape[0];
     ensure(op, splits >= 1, || "splits must be at least 1".into())?;
     float(op, "out", out)?;
     ensure(op, splits == 1 || (out.dtype() == DType::F32 && lse.is_some()), || {
         "split results are f32 and need lse".into()
     })?;
-    holds(op, "out", out, splits * rows * heads * d)?;
+    holds(op, "out", out, &shape)?;
     match lse {
         Some(l) => {
             is(op, "lse", l, DType::F32)?;
-            holds(op, "lse", l, splits * rows * heads)
+            holds(op, "lse", l, &shape[..3])?;
+            apart(op, &[("out", out), ("lse", l)], ins)
         }
-        None => Ok(()),
+        None => apart(op, &[("out", out)], ins),
     }
 }

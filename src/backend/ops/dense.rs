@@ -1,6 +1,6 @@
 //! The dense family: embedding, norms, linear layers, rotary embedding, activation.
 
-use super::{apart, ensure, float, holds, is};
+use super::{apart, ensure, float, holds, holds_rows, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// `out[r, :] = table[tokens[r], :]`. A token outside the vocabulary gives a row of zeros.
@@ -24,9 +24,10 @@ impl Embed<'_> {
         is(OP, "tokens", self.tokens, DType::U32)?;
         float(OP, "table", self.table)?;
         is(OP, "out", self.out, DType::F32)?;
-        holds(OP, "tokens", self.tokens, self.rows)?;
-        holds(OP, "table", self.table, self.vocab * self.cols)?;
-        holds(OP, "out", self.out, self.rows * self.cols)
+        holds(OP, "tokens", self.tokens, &[self.rows])?;
+        holds(OP, "table", self.table, &[self.vocab, self.cols])?;
+        apart(OP, &[("out", self.out)], &[("tokens", self.tokens), ("table", self.table)])?;
+        holds(OP, "out", self.out, &[self.rows, self.cols])
     }
 }
 
@@ -51,10 +52,10 @@ impl GatherRows<'_> {
         is(OP, "rows", self.rows, DType::U32)?;
         float(OP, "x", self.x)?;
         is(OP, "out", self.out, self.x.dtype())?;
-        holds(OP, "x", self.x, self.x_rows * self.cols)?;
-        holds(OP, "rows", self.rows, self.n)?;
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.n * self.cols)
+        holds(OP, "x", self.x, &[self.x_rows, self.cols])?;
+        holds(OP, "rows", self.rows, &[self.n])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x), ("rows", self.rows)])?;
+        holds(OP, "out", self.out, &[self.n, self.cols])
     }
 }
 
@@ -79,10 +80,10 @@ impl RmsNorm<'_> {
         is(OP, "x", self.x, DType::F32)?;
         is(OP, "weight", self.weight, DType::F32)?;
         float(OP, "out", self.out)?;
-        holds(OP, "x", self.x, self.rows * self.cols)?;
-        holds(OP, "weight", self.weight, self.cols)?;
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.rows * self.cols)
+        holds(OP, "x", self.x, &[self.rows, self.cols])?;
+        holds(OP, "weight", self.weight, &[self.cols])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x), ("weight", self.weight)])?;
+        holds(OP, "out", self.out, &[self.rows, self.cols])
     }
 }
 
@@ -114,12 +115,14 @@ impl Linear<'_> {
         if self.accumulate {
             is(OP, "y", self.y, DType::F32)?;
         }
-        holds(OP, "x", self.x, self.rows * self.inputs)?;
-        holds(OP, "w", self.w, self.outputs * self.inputs)?;
-        holds(OP, "y", self.y, self.rows * self.outputs)?;
+        holds(OP, "x", self.x, &[self.rows, self.inputs])?;
+        holds(OP, "w", self.w, &[self.outputs, self.inputs])?;
+        holds(OP, "y", self.y, &[self.rows, self.outputs])?;
+        apart(OP, &[("y", self.y)], &[("x", self.x), ("w", self.w)])?;
         if let Some(b) = self.bias {
             is(OP, "bias", b, DType::F32)?;
-            holds(OP, "bias", b, self.outputs)?;
+            holds(OP, "bias", b, &[self.outputs])?;
+            apart(OP, &[("y", self.y)], &[("bias", b)])?;
         }
         ensure(OP, self.inputs.is_multiple_of(8), || {
             format!("inputs = {} must be a multiple of 8", self.inputs)
@@ -180,19 +183,19 @@ impl Rope<'_> {
             self.heads_per_freq > 0 && self.heads.is_multiple_of(self.heads_per_freq),
             || format!("{} heads, {} per frequency row", self.heads, self.heads_per_freq),
         )?;
-        if self.rows > 0 {
-            let last = (self.rows - 1) * self.x_stride + self.heads * self.head_dim;
-            holds(OP, "x", self.x, last)?;
-        }
-        holds(OP, "positions", self.positions, self.rows)?;
-        let freqs = self.heads / self.heads_per_freq * self.head_dim / 2;
-        holds(OP, "inv_freq", self.inv_freq, freqs)?;
+        holds_rows(OP, "x", self.x, self.rows, self.x_stride, &[self.heads, self.head_dim])?;
+        holds(OP, "positions", self.positions, &[self.rows])?;
+        let freqs = [self.heads / self.heads_per_freq, self.head_dim / 2];
+        holds(OP, "inv_freq", self.inv_freq, &freqs)?;
+        let out = [("out", self.out)];
         if let Some(n) = &self.norm {
             is(OP, "norm weight", n.weight, DType::F32)?;
-            holds(OP, "norm weight", n.weight, self.heads * self.head_dim)?;
+            holds(OP, "norm weight", n.weight, &[self.heads, self.head_dim])?;
+            apart(OP, &out, &[("norm weight", n.weight)])?;
         }
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.rows * self.heads * self.head_dim)
+        let ins = [("x", self.x), ("positions", self.positions), ("inv_freq", self.inv_freq)];
+        apart(OP, &out, &ins)?;
+        holds(OP, "out", self.out, &[self.rows, self.heads, self.head_dim])
     }
 }
 
@@ -201,7 +204,7 @@ impl Rope<'_> {
 pub struct SwiGlu<'a> {
     /// act `[rows, 2 * ffn]`.
     pub x: &'a Tensor,
-    /// act `[rows, ffn]`.
+    /// act `[rows, ffn]`, not `x`.
     pub out: &'a Tensor,
     pub rows: usize,
     pub ffn: usize,
@@ -213,7 +216,8 @@ impl SwiGlu<'_> {
         const OP: &str = "swiglu";
         float(OP, "x", self.x)?;
         is(OP, "out", self.out, self.x.dtype())?;
-        holds(OP, "x", self.x, self.rows * 2 * self.ffn)?;
-        holds(OP, "out", self.out, self.rows * self.ffn)
+        holds(OP, "x", self.x, &[self.rows, 2, self.ffn])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x)])?;
+        holds(OP, "out", self.out, &[self.rows, self.ffn])
     }
 }

@@ -1,6 +1,6 @@
 //! The paged KV cache as ops see it, and the ops that write it.
 
-use super::{ensure, float, holds, is};
+use super::{Named, apart, ensure, float, holds, holds_rows, is};
 use crate::backend::{DType, PAGE, Result, Tensor};
 
 /// u32 words of one sequence's record in [`Seqs::meta`].
@@ -49,8 +49,14 @@ impl Seqs<'_> {
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         is(op, "meta", self.meta, DType::U32)?;
         is(op, "pages", self.pages, DType::U32)?;
-        holds(op, "meta", self.meta, self.n * META_WORDS)
+        holds(op, "meta", self.meta, &[self.n, META_WORDS])
     }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("meta", self.meta), ("pages", self.pages)]
+    }
+
     pub(crate) fn check_decode(&self, op: &'static str) -> Result<()> {
         self.check(op)?;
         ensure(op, self.max_q <= 1, || format!("decode only, but max_q = {}", self.max_q))
@@ -81,15 +87,18 @@ impl KvPool<'_> {
         float(op, "k", self.k)?;
         is(op, "v", self.v, self.k.dtype())?;
         let d = self.head_dim;
-        ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
-            format!("head_dim = {d} must be a multiple of 8, at most 256")
-        })?;
+        check_head_dim(op, d)?;
         ensure(op, self.lead > 0 && self.lead <= d && self.lead.is_multiple_of(8), || {
             format!("lead = {} of head_dim = {d}", self.lead)
         })?;
-        let need = self.n_pages * self.kv_heads * PAGE * d;
-        holds(op, "k", self.k, need)?;
-        holds(op, "v", self.v, need)
+        let shape = [self.n_pages, self.kv_heads, PAGE, d];
+        holds(op, "k", self.k, &shape)?;
+        holds(op, "v", self.v, &shape)
+    }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("key pages", self.k), ("value pages", self.v)]
     }
 
     /// Offset of dimension `i` of row `row` inside a K tile.
@@ -133,9 +142,16 @@ impl CompactSlice<'_> {
         is(op, "slice", self.data, pool.k.dtype())?;
         is(op, "dims", self.dims, DType::U32)?;
         check_dims(op, self.n_dims, pool.head_dim)?;
-        holds(op, "slice", self.data, self.slots * pool.kv_heads * self.capacity * self.n_dims)?;
-        holds(op, "dims", self.dims, self.slots * pool.kv_heads * self.n_dims)
+        let shape = [self.slots, pool.kv_heads, self.capacity, self.n_dims];
+        holds(op, "slice", self.data, &shape)?;
+        holds(op, "dims", self.dims, &[self.slots, pool.kv_heads, self.n_dims])
     }
+}
+
+pub(crate) fn check_head_dim(op: &'static str, d: usize) -> Result<()> {
+    ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
+        format!("head_dim = {d} must be a multiple of 8, at most 256")
+    })
 }
 
 pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<()> {
@@ -171,16 +187,21 @@ impl KvAppend<'_> {
         is(OP, "v", self.v, self.k.dtype())?;
         self.seqs.check(OP)?;
         self.pool.check(OP)?;
-        let width = self.pool.kv_heads * self.pool.head_dim;
-        if self.seqs.rows > 0 {
-            holds(OP, "k", self.k, (self.seqs.rows - 1) * self.k_stride + width)?;
-            holds(OP, "v", self.v, (self.seqs.rows - 1) * self.v_stride + width)?;
-        }
+        let width = [self.pool.kv_heads, self.pool.head_dim];
+        holds_rows(OP, "k", self.k, self.seqs.rows, self.k_stride, &width)?;
+        holds_rows(OP, "v", self.v, self.seqs.rows, self.v_stride, &width)?;
+        let [meta, pages] = self.seqs.named();
+        let ins = [("k", self.k), ("v", self.v), meta, pages];
+        let [keys, values] = self.pool.named();
+        apart(OP, &[keys, values], &ins)?;
         if let Some(q) = &self.int8 {
             check_int8(OP, q, &self.pool)?;
+            apart(OP, &[("int8 keys", q.data), ("int8 scales", q.scale), keys, values], &ins)?;
         }
         if let Some(s) = &self.slice {
             s.check(OP, &self.pool)?;
+            let outs = [("slice", s.data), keys, values];
+            apart(OP, &outs, &[("k", self.k), ("v", self.v), meta, pages, ("dims", s.dims)])?;
         }
         Ok(())
     }
@@ -190,9 +211,9 @@ pub(crate) fn check_int8(op: &'static str, q: &Int8Keys<'_>, pool: &KvPool<'_>) 
     is(op, "int8 keys", q.data, DType::I8)?;
     is(op, "int8 scales", q.scale, DType::F32)?;
     check_dims(op, q.dims, pool.head_dim)?;
-    let rows = pool.n_pages * pool.kv_heads * PAGE;
-    holds(op, "int8 keys", q.data, rows * q.dims)?;
-    holds(op, "int8 scales", q.scale, rows)
+    let (pages, heads) = (pool.n_pages, pool.kv_heads);
+    holds(op, "int8 keys", q.data, &[pages, heads, PAGE, q.dims])?;
+    holds(op, "int8 scales", q.scale, &[pages, heads, PAGE])
 }
 
 /// f32 elements of [`KeyStats::stats`] per slot and KV head.
@@ -222,6 +243,8 @@ impl KeyStats<'_> {
         self.pool.check(OP)?;
         is(OP, "stats", self.stats, DType::F32)?;
         let len = key_stats_len(self.pool.head_dim);
-        holds(OP, "stats", self.stats, self.slots * self.pool.kv_heads * len)
+        let [meta, pages] = self.seqs.named();
+        apart(OP, &[("stats", self.stats)], &[self.pool.named()[0], meta, pages])?;
+        holds(OP, "stats", self.stats, &[self.slots, self.pool.kv_heads, len])
     }
 }
