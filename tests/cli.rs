@@ -69,14 +69,14 @@ impl Home {
         files
     }
 
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_longsight"));
+        command.args(arguments).env("LONGSIGHT_CACHE", self.path("cache")).stdin(Stdio::null());
+        command
+    }
+
     fn run_in(&self, environment: &[(&str, &str)], arguments: &[&str]) -> Ended {
-        let done = Command::new(env!("CARGO_BIN_EXE_longsight"))
-            .args(arguments)
-            .env("LONGSIGHT_CACHE", self.path("cache"))
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+        let done = self.command(arguments).envs(environment.iter().copied()).output().unwrap();
         Ended {
             code: done.status.code(),
             out: String::from_utf8(done.stdout).unwrap(),
@@ -232,6 +232,41 @@ fn plans_are_printed_saved_and_run() {
     let table = home.run(&["plan", "-m", &model, "--method", "dense"]);
     assert_eq!(table.code, Some(0));
     assert!(table.out.contains("dense") && table.out.contains("100.0 %"), "{}", table.out);
+}
+
+/// `longsight ... | head`: the reader is gone before the first line.
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let home = Home::new();
+    let model = home.model();
+    let prose = home.file("prose.txt", "The mill stood by the river. ".repeat(9).as_bytes());
+    let eval = ["eval", "ppl", "-m", &model, "-d", "cpu", "--text", &prose, "--methods", "window"];
+    let eval = [&eval[..], &["--lengths", "100", "--score", "2", "--audit", "0"]].concat();
+    let json = ["--format", "json"];
+    let cases: [Vec<&str>; 8] = [
+        vec!["devices", "--no-measure"],
+        [&["devices", "--no-measure"][..], &json].concat(),
+        vec!["plan", "-m", &model],
+        [&["plan", "-m", &model][..], &json].concat(),
+        run_on(&model, &["hi"]),
+        run_on(&model, &["hi", "--json"]),
+        [&eval[..], &["--layers"]].concat(),
+        [&eval[..], &json].concat(),
+    ];
+    for arguments in cases {
+        for both in [false, true] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let mut command = home.command(&arguments);
+            if both {
+                command.stderr(writer.try_clone().unwrap());
+            }
+            let done = command.stdout(writer).output().unwrap();
+            let said = String::from_utf8(done.stderr).unwrap();
+            assert_eq!(done.status.code(), Some(0), "{arguments:?}: {said}");
+            assert!(!said.contains("panicked") && !said.contains("error"), "{said}");
+        }
+    }
 }
 
 #[test]

@@ -66,7 +66,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(e) if ui::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            ui::note(format!("error: {e:#}"));
             ExitCode::FAILURE
         }
     }

@@ -91,7 +91,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
             e => e.into(),
         })?;
     for note in engine.notes() {
-        eprintln!("note: {note}");
+        ui::note(format!("note: {note}"));
     }
     let filling = ui::bar("filling", "tokens", 0);
     let measuring = ui::bar("measuring", "measurements", 0);
