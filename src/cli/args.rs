@@ -1,7 +1,7 @@
 //! Options shared by commands.
 
 use super::ui;
-use crate::backend::{DType, DimMetric, Pool};
+use crate::backend::{DType, DimMetric, HeadPool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
 use crate::select::{METHODS, MethodSpec, Plan, parse_name};
@@ -119,8 +119,8 @@ pub struct OtherOptions {
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none
-    #[arg(long, value_parser = parse_name::<Pool>, value_name = "POOL")]
-    pub pool: Option<Pool>,
+    #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
+    pub pool: Option<HeadPool>,
     /// First tokens that are always attended to
     #[arg(long, value_name = "TOKENS")]
     pub sinks: Option<usize>,

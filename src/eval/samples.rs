@@ -19,7 +19,7 @@ pub struct Sample {
 #[derive(Debug, Error)]
 pub enum SampleError {
     /// The text is too short.
-    #[error("{text} has {have} tokens, this task needs {need}; give a longer text with --text")]
+    #[error("{text} has {have} tokens, this task needs {need}; give a longer text")]
     TextTooShort {
         /// Name of the text.
         text: String,

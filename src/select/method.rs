@@ -1,7 +1,7 @@
 //! Methods by name: defaults per profile, options on top, turned into a plan for a model.
 
 use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
-use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};
 
 /// What the command line and the docs say of a method.
@@ -103,7 +103,7 @@ pub struct MethodSpec {
     pub metric: Option<DimMetric>,
     /// Dimensions chosen together.
     pub unit: Option<usize>,
-    pub pool: Option<Pool>,
+    pub pool: Option<HeadPool>,
     pub sinks: Option<usize>,
     pub recent: Option<usize>,
     /// Leading layers that stay dense. Default 2.
@@ -252,8 +252,8 @@ impl MethodSpec {
             scorer: self.scorer(l, n_layers, head_dim, quarter),
             pool: self.pool.unwrap_or(match self.variant {
                 // The window has no scores to pool.
-                Variant::SparcasPaper | Variant::Window => Pool::SumLogit,
-                _ => Pool::MaxSoftmax,
+                Variant::SparcasPaper | Variant::Window => HeadPool::SumLogit,
+                _ => HeadPool::MaxSoftmax,
             }),
             scale: match self.variant {
                 Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,

@@ -1,7 +1,7 @@
 //! Plans: a sparse method as data.
 
 use super::SelectError;
-use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};
 
 /// What a layer does in a decode step.
@@ -81,7 +81,7 @@ pub struct LayerPlan {
     pub role: Role,
     pub scorer: Scorer,
     /// How query heads share a token set.
-    pub pool: Pool,
+    pub pool: HeadPool,
     /// Scale of partial logits.
     pub scale: LogitScale,
     pub budget: Budget,
@@ -94,7 +94,7 @@ impl LayerPlan {
         LayerPlan {
             role: Role::Dense,
             scorer: Scorer::None,
-            pool: Pool::SumLogit,
+            pool: HeadPool::SumLogit,
             scale: LogitScale::InvSqrtDim,
             budget: Budget { tokens: 0, dense_below: 0 },
             keep: Keep { sinks: 0, recent: 1 },
@@ -145,7 +145,7 @@ impl LayerPlan {
             && (d == 0 || d > head_dim || d % 8 != 0)
         {
             return bad(format!(
-                "{d} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim} (--dims)"
+                "{d} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}"
             ));
         }
         if let Scorer::Dims { unit, dims, metric, refresh, .. } = &self.scorer {

@@ -5,7 +5,7 @@ use super::{
     WindowSelector,
 };
 use crate::backend::{
-    Backend, CompactSlice, DType, Force, Int8Keys, KvPool, Pool, PoolScores, Seqs, Tensor, TopK,
+    Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Tensor, TopK,
 };
 use std::sync::Arc;
 
@@ -155,7 +155,7 @@ pub fn pool_and_pick(
     out: &Selection,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if matches!(plan.pool, Pool::MaxSoftmax | Pool::MeanSoftmax) {
+    if matches!(plan.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
         let heads = s.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
             method: "pool".into(),
             reason: "softmax pooling without a per-head score buffer".into(),
@@ -190,9 +190,9 @@ pub fn pool_and_pick(
 }
 
 /// The buffer that `score_dims` writes for a plan's pool.
-pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: Pool) -> &'a Tensor {
+pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: HeadPool) -> &'a Tensor {
     match (pool, &cx.scratch.head_scores) {
-        (Pool::MaxSoftmax | Pool::MeanSoftmax, Some(t)) => t,
+        (HeadPool::MaxSoftmax | HeadPool::MeanSoftmax, Some(t)) => t,
         _ => &cx.scratch.scores,
     }
 }

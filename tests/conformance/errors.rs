@@ -146,22 +146,27 @@ fn kv(rig: &mut Rig) -> Outcome {
         v: &k,
         v_stride: 128,
         seqs: b.seqs(),
-        pool: c.pool(),
+        cache: c.pool(),
         int8: Some(keys),
         slice: Some(compact),
     };
     let pool = |k, v| KvPool { k, v, ..c.pool() };
     let (cut_k, cut_v) = (short(&c.k), short(&c.v));
-    rig.refuses("short k pool", dev.kv_append(&KvAppend { pool: pool(&cut_k, &c.v), ..p() }))?;
-    rig.refuses("short v pool", dev.kv_append(&KvAppend { pool: pool(&c.k, &cut_v), ..p() }))?;
-    rig.refuses("u32 pool", dev.kv_append(&KvAppend { pool: pool(&dims, &c.v), ..p() }))?;
+    rig.refuses("short k pool", dev.kv_append(&KvAppend { cache: pool(&cut_k, &c.v), ..p() }))?;
+    rig.refuses("short v pool", dev.kv_append(&KvAppend { cache: pool(&c.k, &cut_v), ..p() }))?;
+    rig.refuses("u32 pool", dev.kv_append(&KvAppend { cache: pool(&dims, &c.v), ..p() }))?;
     let lead = |lead| KvPool { lead, ..c.pool() };
     for wrong in [0, 12, 72] {
         let what = format!("lead {wrong}");
-        rig.refuses(&what, dev.kv_append(&KvAppend { pool: lead(wrong), ..p() }))?;
+        rig.refuses(&what, dev.kv_append(&KvAppend { cache: lead(wrong), ..p() }))?;
         rig.refuses(
             &what,
-            dev.key_stats(&KeyStats { seqs: b.seqs(), pool: lead(wrong), stats: &stats, slots: 3 }),
+            dev.key_stats(&KeyStats {
+                seqs: b.seqs(),
+                cache: lead(wrong),
+                stats: &stats,
+                slots: 3,
+            }),
         )?;
     }
     rig.refuses("short k", dev.kv_append(&KvAppend { k: &short(&k), ..p() }))?;
@@ -175,10 +180,10 @@ fn kv(rig: &mut Rig) -> Outcome {
     let slice = Some(CompactSlice { capacity: WRAPS, ..compact });
     rig.refuses("a slice that wraps", dev.kv_append(&KvAppend { slice, ..p() }))?;
     let wraps = KvPool { n_pages: WRAPS, ..c.pool() };
-    rig.refuses("pages that wrap", dev.kv_append(&KvAppend { pool: wraps, ..p() }))?;
+    rig.refuses("pages that wrap", dev.kv_append(&KvAppend { cache: wraps, ..p() }))?;
     rig.refuses("a stride that wraps", dev.kv_append(&KvAppend { k_stride: usize::MAX, ..p() }))?;
     let same = pool(&c.k, &c.k);
-    rig.refuses("values over keys", dev.kv_append(&KvAppend { pool: same, ..p() }))?;
+    rig.refuses("values over keys", dev.kv_append(&KvAppend { cache: same, ..p() }))?;
     rig.refuses("input in the pages", dev.kv_append(&KvAppend { k: &c.v, ..p() }))?;
     let slice = Some(CompactSlice { data: &c.v, ..compact });
     rig.refuses("slice over values", dev.kv_append(&KvAppend { slice, ..p() }))?;
@@ -188,12 +193,12 @@ fn kv(rig: &mut Rig) -> Outcome {
     let seqs = Seqs { meta: &meta, ..b.seqs() };
     rig.refuses("short meta", dev.kv_append(&KvAppend { seqs, ..p() }))?;
     let stats = short(&stats);
-    let p = KeyStats { seqs: b.seqs(), pool: c.pool(), stats: &stats, slots: b.slots };
+    let p = KeyStats { seqs: b.seqs(), cache: c.pool(), stats: &stats, slots: b.slots };
     rig.refuses("short stats", dev.key_stats(&p))?;
     rig.refuses("slots that wrap", dev.key_stats(&KeyStats { slots: WRAPS, ..p }))?;
     rig.refuses("stats over keys", dev.key_stats(&KeyStats { stats: &c.k, ..p }))?;
     let changed = rig.words(&vec![u32::MAX; b.slots * 2 * CHANGED_WORDS])?;
-    let p = || RebuildSlice { seqs: b.seqs(), pool: c.pool(), slice: compact, changed: &changed };
+    let p = || RebuildSlice { seqs: b.seqs(), cache: c.pool(), slice: compact, changed: &changed };
     rig.refuses(
         "short mask",
         dev.rebuild_slice(&RebuildSlice { changed: &short(&changed), ..p() }),
@@ -218,7 +223,7 @@ fn score(rig: &mut Rig) -> Outcome {
         cache: c.pool(),
         source: ScoreSource::Lead { n: 32 },
         heads,
-        pool: Pool::SumLogit,
+        pool: HeadPool::SumLogit,
         scale: LogitScale::InvSqrtDim,
         scores: &scores,
         stride,
@@ -229,7 +234,7 @@ fn score(rig: &mut Rig) -> Outcome {
     }
     let source = ScoreSource::Gather { dims: &q, n: 8 };
     rig.refuses("f32 dimension list", dev.score_dims(&ScoreDims { source, ..p() }))?;
-    rig.refuses("too many rows", dev.score_dims(&ScoreDims { pool: Pool::None, ..p() }))?;
+    rig.refuses("too many rows", dev.score_dims(&ScoreDims { pool: HeadPool::None, ..p() }))?;
     rig.refuses("stride below max_kv", dev.score_dims(&ScoreDims { stride: 64, ..p() }))?;
     rig.refuses("odd stride", dev.score_dims(&ScoreDims { stride: stride + 1, ..p() }))?;
     rig.refuses("heads", dev.score_dims(&ScoreDims { heads: 5, ..p() }))?;
@@ -249,9 +254,12 @@ fn score(rig: &mut Rig) -> Outcome {
         heads: 2,
         kv_heads: 1,
         stride,
-        pool: Pool::MaxSoftmax,
+        pool: HeadPool::MaxSoftmax,
     };
-    rig.refuses("pool of logits", dev.pool_scores(&PoolScores { pool: Pool::SumLogit, ..p() }))?;
+    rig.refuses(
+        "pool of logits",
+        dev.pool_scores(&PoolScores { pool: HeadPool::SumLogit, ..p() }),
+    )?;
     rig.refuses("no KV heads", dev.pool_scores(&PoolScores { kv_heads: 0, ..p() }))?;
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
     rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;

@@ -143,7 +143,7 @@ impl SelectDims<'_> {
 #[derive(Debug)]
 pub struct RebuildSlice<'a> {
     pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
+    pub cache: KvPool<'a>,
     pub slice: CompactSlice<'a>,
     /// u32 `[slots, kv_heads, CHANGED_WORDS]`.
     pub changed: &'a Tensor,
@@ -154,15 +154,15 @@ impl RebuildSlice<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "rebuild_slice";
         self.seqs.check_decode(OP)?;
-        self.pool.check(OP)?;
-        self.slice.check(OP, &self.pool)?;
+        self.cache.check(OP)?;
+        self.slice.check(OP, &self.cache)?;
         ensure(OP, self.seqs.max_kv <= self.slice.capacity, || {
             format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.slice.capacity)
         })?;
         is(OP, "changed", self.changed, DType::U32)?;
-        let words = [self.slice.slots, self.pool.kv_heads, CHANGED_WORDS];
+        let words = [self.slice.slots, self.cache.kv_heads, CHANGED_WORDS];
         holds(OP, "changed", self.changed, &words)?;
-        let ([meta, pages], keys) = (self.seqs.named(), self.pool.named()[0]);
+        let ([meta, pages], keys) = (self.seqs.named(), self.cache.named()[0]);
         let ins = [keys, ("dims", self.slice.dims), ("changed", self.changed), meta, pages];
         apart(OP, &[("slice", self.slice.data)], &ins)
     }

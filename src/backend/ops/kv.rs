@@ -174,7 +174,7 @@ pub struct KvAppend<'a> {
     pub v: &'a Tensor,
     pub v_stride: usize,
     pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
+    pub cache: KvPool<'a>,
     pub int8: Option<Int8Keys<'a>>,
     pub slice: Option<CompactSlice<'a>>,
 }
@@ -186,20 +186,20 @@ impl KvAppend<'_> {
         float(OP, "k", self.k)?;
         is(OP, "v", self.v, self.k.dtype())?;
         self.seqs.check(OP)?;
-        self.pool.check(OP)?;
-        let width = [self.pool.kv_heads, self.pool.head_dim];
+        self.cache.check(OP)?;
+        let width = [self.cache.kv_heads, self.cache.head_dim];
         holds_rows(OP, "k", self.k, self.seqs.rows, self.k_stride, &width)?;
         holds_rows(OP, "v", self.v, self.seqs.rows, self.v_stride, &width)?;
         let [meta, pages] = self.seqs.named();
         let ins = [("k", self.k), ("v", self.v), meta, pages];
-        let [keys, values] = self.pool.named();
+        let [keys, values] = self.cache.named();
         apart(OP, &[keys, values], &ins)?;
         if let Some(q) = &self.int8 {
-            check_int8(OP, q, &self.pool)?;
+            check_int8(OP, q, &self.cache)?;
             apart(OP, &[("int8 keys", q.data), ("int8 scales", q.scale), keys, values], &ins)?;
         }
         if let Some(s) = &self.slice {
-            s.check(OP, &self.pool)?;
+            s.check(OP, &self.cache)?;
             let outs = [("slice", s.data), keys, values];
             apart(OP, &outs, &[("k", self.k), ("v", self.v), meta, pages, ("dims", s.dims)])?;
         }
@@ -229,7 +229,7 @@ pub const fn key_stats_len(head_dim: usize) -> usize {
 #[derive(Debug)]
 pub struct KeyStats<'a> {
     pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
+    pub cache: KvPool<'a>,
     /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: &'a Tensor,
     pub slots: usize,
@@ -240,11 +240,11 @@ impl KeyStats<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "key_stats";
         self.seqs.check(OP)?;
-        self.pool.check(OP)?;
+        self.cache.check(OP)?;
         is(OP, "stats", self.stats, DType::F32)?;
-        let len = key_stats_len(self.pool.head_dim);
+        let len = key_stats_len(self.cache.head_dim);
         let [meta, pages] = self.seqs.named();
-        apart(OP, &[("stats", self.stats)], &[self.pool.named()[0], meta, pages])?;
-        holds(OP, "stats", self.stats, &[self.slots, self.pool.kv_heads, len])
+        apart(OP, &[("stats", self.stats)], &[self.cache.named()[0], meta, pages])?;
+        holds(OP, "stats", self.stats, &[self.slots, self.cache.kv_heads, len])
     }
 }

@@ -33,7 +33,7 @@ pub enum ScoreSource<'a> {
 /// How per-head partial logits become one score per KV head (DESIGN.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Pool {
+pub enum HeadPool {
     /// Sum of the group's scaled logits.
     SumLogit,
     /// Largest of the group's scaled logits.
@@ -46,10 +46,10 @@ pub enum Pool {
     None,
 }
 
-impl Pool {
+impl HeadPool {
     /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
     pub const fn in_score(self) -> bool {
-        matches!(self, Pool::SumLogit | Pool::MaxLogit)
+        matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
     }
 }
 
@@ -77,7 +77,7 @@ pub struct ScoreDims<'a> {
     pub cache: KvPool<'a>,
     pub source: ScoreSource<'a>,
     pub heads: usize,
-    pub pool: Pool,
+    pub pool: HeadPool,
     pub scale: LogitScale,
     /// f32 `[n, rows_per_seq, stride]`, out.
     pub scores: &'a Tensor,
@@ -139,7 +139,7 @@ pub struct PoolScores<'a> {
     pub kv_heads: usize,
     pub stride: usize,
     /// `MaxSoftmax` or `MeanSoftmax`.
-    pub pool: Pool,
+    pub pool: HeadPool,
 }
 
 impl PoolScores<'_> {
@@ -147,7 +147,7 @@ impl PoolScores<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
-        ensure(OP, matches!(self.pool, Pool::MaxSoftmax | Pool::MeanSoftmax), || {
+        ensure(OP, matches!(self.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax), || {
             "only the softmax modes are pooled here".into()
         })?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {

@@ -85,8 +85,8 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         .summaries_for(&methods)
         .build()
         .map_err(|e| match e {
-            EngineError::BadOption(why) => {
-                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {why}")
+            e @ (EngineError::BadOption(_) | EngineError::BadContext { .. }) => {
+                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {e}")
             }
             e => e.into(),
         })?;
