@@ -25,7 +25,8 @@ pub struct ModelArgs {
     /// Dtype of the KV cache [default: that of the weights]
     #[arg(long, value_name = "DTYPE")]
     pub kv_dtype: Option<DType>,
-    /// Most tokens of a sequence [default: what the prompt and the answer need, or the model's limit]
+    /// Most tokens of a sequence [default: what run, eval or bench needs; chat: the model's limit, at
+    /// most 32,768; plan: the model's limit]
     #[arg(long, value_name = "TOKENS")]
     pub ctx: Option<usize>,
     /// Prompt tokens per step

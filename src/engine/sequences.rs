@@ -20,6 +20,7 @@ pub(super) struct Sequence {
 /// One sequence's share of a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Work<'a> {
+    /// The sequence.
     pub seq: SeqId,
     /// New tokens; exactly one when `decode` is set.
     pub tokens: &'a [u32],
@@ -32,8 +33,11 @@ pub struct Work<'a> {
 /// Rows whose logits a step returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WantLogits {
+    /// No row.
     None,
+    /// The last row of the sequence.
     Last,
+    /// Every row of the sequence.
     All,
 }
 

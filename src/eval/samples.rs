@@ -8,6 +8,7 @@ use thiserror::Error;
 pub struct Sample {
     /// Text and length, or length and depth.
     pub name: String,
+    /// The whole sample.
     pub tokens: Vec<u32>,
     /// First token that is fed in a decode step; everything before is prefilled.
     pub decode_from: usize,

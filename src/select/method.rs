@@ -19,13 +19,21 @@ pub struct MethodInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {
+    /// Every token.
     Dense,
+    /// First and most recent tokens.
     Window,
+    /// Top-k of the exact logits.
     Oracle,
+    /// Scores on the leading dimensions of energy-sorted keys.
     Sparcas,
+    /// The same from an int8 copy.
     SparcasInt8,
+    /// SparCas as published.
     SparcasPaper,
+    /// Query-chosen rotary pairs, weighted by key deviation.
     SparcasRecommended,
+    /// Query-chosen groups of 8 sorted dimensions.
     SparcasGroups,
 }
 
@@ -91,6 +99,7 @@ pub const METHODS: &[MethodInfo] = &[
 /// A method and the options that override its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MethodSpec {
+    /// The method whose defaults hold where nothing else is said.
     pub variant: Variant,
     /// T_b, tokens attended to per KV head. Default: context / 32, at least 512, at most 2048.
     pub budget: Option<usize>,
@@ -100,11 +109,15 @@ pub struct MethodSpec {
     pub update: Option<u32>,
     /// Adaptive refresh when coverage falls below this share of a fresh choice.
     pub beta: Option<f32>,
+    /// Importance of a key dimension, for query-chosen dimensions.
     pub metric: Option<DimMetric>,
     /// Dimensions chosen together.
     pub unit: Option<usize>,
+    /// How the query heads of a KV head share a token set.
     pub pool: Option<HeadPool>,
+    /// First tokens that are always attended to.
     pub sinks: Option<usize>,
+    /// Last tokens that are always attended to.
     pub recent: Option<usize>,
     /// Leading layers that stay dense. Default 2.
     pub dense_layers: Option<usize>,

@@ -78,13 +78,17 @@ pub struct Keep {
 /// What one layer does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
+    /// Dense or selecting.
     pub role: Role,
+    /// How tokens are scored.
     pub scorer: Scorer,
     /// How query heads share a token set.
     pub pool: HeadPool,
     /// Scale of partial logits.
     pub scale: LogitScale,
+    /// How many tokens are attended to.
     pub budget: Budget,
+    /// Which tokens always are.
     pub keep: Keep,
 }
 
@@ -177,6 +181,7 @@ pub struct Plan {
     pub method: String,
     /// Fingerprint of the model it was made for; empty fits any model with as many layers.
     pub model: String,
+    /// One for each layer of the model.
     pub layers: Vec<LayerPlan>,
 }
 

@@ -12,10 +12,15 @@ use std::sync::Arc;
 /// Fixed sizes of a layer's attention.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerShape {
+    /// Number of the layer, from 0.
     pub layer: usize,
+    /// Layers of the model.
     pub n_layers: usize,
+    /// Query heads.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// Cache dtype.
     pub kv_dtype: DType,
@@ -43,21 +48,28 @@ pub struct Selection {
     pub indices: Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: Tensor,
+    /// Room of a list, in tokens.
     pub k: usize,
+    /// Lists of a sequence: one per KV head, or one per query head.
     pub rows_per_seq: usize,
 }
 
 /// What a selector may read in a decode step of one layer.
 #[derive(Clone, Copy)]
 pub struct LayerContext<'a> {
+    /// The device.
     pub backend: &'a dyn Backend,
     /// Decoding sequences of the step that this layer treats sparsely.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// The int8 key copy, where the cache keeps one.
     pub int8: Option<Int8Keys<'a>>,
     /// Running key statistics `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: Option<&'a Tensor>,
+    /// Sizes of the layer.
     pub shape: LayerShape,
+    /// Score buffers.
     pub scratch: &'a Scratch,
 }
 

@@ -18,13 +18,17 @@ use crate::backend::{DType, Result, Tensor};
 pub struct AttendDense<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Query heads.
     pub heads: usize,
     /// Logit scale, `1 / sqrt(head_dim)` in all supported models.
     pub scale: f32,
     /// Sliding window in tokens.
     pub window: Option<usize>,
+    /// Ranges that the keys are cut into, at least 1.
     pub splits: usize,
     /// act or f32 `[rows, heads, head_dim]`, or f32 partials.
     pub out: &'a Tensor,
@@ -57,8 +61,11 @@ impl AttendDense<'_> {
 pub struct AttendRows<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Query heads.
     pub heads: usize,
     /// Logit scale.
     pub scale: f32,
@@ -66,9 +73,11 @@ pub struct AttendRows<'a> {
     pub indices: &'a Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: &'a Tensor,
+    /// Room of a list, in tokens.
     pub k: usize,
     /// `kv_heads` (one list for a GQA group) or `heads`.
     pub rows_per_seq: usize,
+    /// Pieces that each list is cut into, at least 1.
     pub splits: usize,
     /// act or f32 `[rows, heads, head_dim]`, or f32 partials `[splits, rows, heads, head_dim]`.
     pub out: &'a Tensor,
@@ -109,9 +118,13 @@ pub struct Merge<'a> {
     pub part: &'a Tensor,
     /// f32 `[splits, rows, heads]`.
     pub part_lse: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Results to merge for each row, at least 1.
     pub splits: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// act or f32 `[rows, heads, head_dim]`.
     pub out: &'a Tensor,

@@ -12,8 +12,11 @@ pub struct Embed<'a> {
     pub table: &'a Tensor,
     /// f32 `[rows, cols]`.
     pub out: &'a Tensor,
+    /// Tokens.
     pub rows: usize,
+    /// Width of an embedding.
     pub cols: usize,
+    /// Rows of the table.
     pub vocab: usize,
 }
 
@@ -40,8 +43,11 @@ pub struct GatherRows<'a> {
     pub rows: &'a Tensor,
     /// `[n, cols]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows to gather.
     pub n: usize,
+    /// Rows of `x`.
     pub x_rows: usize,
+    /// Width of a row.
     pub cols: usize,
 }
 
@@ -68,8 +74,11 @@ pub struct RmsNorm<'a> {
     pub weight: &'a Tensor,
     /// act `[rows, cols]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows to norm.
     pub rows: usize,
+    /// Width of a row.
     pub cols: usize,
+    /// Added to the mean square.
     pub eps: f32,
 }
 
@@ -98,8 +107,11 @@ pub struct Linear<'a> {
     pub bias: Option<&'a Tensor>,
     /// act or f32 `[rows, outputs]`; f32 when `accumulate` is set.
     pub y: &'a Tensor,
+    /// Rows of `x` and `y`.
     pub rows: usize,
+    /// Width of a row of `x`; a multiple of 8.
     pub inputs: usize,
+    /// Width of a row of `y`.
     pub outputs: usize,
     /// Adds to `y` (the residual stream) instead of overwriting it.
     pub accumulate: bool,
@@ -135,6 +147,7 @@ impl Linear<'_> {
 pub struct QkNorm<'a> {
     /// f32 `[heads, head_dim]`, one row per head of the call.
     pub weight: &'a Tensor,
+    /// Added to the mean square.
     pub eps: f32,
 }
 
@@ -162,8 +175,11 @@ pub struct Rope<'a> {
     pub norm: Option<QkNorm<'a>>,
     /// act `[rows, heads, head_dim]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows of the batch.
     pub rows: usize,
+    /// Heads of a row; a multiple of `heads_per_freq`.
     pub heads: usize,
+    /// Dimensions of a head; even.
     pub head_dim: usize,
 }
 
@@ -206,7 +222,9 @@ pub struct SwiGlu<'a> {
     pub x: &'a Tensor,
     /// act `[rows, ffn]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows of `x` and `out`.
     pub rows: usize,
+    /// Width of the MLP.
     pub ffn: usize,
 }
 

@@ -72,6 +72,7 @@ pub enum Refresh {
 pub struct SelectDims<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
     /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`, for the `*_qk` metrics.
     pub stats: Option<&'a Tensor>,
@@ -83,13 +84,21 @@ pub struct SelectDims<'a> {
     pub changed: &'a Tensor,
     /// f32 `[slots, kv_heads, 2]`: rho and rho_best of this step's query, out.
     pub coverage: &'a Tensor,
+    /// Query heads.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
+    /// Slots of per-sequence state.
     pub slots: usize,
+    /// Dimensions to choose per KV head; a multiple of 8 and of `unit`.
     pub n_dims: usize,
+    /// Consecutive dimensions chosen together: 1, 2, 8 or 16.
     pub unit: usize,
+    /// Importance of a dimension.
     pub metric: DimMetric,
+    /// When a set is chosen anew.
     pub refresh: Refresh,
 }
 
@@ -142,8 +151,11 @@ impl SelectDims<'_> {
 /// rows are left alone.
 #[derive(Debug)]
 pub struct RebuildSlice<'a> {
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// The slice to rewrite.
     pub slice: CompactSlice<'a>,
     /// u32 `[slots, kv_heads, CHANGED_WORDS]`.
     pub changed: &'a Tensor,

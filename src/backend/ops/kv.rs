@@ -75,8 +75,11 @@ pub struct KvPool<'a> {
     pub k: &'a Tensor,
     /// Same dtype and size as `k`.
     pub v: &'a Tensor,
+    /// Pages of 64 tokens.
     pub n_pages: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// Leading dimensions stored as their own piece; a multiple of 8, or `head_dim`.
     pub lead: usize,
@@ -134,6 +137,7 @@ pub struct CompactSlice<'a> {
     pub n_dims: usize,
     /// Tokens a slot has room for.
     pub capacity: usize,
+    /// Sequences that have a slice.
     pub slots: usize,
 }
 
@@ -169,13 +173,19 @@ pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<
 pub struct KvAppend<'a> {
     /// act, row `r`, KV head `h`, dimension `i` at `r * k_stride + h * head_dim + i` (after [`Rope`](super::Rope)).
     pub k: &'a Tensor,
+    /// Elements between rows of `k`.
     pub k_stride: usize,
     /// act, like `k`.
     pub v: &'a Tensor,
+    /// Elements between rows of `v`.
     pub v_stride: usize,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// The int8 key copy, where there is one.
     pub int8: Option<Int8Keys<'a>>,
+    /// The compact slice, where there is one.
     pub slice: Option<CompactSlice<'a>>,
 }
 
@@ -228,10 +238,13 @@ pub const fn key_stats_len(head_dim: usize) -> usize {
 /// pages (dtype kv). A sequence with `kv_len == q_len` starts from zero. The count is `kv_len`.
 #[derive(Debug)]
 pub struct KeyStats<'a> {
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
     /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: &'a Tensor,
+    /// Slots of per-sequence state.
     pub slots: usize,
 }
 

@@ -73,11 +73,17 @@ pub enum LogitScale {
 pub struct ScoreDims<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Which dimensions are read, and from where.
     pub source: ScoreSource<'a>,
+    /// Query heads.
     pub heads: usize,
+    /// How the query heads of a KV head share a score.
     pub pool: HeadPool,
+    /// Scale of the partial logits.
     pub scale: LogitScale,
     /// f32 `[n, rows_per_seq, stride]`, out.
     pub scores: &'a Tensor,
@@ -134,9 +140,13 @@ pub struct PoolScores<'a> {
     pub scores: &'a Tensor,
     /// f32 `[n, kv_heads, stride]`, out.
     pub out: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Query heads.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
     /// `MaxSoftmax` or `MeanSoftmax`.
     pub pool: HeadPool,
@@ -165,10 +175,15 @@ impl PoolScores<'_> {
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.
     pub scores: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Score rows of a sequence.
     pub rows_per_seq: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
+    /// First tokens to force.
     pub sinks: usize,
+    /// Last tokens to force, the newest included; at least 1.
     pub recent: usize,
 }
 
@@ -191,9 +206,13 @@ impl Force<'_> {
 pub struct TopK<'a> {
     /// f32 `[n, rows_per_seq, stride]`.
     pub scores: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Score rows of a sequence.
     pub rows_per_seq: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
+    /// Most tokens of a list; at least 1.
     pub k: usize,
     /// u32 `[n, rows_per_seq, k]`, out.
     pub indices: &'a Tensor,
