@@ -72,8 +72,7 @@ fn linear(rig: &mut Rig) -> Outcome {
     rig.refuses("u32 bias", dev.linear(&Linear { bias: Some(&index), ..p() }))?;
     rig.refuses("u32 x", dev.linear(&Linear { x: &index, rows: 1, ..p() }))?;
     rig.refuses("inputs not of 8", dev.linear(&Linear { inputs: 60, ..p() }))?;
-    let wraps = Linear { rows: WRAPS, inputs: 1 << 4, ..p() };
-    rig.refuses("rows that wrap", dev.linear(&wraps))?;
+    rig.refuses("rows that wrap", dev.linear(&Linear { rows: WRAPS, inputs: 16, ..p() }))?;
     rig.refuses("y is x", dev.linear(&Linear { y: &x, ..p() }))?;
     rig.refuses("y in w", dev.linear(&Linear { y: &w.slice(0, 32), ..p() }))?;
     let all = rig.zeros(DType::F32, rows * outputs)?;
@@ -94,8 +93,7 @@ fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
     rig.refuses("out is x", dev.rms_norm(&RmsNorm { out: &x, ..p() }))?;
     rig.refuses("x as u32", dev.rms_norm(&RmsNorm { x: &positions, ..p() }))?;
     rig.refuses("rows that wrap", dev.rms_norm(&RmsNorm { rows: WRAPS, ..p() }))?;
-    let one = RmsNorm { out: &weight, rows: 1, ..p() };
-    rig.refuses("out is weight", dev.rms_norm(&one))?;
+    rig.refuses("out is weight", dev.rms_norm(&RmsNorm { out: &weight, rows: 1, ..p() }))?;
     let p = || Rope {
         x: &x,
         x_stride: 64,
@@ -116,8 +114,7 @@ fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
     rig.refuses("a stride that wraps", dev.rope(&Rope { x_stride: usize::MAX - 63, ..p() }))?;
     rig.refuses("heads that wrap", dev.rope(&Rope { heads: WRAPS, heads_per_freq: WRAPS, ..p() }))?;
     let freqs = rig.zeros(DType::F32, rows * cols)?;
-    let shared = Rope { inv_freq: &freqs, out: &freqs, ..p() };
-    rig.refuses("out is inv_freq", dev.rope(&shared))?;
+    rig.refuses("out is inv_freq", dev.rope(&Rope { inv_freq: &freqs, out: &freqs, ..p() }))?;
     let p = || SwiGlu { x: &x, out: &out, rows, ffn: cols };
     rig.refuses("short x", dev.swiglu(&SwiGlu { x: &short(&x), ..p() }))?;
     rig.refuses("short out", dev.swiglu(&SwiGlu { out: &short(&out), ..p() }))?;
@@ -187,8 +184,7 @@ fn kv(rig: &mut Rig) -> Outcome {
     rig.refuses("input in the pages", dev.kv_append(&KvAppend { k: &c.v, ..p() }))?;
     let slice = Some(CompactSlice { data: &c.v, ..compact });
     rig.refuses("slice over values", dev.kv_append(&KvAppend { slice, ..p() }))?;
-    let over = KvAppend { k: &scale, ..p() };
-    rig.refuses("scales over the input", dev.kv_append(&over))?;
+    rig.refuses("scales over the input", dev.kv_append(&KvAppend { k: &scale, ..p() }))?;
     let meta = short(b.seqs().meta);
     let seqs = Seqs { meta: &meta, ..b.seqs() };
     rig.refuses("short meta", dev.kv_append(&KvAppend { seqs, ..p() }))?;
@@ -242,8 +238,7 @@ fn score(rig: &mut Rig) -> Outcome {
     rig.refuses("u32 scores", dev.score_dims(&ScoreDims { scores: &index, ..p() }))?;
     let seqs = Seqs { max_q: 2, ..b.seqs() };
     rig.refuses("prefill", dev.score_dims(&ScoreDims { seqs, ..p() }))?;
-    let wraps = ScoreDims { stride: WRAPS, ..p() };
-    rig.refuses("a stride that wraps", dev.score_dims(&wraps))?;
+    rig.refuses("a stride that wraps", dev.score_dims(&ScoreDims { stride: WRAPS, ..p() }))?;
     rig.refuses("scores over keys", dev.score_dims(&ScoreDims { scores: &c.k, ..p() }))?;
     rig.refuses("scores over q", dev.score_dims(&ScoreDims { scores: &q, ..p() }))?;
     let pooled = rig.output(DType::F32, b.n() * stride)?;
