@@ -17,7 +17,7 @@
 //! default), `cpu`, `wgpu` or `cuda`.
 
 use anyhow::{Context, Result};
-use longsight::backend::{Backend, DType, PAGE, Pool, Tensor};
+use longsight::backend::{Backend, DType, HeadPool, PAGE, Tensor};
 use longsight::engine::{AuditConfig, AuditSummary, Engine, SeqId, WantLogits};
 use longsight::select::{
     LayerContext, LayerPlan, LayerShape, Plan, Role, Scorer, SelectError, Selection, Selector,
@@ -84,7 +84,7 @@ fn ruler_plan(base: &Plan) -> Plan {
     for layer in plan.layers.iter_mut().filter(|l| l.role == Role::Select) {
         layer.scorer = Scorer::Custom { name: "ruler".into() };
         // One score row per KV head, nothing to pool: the softmax pools read per-head logits instead.
-        layer.pool = Pool::SumLogit;
+        layer.pool = HeadPool::SumLogit;
     }
     plan
 }

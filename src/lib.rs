@@ -4,6 +4,7 @@
 //! `backend` | `files`. See `DESIGN.md`.
 
 #![warn(missing_debug_implementations)]
+#![warn(missing_docs)]
 #![forbid(unsafe_op_in_unsafe_fn)]
 
 pub mod backend;

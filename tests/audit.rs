@@ -5,7 +5,7 @@ mod common;
 use common::cache::backends;
 use common::model::{Model, dense, prompt, sparse};
 use common::tiny::Tiny;
-use longsight::backend::Pool;
+use longsight::backend::HeadPool;
 use longsight::engine::{AuditConfig, Engine, SeqId, WantLogits};
 use longsight::model::{Arch, LayerAudit, LayerWeight, Weight};
 use longsight::select::{MethodSpec, Variant};
@@ -141,7 +141,7 @@ fn all_but_one_token_is_almost_dense() {
         let want = exact.decode(seq, tokens[n - 1]).unwrap();
         let nmse = |budget: usize| {
             let spec = MethodSpec {
-                pool: Some(Pool::None),
+                pool: Some(HeadPool::None),
                 recent: Some(1),
                 sinks: Some(0),
                 ..sparse(Variant::Oracle, budget)

@@ -5,112 +5,12 @@
 
 mod common;
 
+use common::program::{Home, run_on, text};
 use common::tiny::Tiny;
 use longsight::model::{Arch, Quant};
 use longsight::select::Plan;
 use serde_json::Value;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-
-/// A temporary folder with the tiny model and a cache folder.
-struct Home(tempfile::TempDir);
-
-/// How a run ended.
-#[derive(Debug)]
-struct Ended {
-    code: Option<i32>,
-    out: String,
-    err: String,
-}
-
-impl Ended {
-    fn json(&self) -> Value {
-        assert_eq!(self.code, Some(0), "{self:?}");
-        serde_json::from_str(&self.out).unwrap_or_else(|e| panic!("{e}: {self:?}"))
-    }
-}
-
-fn text(path: &Path) -> String {
-    path.display().to_string()
-}
-
-impl Home {
-    fn new() -> Home {
-        let home = Home(tempfile::tempdir().unwrap());
-        Tiny::new(Arch::Llama, false, 5).write_hf(&home.path("model"), Quant::F32, 1);
-        home
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// Writes a file; its path as an argument.
-    fn file(&self, name: &str, bytes: &[u8]) -> String {
-        std::fs::write(self.path(name), bytes).unwrap();
-        text(&self.path(name))
-    }
-
-    fn model(&self) -> String {
-        text(&self.path("model"))
-    }
-
-    /// Names of all files below the folder.
-    fn files(&self) -> Vec<PathBuf> {
-        let mut folders = vec![self.0.path().to_owned()];
-        let mut files = Vec::new();
-        while let Some(folder) = folders.pop() {
-            for entry in std::fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                if path.is_dir() { folders.push(path) } else { files.push(path) }
-            }
-        }
-        files.sort();
-        files
-    }
-
-    fn run_in(&self, environment: &[(&str, &str)], arguments: &[&str]) -> Ended {
-        let done = Command::new(env!("CARGO_BIN_EXE_longsight"))
-            .args(arguments)
-            .env("LONGSIGHT_CACHE", self.path("cache"))
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
-        Ended {
-            code: done.status.code(),
-            out: String::from_utf8(done.stdout).unwrap(),
-            err: String::from_utf8(done.stderr).unwrap(),
-        }
-    }
-
-    fn run(&self, arguments: &[&str]) -> Ended {
-        self.run_in(&[], arguments)
-    }
-
-    /// The run fails with a sentence that holds `names`, and leaves no file behind.
-    fn refused_in(&self, environment: &[(&str, &str)], arguments: &[&str], names: &[&str]) {
-        let before = self.files();
-        let end = self.run_in(environment, arguments);
-        // No code at all is a signal; 101 is a panic.
-        assert!(end.code.is_some_and(|c| c != 0 && c != 101), "{arguments:?}: {end:?}");
-        assert!(end.err.lines().any(|l| l.starts_with("error: ") && l.len() > 20), "{end:?}");
-        assert!(!end.err.contains("panicked"), "{arguments:?}: {}", end.err);
-        for name in names {
-            assert!(end.err.contains(name), "{arguments:?}: {:?} does not name {name}", end.err);
-        }
-        assert_eq!(self.files(), before, "{arguments:?} left files behind");
-    }
-
-    fn refused(&self, arguments: &[&str], names: &[&str]) {
-        self.refused_in(&[], arguments, names);
-    }
-}
-
-/// `run -m MODEL --device cpu` and more.
-fn run_on<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    [&["run", "-m", model, "--device", "cpu", "-n", "4"][..], more].concat()
-}
+use std::path::PathBuf;
 
 #[test]
 fn every_command_explains_itself() {
@@ -311,6 +211,41 @@ fn options_that_would_change_nothing_are_refused() {
     home.refused(&[&eval[..], &["--score", "18446744073709551615"]].concat(), &["too few"]);
     let bench = ["bench", "-m", &model, "--methods", "dense", "--budget", "64"];
     home.refused(&bench, &["--budget changes nothing in dense"]);
+}
+
+/// `longsight ... | head`: the reader is gone before the first line.
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let home = Home::new();
+    let model = home.model();
+    let prose = home.file("prose.txt", "The mill stood by the river. ".repeat(9).as_bytes());
+    let eval = ["eval", "ppl", "-m", &model, "-d", "cpu", "--text", &prose, "--methods", "window"];
+    let eval = [&eval[..], &["--lengths", "100", "--score", "2", "--audit", "0"]].concat();
+    let json = ["--format", "json"];
+    let cases: [Vec<&str>; 8] = [
+        vec!["devices", "--no-measure"],
+        [&["devices", "--no-measure"][..], &json].concat(),
+        vec!["plan", "-m", &model],
+        [&["plan", "-m", &model][..], &json].concat(),
+        run_on(&model, &["hi"]),
+        run_on(&model, &["hi", "--json"]),
+        [&eval[..], &["--layers"]].concat(),
+        [&eval[..], &json].concat(),
+    ];
+    for arguments in cases {
+        for both in [false, true] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            let mut command = home.command(&arguments);
+            if both {
+                command.stderr(writer.try_clone().unwrap());
+            }
+            let done = command.stdout(writer).output().unwrap();
+            let said = String::from_utf8(done.stderr).unwrap();
+            assert_eq!(done.status.code(), Some(0), "{arguments:?}: {said}");
+            assert!(!said.contains("panicked") && !said.contains("error"), "{said}");
+        }
+    }
 }
 
 #[test]

@@ -1,15 +1,17 @@
 //! Every op on every backend found, against the f64 reference.
 //!
-//! Names are `backend::op::case`. The binary needs no other file, so it can be taken to another machine.
+//! Names are `backend::op::case`. The binary needs no other file, so it can be taken to another machine. A run of all
+//! cases on all backends fails where README.md's table of ops says something else.
 //! Environment: `LONGSIGHT_BACKENDS=cpu,wgpu` restricts (and `oracle` adds the reference itself);
-//! `LONGSIGHT_REQUIRE=wgpu` makes absence a failure; `LONGSIGHT_CONFORMANCE_JSON=path` and
-//! `LONGSIGHT_SUPPORT_TABLE=path` write the results.
+//! `LONGSIGHT_REQUIRE=wgpu` makes absence a failure; `LONGSIGHT_CONFORMANCE_JSON=path` writes the results;
+//! `LONGSIGHT_SUPPORT_TABLE=write` writes the README's table instead of comparing it.
 
 #[path = "conformance/mod.rs"]
 mod conformance;
 
 use conformance::oracle::{Fault, Oracle};
 use conformance::report::{End, Report, Row, run};
+use conformance::table;
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use longsight::backend::{Backend, Capabilities, DType, open, open_all};
 use std::process::ExitCode;
@@ -21,6 +23,11 @@ fn main() -> ExitCode {
     let mut args = Arguments::from_args();
     // One device, one queue: cases run one after the other unless asked otherwise.
     args.test_threads = args.test_threads.or(Some(1));
+    // Only a whole run says something about the table.
+    let whole = args.filter.is_none()
+        && args.skip.is_empty()
+        && !(args.list || args.ignored || args.bench)
+        && list("LONGSIGHT_BACKENDS").is_none();
     let report = Report::default();
     let (found, absent) = discover();
     let mut trials = harness_trials();
@@ -39,8 +46,14 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&args, trials);
     let devices: Vec<(String, Capabilities)> =
         found.iter().map(|(n, d)| (n.clone(), d.caps().clone())).collect();
-    let wrote = write("LONGSIGHT_CONFORMANCE_JSON", || report.json(&devices, &absent))
-        .and_then(|()| write("LONGSIGHT_SUPPORT_TABLE", || report.table(&devices)));
+    let wrote =
+        write("LONGSIGHT_CONFORMANCE_JSON", || report.json(&devices, &absent)).and_then(|()| {
+            match whole && !conclusion.has_failed() {
+                true => table::check(&report.rows(), write_table()),
+                false if write_table() => Err("the support table needs a run of all cases".into()),
+                false => Ok(()),
+            }
+        });
     match wrote {
         Ok(()) => conclusion.exit_code(),
         Err(why) => {
@@ -48,6 +61,10 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn write_table() -> bool {
+    std::env::var("LONGSIGHT_SUPPORT_TABLE").is_ok_and(|v| v == "write")
 }
 
 fn list(variable: &str) -> Option<Vec<String>> {
@@ -137,6 +154,7 @@ fn harness_trials() -> Vec<Trial> {
             }
         }));
     }
+    trials.push(Trial::test("harness::support_table", || Ok(table::self_test()?)));
     for op in ["rms_norm", "force", "merge", "select_dims"] {
         trials.push(Trial::test(format!("harness::passes::{op}"), move || {
             let failed = |r: &Row| r.end != End::Pass;

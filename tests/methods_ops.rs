@@ -6,22 +6,22 @@
 
 mod common;
 
+use HeadPool::{MaxLogit, MaxSoftmax, MeanSoftmax, SumLogit};
 use common::cache::{Data, Heads, Layer, Picked, Rule, backends, upload};
 use common::dims::Dims;
 use longsight::backend::reference::{floats, words};
-use longsight::backend::{Backend, DType, DimMetric, LogitScale, Pool, Rope, ScoreSource};
+use longsight::backend::{Backend, DType, DimMetric, HeadPool, LogitScale, Rope, ScoreSource};
 use longsight::select::{LayerContext, METHODS, MethodSpec, Scratch, Selection, Variant, build};
 use std::sync::Arc;
 
 const HEADS: Heads = Heads { query: 4, kv: 2, dim: 32 };
 const TOKENS: usize = 200;
-const POOLS: [Pool; 5] =
-    [Pool::SumLogit, Pool::MaxLogit, Pool::MaxSoftmax, Pool::MeanSoftmax, Pool::None];
+const POOLS: [HeadPool; 5] = [SumLogit, MaxLogit, MaxSoftmax, MeanSoftmax, HeadPool::None];
 /// Metrics and the units they choose.
 const METRICS: [(DimMetric, usize); 4] =
     [(DimMetric::AbsQ, 1), (DimMetric::PairNorm, 2), (DimMetric::AbsQk, 1), (DimMetric::PairQk, 2)];
 
-fn rule(pool: Pool, k: usize) -> Rule {
+fn rule(pool: HeadPool, k: usize) -> Rule {
     Rule { pool, scale: LogitScale::Coverage, k, forced: None }
 }
 
@@ -56,7 +56,7 @@ fn all_dimensions_give_exact_logits_and_the_true_top_k() {
         ];
         for source in sources {
             for scale in [LogitScale::Coverage, LogitScale::InvSqrtDim] {
-                let r = Rule { scale, ..rule(Pool::None, 20) };
+                let r = Rule { scale, ..rule(HeadPool::None, 20) };
                 let scores = floats(&*dev, &l.scores(source, r)).unwrap();
                 let picked = l.pick(source, r);
                 for h in 0..HEADS.query {
@@ -236,7 +236,7 @@ fn a_group_of_one_is_plain_heads_and_equal_heads_count_as_one() {
             d1.choose(&one, metric, unit);
             d4.choose(&many, metric, unit);
             assert_eq!(d1.lists(&one), d4.lists(&many), "{} {metric:?}", dev.name());
-            let per_head = one.pick(ScoreSource::Slice(d1.slice()), rule(Pool::None, 24)).lists;
+            let per_head = one.pick(ScoreSource::Slice(d1.slice()), rule(HeadPool::None, 24)).lists;
             for pool in POOLS {
                 let what = format!("{} {metric:?} {pool:?}", dev.name());
                 let alone = one.pick(ScoreSource::Slice(d1.slice()), rule(pool, 24)).lists;
@@ -378,7 +378,7 @@ fn chain(dev: &Arc<dyn Backend>, data: &Data) -> (Vec<Vec<u32>>, Vec<f64>) {
     let l = Layer::filled(dev, data, 16);
     let d = Dims::new(&l, 16);
     d.choose(&l, DimMetric::PairQk, 2);
-    let r = Rule { forced: Some((4, 16)), ..rule(Pool::MaxSoftmax, 40) };
+    let r = Rule { forced: Some((4, 16)), ..rule(HeadPool::MaxSoftmax, 40) };
     let picked = l.pick(ScoreSource::Slice(d.slice()), r);
     let out = l.attend(&picked);
     (picked.lists, out)

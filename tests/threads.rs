@@ -6,15 +6,15 @@
 mod common;
 
 use common::cache::{Data, Heads, Layer, Rule, backends};
-use longsight::backend::{Backend, DType, LogitScale, Pool, PoolScores, ScoreSource, Tensor};
+use longsight::backend::{Backend, DType, HeadPool, LogitScale, PoolScores, ScoreSource, Tensor};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
 const HEADS: Heads = Heads { query: 8, kv: 2, dim: 16 };
-const POOLS: [Pool; 2] = [Pool::MaxSoftmax, Pool::MeanSoftmax];
+const POOLS: [HeadPool; 2] = [HeadPool::MaxSoftmax, HeadPool::MeanSoftmax];
 const SOURCE: ScoreSource<'static> = ScoreSource::Lead { n: 8 };
 
-fn rule(pool: Pool) -> Rule {
+fn rule(pool: HeadPool) -> Rule {
     Rule { pool, scale: LogitScale::Coverage, k: 64, forced: Some((4, 8)) }
 }
 
@@ -58,7 +58,7 @@ fn ops_of_two_passes_keep_their_partial_results() {
     for dev in backends() {
         let mine = [(1, 200), (2, 330)].map(|(seed, tokens)| {
             let layer = filled(&dev, seed, tokens);
-            let scores = layer.scores(SOURCE, rule(Pool::None));
+            let scores = layer.scores(SOURCE, rule(HeadPool::None));
             let outs = layer.alloc(DType::F32, OUTS * HEADS.kv * layer.capacity);
             (layer, scores, outs)
         });
@@ -83,7 +83,7 @@ fn decode_steps_and_read_backs_get_their_own_bits() {
     for dev in backends() {
         let mine = [1, 2].map(|seed| [4500, 70, 300].map(|n| filled(&dev, seed, n)));
         same_together(dev.name(), &mine, 20, |layers| {
-            let one = |layer: &Layer, pool: Pool| {
+            let one = |layer: &Layer, pool: HeadPool| {
                 let scores = bytes(&*dev, &layer.scores(SOURCE, rule(pool)));
                 let picked = layer.pick(SOURCE, rule(pool));
                 let attended = layer.attend(&picked);

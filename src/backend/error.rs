@@ -16,7 +16,7 @@ pub enum BackendError {
     /// The device has no room for a buffer.
     #[error(
         "out of device memory: {what} needs {need} bytes, {free} are free; \
-         use a shorter context (--ctx), a smaller batch, a 16-bit dtype, or another device"
+         use a shorter context, a smaller batch, a 16-bit dtype, or another device"
     )]
     OutOfMemory {
         /// What was being allocated.

@@ -4,6 +4,28 @@
 //! stream in call order, and returns. Nothing is read back unless [`Backend::download`] or
 //! [`Backend::sync`] is called. Backends know neither models nor methods. One op has one name: the trait
 //! method, `src/backend/cpu/<op>.rs`, `shaders/<op>.wgsl`, `kernels/<op>.cu` and the conformance group.
+//!
+//! ```
+//! use longsight::backend::{DType, RmsNorm, open};
+//!
+//! let device = open("cpu")?;
+//! let x = device.alloc(DType::F32, 4, "two rows")?;
+//! let weight = device.alloc(DType::F32, 2, "norm weight")?;
+//! let out = device.alloc(DType::F32, 4, "normed rows")?;
+//! device.upload(&x, bytemuck::cast_slice(&[3.0f32, 4.0, 1.0, 1.0]))?;
+//! device.upload(&weight, bytemuck::cast_slice(&[1.0f32, 2.0]))?;
+//! device.rms_norm(&RmsNorm { x: &x, weight: &weight, out: &out, rows: 2, cols: 2, eps: 0.0 })?;
+//! let mut normed = [0.0f32; 4];
+//! device.download(&out, bytemuck::cast_slice_mut(&mut normed))?;
+//! // The root of the mean square is sqrt(12.5) in the first row, 1 in the second.
+//! let want = [3.0 / 12.5f32.sqrt(), 2.0 * 4.0 / 12.5f32.sqrt(), 1.0, 2.0];
+//! assert!(normed.iter().zip(want).all(|(x, w)| (x - w).abs() < 1e-6));
+//!
+//! // Arguments that do not fit are refused.
+//! let beyond = RmsNorm { x: &x, weight: &weight, out: &out, rows: 3, cols: 2, eps: 0.0 };
+//! assert!(device.rms_norm(&beyond).is_err());
+//! # Ok::<(), longsight::backend::BackendError>(())
+//! ```
 
 mod caps;
 pub mod cpu;
@@ -138,7 +160,7 @@ pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
     ops::ensure(OP, src.len() == dst.len(), || {
         format!("{} elements into {}", src.len(), dst.len())
     })?;
-    ops::apart(OP, "dst", dst, "src", src)
+    ops::apart(OP, &[("dst", dst)], &[("src", src)])
 }
 
 /// `bytes` of host memory match the tensor that [`Backend::upload`] or [`Backend::download`] names.

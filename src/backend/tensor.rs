@@ -136,7 +136,8 @@ impl Tensor {
     ///
     /// Panics when it does not fit: offsets are computed by this crate, never read from input.
     pub fn slice(&self, start: usize, len: usize) -> Tensor {
-        assert!(start + len <= self.len, "slice {start}+{len} of a tensor of {}", self.len);
+        let fits = start.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(fits, "slice {start}+{len} of a tensor of {}", self.len);
         Tensor { buffer: self.buffer.clone(), dtype: self.dtype, offset: self.offset + start, len }
     }
 }

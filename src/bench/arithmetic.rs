@@ -12,13 +12,16 @@ use serde::Serialize;
 pub struct ShapeArithmetic {
     /// `qkv`, `o`, `gate_up` or `down`.
     pub name: &'static str,
+    /// Width of its input.
     pub inputs: usize,
+    /// Width of its output.
     pub outputs: usize,
     /// Seconds of the backend's `linear`, weights in their dtype.
     pub linear_seconds: Summary,
     /// Seconds of the GEMM crate on f32 operands, split over the threads by rows or by outputs, whichever has the
     /// smaller median.
     pub gemm_seconds: Summary,
+    /// How the faster GEMM was split over the threads.
     pub gemm_split: GemmSplit,
 }
 
@@ -27,9 +30,11 @@ pub struct ShapeArithmetic {
 pub struct PrefillArithmetic {
     /// Prompt tokens of one product.
     pub rows: usize,
+    /// The layers one by one.
     pub shapes: Vec<ShapeArithmetic>,
     /// Over all shapes, as often as a block runs them, from medians.
     pub linear_gflop_s: f64,
+    /// The same for the GEMM crate alone.
     pub gemm_gflop_s: f64,
     /// `linear / gemm`.
     pub linear_share: f64,

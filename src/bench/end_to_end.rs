@@ -24,6 +24,7 @@ pub struct EndToEnd {
     pub methods: Vec<MethodSpec>,
     /// Budgets of the sparse methods; empty leaves each its own.
     pub budgets: Vec<usize>,
+    /// Samples per test.
     pub repeats: usize,
     /// Decode steps before the clock starts, in every repetition (they also hold a method's first choice of
     /// dimensions).

@@ -5,11 +5,13 @@ use serde::Serialize;
 /// Samples in the order taken, with their mean, standard deviation and median.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
+    /// Mean of the samples, in their unit.
     pub mean: f64,
     /// Of the sample (n - 1); 0 for a single one.
     pub sd: f64,
     /// The middle one, or the mean of the two in the middle.
     pub median: f64,
+    /// The samples, in the order taken.
     pub samples: Vec<f64>,
 }
 

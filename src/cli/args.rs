@@ -1,7 +1,7 @@
 //! Options shared by commands.
 
 use super::ui;
-use crate::backend::{DType, DimMetric, Pool};
+use crate::backend::{DType, DimMetric, HeadPool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
 use crate::select::{METHODS, MethodSpec, Plan, Variant, parse_name};
@@ -22,7 +22,8 @@ pub struct SizeArgs {
     /// Dtype of the KV cache [default: that of the weights]
     #[arg(long, value_name = "DTYPE")]
     pub kv_dtype: Option<DType>,
-    /// Most tokens of a sequence [default: what the prompt and the answer need, or the model's limit]
+    /// Most tokens of a sequence [default: what run, eval or bench needs; chat: the model's limit, at
+    /// most 32,768; plan: the model's limit]
     #[arg(long, value_name = "TOKENS")]
     pub ctx: Option<usize>,
 }
@@ -144,8 +145,8 @@ pub struct OtherOptions {
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none
-    #[arg(long, value_parser = parse_name::<Pool>, value_name = "POOL")]
-    pub pool: Option<Pool>,
+    #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
+    pub pool: Option<HeadPool>,
     /// First tokens that are always attended to
     #[arg(long, value_name = "TOKENS")]
     pub sinks: Option<usize>,

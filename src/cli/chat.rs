@@ -3,6 +3,7 @@
 use super::args::{AnswerArgs, MethodArgs, ModelArgs};
 use super::interrupt::Interrupt;
 use super::run::{answer, statistics};
+use super::ui;
 use crate::engine::{EngineError, Prompt, Request};
 use crate::model::Message;
 use anyhow::{Result, bail};
@@ -28,7 +29,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
     let mut engine = a.method.apply(a.model.builder())?.audit(a.answer.audit()).build()?;
     for note in engine.notes() {
-        eprintln!("note: {note}");
+        ui::note(format!("note: {note}"));
     }
     if engine.template().is_none() {
         bail!("this model brings no chat template; use `longsight run --raw`");
@@ -37,12 +38,12 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         a.system.iter().map(|s| Message::new("system", s.clone())).collect();
     let terminal = std::io::stdin().is_terminal();
     if terminal {
-        eprintln!("Ctrl-C stops an answer, Ctrl-D (or /quit) ends, /new starts over.");
+        ui::note("Ctrl-C stops an answer, Ctrl-D (or /quit) ends, /new starts over.");
     }
     let mut lines = std::io::stdin().lock().lines();
     loop {
         if terminal {
-            eprint!("> ");
+            std::io::stderr().write_all(b"> ")?;
             std::io::stderr().flush()?;
         }
         let Some(line) = lines.next() else { break };
@@ -66,12 +67,12 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         interrupt.disarm();
         match result {
             Ok(done) => {
-                eprintln!("{}", statistics(&done, &engine.plan().method));
+                ui::note(statistics(&done, &engine.plan().method));
                 messages.push(Message::new("assistant", done.text));
             }
             Err(e) if matches!(e.downcast_ref(), Some(EngineError::ContextTooLong { .. })) => {
                 messages.pop();
-                eprintln!("{e:#}\n/new starts over with an empty conversation.");
+                ui::note(format!("{e:#}\n/new starts over with an empty conversation."));
             }
             Err(e) => return Err(e),
         }

@@ -23,8 +23,16 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
     let mut rows = Vec::new();
     for (name, device) in &found {
         match device {
-            Ok(b) => rows.push(describe(b, !a.no_measure, a.format == Format::Table)),
-            Err(e) if a.format == Format::Table => println!("{name:<5} not usable: {e}"),
+            Ok(b) => {
+                let (text, row) = describe(b, !a.no_measure);
+                if a.format == Format::Table {
+                    ui::print(&text)?;
+                }
+                rows.push(row);
+            }
+            Err(e) if a.format == Format::Table => {
+                ui::print(&format!("{name:<5} not usable: {e}\n"))?;
+            }
             Err(e) => {
                 rows.push(serde_json::json!({ "backend": name, "unavailable": e.to_string() }));
             }
@@ -34,12 +42,14 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
         found.iter().filter_map(|(_, b)| Some(b.as_ref().ok()?.caps().device.as_str())).collect();
     for c in others(&opened) {
         match a.format {
-            Format::Table => println!("{:<5} {} (choose it with --device)", c.backend, c.device),
+            Format::Table => {
+                ui::print(&format!("{:<5} {} (choose it with --device)\n", c.backend, c.device))?;
+            }
             Format::Json => rows.push(serde_json::json!({ "capabilities": c })),
         }
     }
     if a.format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&rows)?);
+        ui::print(&(serde_json::to_string_pretty(&rows)? + "\n"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -55,42 +65,44 @@ fn others(opened: &[&str]) -> Vec<Capabilities> {
     all
 }
 
-fn describe(b: &Arc<dyn Backend>, measure: bool, print: bool) -> serde_json::Value {
+/// A device as lines of text and as JSON.
+fn describe(b: &Arc<dyn Backend>, measure: bool) -> (String, serde_json::Value) {
     let c = b.caps();
     let bandwidth = measure.then(|| b.bandwidth());
-    if print {
-        let memory = c.memory.map_or("memory size unknown".into(), ui::bytes);
-        let free = b.free_memory().map_or(String::new(), |f| format!(" ({} free)", ui::bytes(f)));
-        let subgroup = match c.subgroup {
-            (0, 0) => "none".into(),
-            (a, b) if a == b => a.to_string(),
-            (a, b) => format!("{a} to {b}"),
-        };
-        let storage: Vec<_> = c.storage.iter().map(|d| d.name()).collect();
-        println!("{:<5} {}", c.backend, c.device);
-        println!("      driver         {}", c.driver);
-        println!("      memory         {memory}{free}, {:?}", c.topology);
-        println!("      storage        {}", storage.join(", "));
-        println!(
+    let memory = c.memory.map_or("memory size unknown".into(), ui::bytes);
+    let free = b.free_memory().map_or(String::new(), |f| format!(" ({} free)", ui::bytes(f)));
+    let subgroup = match c.subgroup {
+        (0, 0) => "none".into(),
+        (a, b) if a == b => a.to_string(),
+        (a, b) => format!("{a} to {b}"),
+    };
+    let storage: Vec<_> = c.storage.iter().map(|d| d.name()).collect();
+    let mut lines = vec![
+        format!("{:<5} {}", c.backend, c.device),
+        format!("      driver         {}", c.driver),
+        format!("      memory         {memory}{free}, {:?}", c.topology),
+        format!("      storage        {}", storage.join(", ")),
+        format!(
             "      f16 arithmetic {}, subgroups {subgroup}, matrix units {}",
             if c.f16 { "yes" } else { "no" },
             c.tensor_cores
-        );
-        if c.max_binding < u64::MAX / 4 {
-            println!("      largest buffer {}", ui::bytes(c.max_binding));
-        }
-        match &bandwidth {
-            Some(Ok(w)) => println!(
-                "      measured       device read {:.0} GB/s, host to device {:.1} GB/s",
-                w.device_read, w.host_to_device
-            ),
-            Some(Err(e)) => println!("      measured       failed: {e}"),
-            None => {}
-        }
+        ),
+    ];
+    if c.max_binding < u64::MAX / 4 {
+        lines.push(format!("      largest buffer {}", ui::bytes(c.max_binding)));
     }
-    serde_json::json!({
+    match &bandwidth {
+        Some(Ok(w)) => lines.push(format!(
+            "      measured       device read {:.0} GB/s, host to device {:.1} GB/s",
+            w.device_read, w.host_to_device
+        )),
+        Some(Err(e)) => lines.push(format!("      measured       failed: {e}")),
+        None => {}
+    }
+    let row = serde_json::json!({
         "capabilities": c,
         "free_memory": b.free_memory(),
         "bandwidth_gb_s": bandwidth.and_then(Result::ok),
-    })
+    });
+    (lines.join("\n") + "\n", row)
 }

@@ -97,7 +97,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         .kv_tokens(context + longest.min(context) / 4 + 1024)
         .build()?;
     for note in engine.notes() {
-        eprintln!("note: {note}");
+        ui::note(format!("note: {note}"));
     }
     let c = engine.decoder().config().clone();
     let plans = specs
@@ -119,7 +119,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         Ok(rows) => rows,
         Err(EngineError::Interrupted) => {
             bar.finish_and_clear();
-            eprintln!("interrupted; nothing was written");
+            ui::note("interrupted; nothing was written");
             return Ok(ExitCode::from(EXIT_CODE));
         }
         Err(e) => return Err(e.into()),
@@ -140,8 +140,8 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         file.finish(&serde_json::to_vec(&report)?)?;
     }
     match a.format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
-        Format::Table => print(&a, &rows),
+        Format::Json => ui::print(&(serde_json::to_string_pretty(&report)? + "\n"))?,
+        Format::Table => ui::print(&tables(&a, &rows))?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -199,7 +199,7 @@ fn cells(task: Task, group: &str, method: &str, rows: &[&Row]) -> Vec<String> {
     ]
 }
 
-fn print(a: &EvalArgs, rows: &[Row]) {
+fn tables(a: &EvalArgs, rows: &[Row]) -> String {
     let hits = if a.task == Task::Passkey { ">found" } else { ">top-1" };
     let columns = ["sample", "method", ">NLL", ">to dense", hits, ">mass kept", ">KV read/token"];
     let mut table = Table::new(&columns);
@@ -228,7 +228,7 @@ fn print(a: &EvalArgs, rows: &[Row]) {
             table.row(cells(a.task, g.map_or("mean", String::as_str), m, &of));
         }
     }
-    println!("{table}");
+    let mut text = format!("{table}\n");
     if a.layers {
         let mut table = Table::new(&[
             "sample",
@@ -250,6 +250,7 @@ fn print(a: &EvalArgs, rows: &[Row]) {
                 ]);
             }
         }
-        println!("{table}");
+        text += &format!("{table}\n");
     }
+    text
 }

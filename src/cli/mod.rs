@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod devices;
 mod eval;
+mod hint;
 mod interrupt;
 mod output;
 mod plan;
@@ -66,7 +67,10 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(e) if ui::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("error: {e:#}");
+            ui::note(format!("error: {e:#}"));
+            if let Some(hint) = hint::hint(&e) {
+                ui::note(format!("hint: {hint}"));
+            }
             ExitCode::FAILURE
         }
     }

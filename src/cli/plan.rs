@@ -37,10 +37,11 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
         OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
     }
     if a.format == Format::Json {
-        println!("{}", serde_json::to_string_pretty(&plan)?);
+        ui::print(&(serde_json::to_string_pretty(&plan)? + "\n"))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{} on {} ({} layers, {} tokens)", plan.method, c.name, c.n_layers, context);
+    let mut text =
+        format!("{} on {} ({} layers, {} tokens)\n", plan.method, c.name, c.n_layers, context);
     // Neighbouring layers that do the same share a line.
     let mut start = 0;
     while start < plan.layers.len() {
@@ -49,19 +50,20 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
         let end = (start..plan.layers.len()).take_while(|&l| describe(&plan.layers[l]) == what);
         let last = end.last().unwrap_or(start);
         let range = if last == start { format!("{start}") } else { format!("{start}-{last}") };
-        println!("  layer {range:<7} {what}");
+        text += &format!("  layer {range:<7} {what}\n");
         start = last + 1;
     }
     let elem = a.model.kv_dtype.or(a.model.dtype).map_or(2, |d| d.bytes());
     let bytes = |p: &Plan| p.bytes_read(context, &c.kv_reads(elem));
     let (sparse, dense) = (bytes(&plan), bytes(&Plan::dense(c.n_layers)));
-    println!(
-        "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)",
+    text += &format!(
+        "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)\n",
         ui::thousands(context as u64),
         ui::bytes(sparse),
         ui::bytes(dense),
         100.0 * sparse as f64 / dense as f64
     );
+    ui::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -51,7 +51,7 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     };
     let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
     for note in engine.notes() {
-        eprintln!("note: {note}");
+        ui::note(format!("note: {note}"));
     }
     let chat = question && !a.raw && engine.template().is_some();
     let request = if chat { Request::chat(text) } else { Request::text(text) };
@@ -67,9 +67,9 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
             "method": engine.plan().method,
             "device": engine.backend().caps(),
         });
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        ui::print(&(serde_json::to_string_pretty(&report)? + "\n"))?;
     } else {
-        eprintln!("\n{}", statistics(&answer, &engine.plan().method));
+        ui::note(format!("\n{}", statistics(&answer, &engine.plan().method)));
     }
     let cancelled = answer.stats.finish == Some(Finish::Cancelled);
     Ok(if cancelled { ExitCode::from(EXIT_CODE) } else { ExitCode::SUCCESS })

@@ -2,6 +2,7 @@
 
 use crate::engine::Progress;
 use indicatif::{ProgressBar, ProgressStyle};
+use std::io::Write;
 
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template)
@@ -76,6 +77,21 @@ pub fn bytes(n: u64) -> String {
         1_000_000..1_000_000_000 => format!("{:.1} MB", n as f64 / 1e6),
         _ => format!("{:.2} GB", n as f64 / 1e9),
     }
+}
+
+/// Writes to standard output.
+///
+/// # Errors
+/// A reader that went away (see [`is_broken_pipe`]), where `print!` would panic; a full disk.
+pub fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// A line on standard error. Nobody is left to be told where that cannot be written to.
+pub fn note(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The reader of our output went away (`| head`).

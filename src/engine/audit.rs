@@ -32,6 +32,7 @@ impl AuditConfig {
 /// Audit results of one layer.
 #[derive(Clone, Debug, Serialize)]
 pub struct LayerSummary {
+    /// Number of the layer, from 0.
     pub layer: usize,
     /// Samples: audited (step, sequence) pairs.
     pub samples: usize,
@@ -46,6 +47,7 @@ pub struct LayerSummary {
 /// Audit results of a run.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct AuditSummary {
+    /// Audited layers in ascending order.
     pub layers: Vec<LayerSummary>,
 }
 

@@ -298,10 +298,7 @@ impl<'a> EngineBuilder<'a> {
     fn limits(&self, c: &ModelConfig) -> Result<(DecoderLimits, usize), EngineError> {
         let context = self.context.unwrap_or(c.max_context.min(32768));
         if context == 0 || context > c.max_context {
-            return Err(EngineError::BadOption(format!(
-                "a context of {context} tokens: this model was trained for 1 to {}; give --ctx in that range",
-                c.max_context
-            )));
+            return Err(EngineError::BadContext { context, most: c.max_context });
         }
         let seqs = self.sequences;
         if seqs == 0 || self.chunk == 0 || self.kv_tokens == Some(0) {

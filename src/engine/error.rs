@@ -24,10 +24,18 @@ pub enum EngineError {
     /// Options that do not fit the model.
     #[error("{0}")]
     BadOption(String),
+    /// A context that the model was not made for.
+    #[error("a context of {context} tokens: this model was trained for 1 to {most}")]
+    BadContext {
+        /// Asked for, in tokens.
+        context: usize,
+        /// The most the model was trained for, in tokens.
+        most: usize,
+    },
     /// More tokens than the engine has room for.
     #[error(
         "the text has {tokens} tokens{room}, but the context is {limit} tokens{hint}; \
-         shorten the text or raise --ctx"
+         shorten the text or use a longer context"
     )]
     ContextTooLong {
         /// Tokens of the prompt.

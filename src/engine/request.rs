@@ -19,8 +19,11 @@ pub enum Prompt {
 /// One thing to generate.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// What to continue.
     pub prompt: Prompt,
+    /// Longest answer in tokens.
     pub max_tokens: usize,
+    /// How tokens are drawn.
     pub sampling: Sampling,
     /// Text that ends the answer; it is not part of it.
     pub stop: Vec<String>,
@@ -115,6 +118,7 @@ pub struct Piece {
 /// Measurements of one request.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct Stats {
+    /// Tokens of the prompt, reused ones included.
     pub prompt_tokens: usize,
     /// Prompt tokens that were still cached from an earlier request.
     pub reused_tokens: usize,
@@ -130,7 +134,9 @@ pub struct Stats {
     pub decode_seconds: f64,
     /// KV bytes that the last decode step read under the plan, and what dense attention would have read.
     pub kv_bytes: u64,
+    /// KV bytes that dense attention would have read in that step.
     pub kv_bytes_dense: u64,
+    /// Why the answer ended; `None` while it grows.
     pub finish: Option<Finish>,
 }
 
@@ -138,9 +144,28 @@ pub struct Stats {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Prompt tokens cached so far.
-    Prefilled { request: usize, done: usize, of: usize },
+    Prefilled {
+        /// Number that [`Scheduler::submit`](super::Scheduler::submit) gave.
+        request: usize,
+        /// Tokens so far.
+        done: usize,
+        /// Tokens of the prompt.
+        of: usize,
+    },
     /// A token was drawn.
-    Piece { request: usize, piece: Piece },
+    Piece {
+        /// Number that [`Scheduler::submit`](super::Scheduler::submit) gave.
+        request: usize,
+        /// The token and its text.
+        piece: Piece,
+    },
     /// The request ended; text that was still held back.
-    Finished { request: usize, text: String, stats: Stats },
+    Finished {
+        /// Number that [`Scheduler::submit`](super::Scheduler::submit) gave.
+        request: usize,
+        /// The held back text; may be empty.
+        text: String,
+        /// Measurements of the request.
+        stats: Stats,
+    },
 }

@@ -8,6 +8,7 @@ use crate::select::Role;
 /// One sequence's share of a step.
 #[derive(Clone, Copy, Debug)]
 pub struct Work<'a> {
+    /// The sequence.
     pub seq: SeqId,
     /// New tokens; exactly one when `decode` is set.
     pub tokens: &'a [u32],
@@ -20,8 +21,11 @@ pub struct Work<'a> {
 /// Rows whose logits a step returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WantLogits {
+    /// No row.
     None,
+    /// The last row of the sequence.
     Last,
+    /// Every row of the sequence.
     All,
 }
 

@@ -8,7 +8,9 @@ use serde::Serialize;
 /// Paired difference to dense, mean and standard error over the scored tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Difference {
+    /// Mean of the differences.
     pub mean: f64,
+    /// Standard error of the mean.
     pub error: f64,
 }
 
@@ -26,6 +28,7 @@ impl Difference {
 /// One sample under one method.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
+    /// Name of the sample.
     pub sample: String,
     /// Method with its options, as given.
     pub method: String,
@@ -43,6 +46,7 @@ pub struct Row {
     pub kv_bytes: u64,
     /// Seconds of the decode steps.
     pub seconds: f64,
+    /// What the audited steps found.
     pub audit: AuditSummary,
 }
 

@@ -8,6 +8,7 @@ use thiserror::Error;
 pub struct Sample {
     /// Text and length, or length and depth.
     pub name: String,
+    /// The whole sample.
     pub tokens: Vec<u32>,
     /// First token that is fed in a decode step; everything before is prefilled.
     pub decode_from: usize,
@@ -19,7 +20,7 @@ pub struct Sample {
 #[derive(Debug, Error)]
 pub enum SampleError {
     /// The text is too short.
-    #[error("{text} has {have} tokens, this task needs {need}; give a longer text with --text")]
+    #[error("{text} has {have} tokens, this task needs {need}; give a longer text")]
     TextTooShort {
         /// Name of the text.
         text: String,

@@ -6,11 +6,15 @@ use crate::backend::{Backend, DType, Int8Keys, KvPool, PAGE, Result, Tensor, key
 /// Sizes of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvShape {
+    /// Layers, each with pools of its own.
     pub n_layers: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// Leading key dimensions stored as one piece per page; see [`KvPool`].
     pub lead: usize,
+    /// Dtype of keys and values.
     pub dtype: DType,
     /// Pages in each layer's pool.
     pub n_pages: usize,

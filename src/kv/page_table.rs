@@ -7,7 +7,7 @@ use thiserror::Error;
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "the KV cache is full: {need} more pages of 64 tokens are needed, {free} of {total} are free; \
-     raise --ctx or run fewer sequences"
+     use a cache for more tokens, or run fewer sequences"
 )]
 pub struct PageError {
     /// Pages asked for.

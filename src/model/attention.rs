@@ -4,7 +4,7 @@ use super::audit::{LayerAudit, audit};
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, KeyStats, KvAppend, Merge, Pool, Result, Tensor,
+    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, Merge, Result, Tensor,
 };
 use crate::kv::KvCache;
 use crate::select::{
@@ -59,13 +59,14 @@ impl Attention {
         let (mut rows, mut softmax) = (0, false);
         for (layer, p) in plan.layers.iter().enumerate() {
             let shape = LayerShape { layer, ..shape };
-            selectors.push(build(b, &shape, p, custom)?);
+            let selector = build(b, &shape, p, custom);
+            selectors.push(selector.map_err(|e| e.of_method(&plan.method))?);
             if p.role == Role::Dense {
                 continue;
             }
             let per_seq = lists_per_seq(p, &shape);
             rows = rows.max(per_seq);
-            softmax |= matches!(p.pool, Pool::MaxSoftmax | Pool::MeanSoftmax);
+            softmax |= matches!(p.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax);
             let k = p.budget.tokens;
             if !selections.iter().any(|s| (s.k, s.rows_per_seq) == (k, per_seq)) {
                 let n = shape.slots * per_seq;
@@ -163,13 +164,13 @@ impl Attention {
             v: &v,
             v_stride: width,
             seqs: all.seqs(),
-            pool,
+            cache: pool,
             int8: cache.int8(l),
             slice: self.selectors[l].as_ref().and_then(|s| s.slice()),
         })?;
         if let Some(stats) = cache.stats(l) {
             let slots = cache.shape().slots;
-            b.key_stats(&KeyStats { seqs: all.seqs(), pool, stats, slots })?;
+            b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
         }
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
@@ -207,7 +208,7 @@ impl Attention {
             shape,
             scratch,
         };
-        selector.select(&cx, &ws.q, out)?;
+        selector.select(&cx, &ws.q, out).map_err(|e| e.of_method(&self.plan.method))?;
         let splits = b.splits(seqs.n * shape.kv_heads, out.k);
         let attend = |o: &Tensor, lse: &Tensor, splits: usize| {
             b.attend_rows(&AttendRows {

@@ -6,6 +6,7 @@ use crate::select::{LayerShape, SelectError};
 /// What the selection of one (layer, sequence) cost, measured against dense attention.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct LayerAudit {
+    /// Number of the layer, from 0.
     pub layer: usize,
     /// Index of the sequence in the step.
     pub seq: usize,

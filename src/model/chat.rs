@@ -17,10 +17,12 @@ use super::weights::Checkpoint;
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
+    /// Its text.
     pub content: String,
 }
 
 impl Message {
+    /// A turn of `role` that says `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }

@@ -15,6 +15,7 @@ use crate::select::KvReads;
 pub enum Arch {
     /// Llama 2 and 3.x, SmolLM2 and everything else stored under that name.
     Llama,
+    /// Llama's block, with a sliding window in version 0.1.
     Mistral,
     /// Qwen2 and Qwen2.5: biases on q, k and v.
     Qwen2,
@@ -26,16 +27,22 @@ pub enum Arch {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RopeScaling {
+    /// Frequencies as they were trained.
     None,
     /// Every frequency divided by `factor`.
     Linear {
+        /// Divisor of every frequency.
         factor: f64,
     },
     /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth ramp between.
     Llama3 {
+        /// Divisor of the lowest frequencies.
         factor: f64,
+        /// Wavelengths above `original_max_position / low_freq_factor` are divided.
         low_freq_factor: f64,
+        /// Wavelengths below `original_max_position / high_freq_factor` are kept.
         high_freq_factor: f64,
+        /// Tokens of the pretraining context.
         original_max_position: usize,
     },
     /// One divisor per rotary pair (`rope_freqs.weight` of GGUF files), length `head_dim / 2`.
@@ -45,12 +52,15 @@ pub enum RopeScaling {
 /// Everything the forward pass needs to know besides the weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
+    /// Which block.
     pub arch: Arch,
     /// For messages only.
     pub name: String,
+    /// Layers.
     pub n_layers: usize,
     /// Width of the residual stream.
     pub hidden: usize,
+    /// Query heads.
     pub n_heads: usize,
     /// KV heads; divides `n_heads`.
     pub n_kv_heads: usize,
@@ -60,8 +70,11 @@ pub struct ModelConfig {
     pub ffn: usize,
     /// Rows of the embedding; at least the tokenizer's ids.
     pub vocab: usize,
+    /// Base of the rotary frequencies, `theta^(-2p / head_dim)` for pair `p`.
     pub rope_theta: f64,
+    /// How these are stretched.
     pub rope_scaling: RopeScaling,
+    /// Added to the mean square in every RMS norm.
     pub norm_eps: f64,
     /// Logits use the embedding matrix.
     pub tie_embeddings: bool,
@@ -73,6 +86,7 @@ pub struct ModelConfig {
     pub windows: Vec<Option<usize>>,
     /// Positions the model was trained for.
     pub max_context: usize,
+    /// Token that begins a text, where there is one.
     pub bos: Option<u32>,
     /// Tokens that end an answer; may be empty.
     pub eos: Vec<u32>,

@@ -6,65 +6,151 @@ use std::path::{Path, PathBuf};
 /// name that was asked for) and says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// Nothing under this name.
     #[error(
         "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, or `smollm2`",
         .path.display()
     )]
-    Missing { path: PathBuf },
+    Missing {
+        /// File or folder.
+        path: PathBuf,
+    },
 
+    /// The file is too short.
     #[error("{} ends before its {what}; the download was probably cut short, fetch the file again", .path.display())]
-    Truncated { path: PathBuf, what: String },
+    Truncated {
+        /// File or folder.
+        path: PathBuf,
+        /// What is cut off.
+        what: String,
+    },
 
+    /// The file contradicts itself or its format.
     #[error("{} is damaged or not a model file: {what}; fetch it again from its source", .path.display())]
-    Corrupt { path: PathBuf, what: String },
+    Corrupt {
+        /// File or folder.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
 
+    /// An architecture that is not computed here.
     #[error(
         "{} is a `{arch}` model; the architectures that run here are llama, mistral, qwen2 and qwen3",
         .path.display()
     )]
-    UnknownArchitecture { path: PathBuf, arch: String },
+    UnknownArchitecture {
+        /// File or folder.
+        path: PathBuf,
+        /// Its name in the file.
+        arch: String,
+    },
 
+    /// A tensor is not in the checkpoint.
     #[error("{} has no tensor {name}, which its architecture needs; fetch the complete checkpoint", .path.display())]
-    MissingTensor { path: PathBuf, name: String },
+    MissingTensor {
+        /// File or folder.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+    },
 
+    /// A tensor of another size than the configuration says.
     #[error(
         "tensor {name} of {} has shape {found:?} where the model's configuration asks for {expected:?}; \
          configuration and weights belong to different models, fetch both again",
         .path.display()
     )]
-    ShapeMismatch { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
+    ShapeMismatch {
+        /// File or folder.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// Shape by the configuration, row-major.
+        expected: Vec<usize>,
+        /// Shape in the file.
+        found: Vec<usize>,
+    },
 
+    /// A storage type that is not read.
     #[error(
         "tensor {name} of {} is stored as {dtype}, which is not read here; use a checkpoint in F32, F16 or BF16, \
          or a GGUF in one of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K",
         .path.display()
     )]
-    UnsupportedType { path: PathBuf, name: String, dtype: String },
+    UnsupportedType {
+        /// File or folder.
+        path: PathBuf,
+        /// Name of the tensor.
+        name: String,
+        /// The type, as the file calls it.
+        dtype: String,
+    },
 
+    /// Something in the configuration that is not implemented.
     #[error("{} asks for {what}, which is not implemented; use a checkpoint without it", .path.display())]
-    Unsupported { path: PathBuf, what: String },
+    Unsupported {
+        /// File or folder.
+        path: PathBuf,
+        /// What it is.
+        what: String,
+    },
 
+    /// No tokenizer beside the weights or in the file.
     #[error("{} brings no tokenizer; put the model's tokenizer.json beside its weights", .path.display())]
-    MissingTokenizer { path: PathBuf },
+    MissingTokenizer {
+        /// File or folder.
+        path: PathBuf,
+    },
 
+    /// A tokenizer that cannot be built, or cannot read a text.
     #[error("the tokenizer of {} cannot be used: {what}; fetch the model's tokenizer again", .path.display())]
-    Tokenizer { path: PathBuf, what: String },
+    Tokenizer {
+        /// File or folder.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
 
+    /// A chat was asked of a model without a chat template.
     #[error("the model brings no chat template; ask with a plain prompt instead")]
     NoTemplate,
 
+    /// The chat template does not compile or render.
     #[error("the model's chat template failed: {what}; ask with a plain prompt instead")]
-    Template { what: String },
+    Template {
+        /// What its engine said.
+        what: String,
+    },
 
+    /// A model could not be fetched.
     #[error("cannot fetch {name}: {what}")]
-    Fetch { name: String, what: String },
+    Fetch {
+        /// What was asked for.
+        name: String,
+        /// What went wrong, and what to do.
+        what: String,
+    },
 
+    /// The system refused a file.
     #[error("cannot {action} {}: {source}; check the path and its permissions", .path.display())]
-    Io { path: PathBuf, action: &'static str, source: std::io::Error },
+    Io {
+        /// File or folder.
+        path: PathBuf,
+        /// `read`, `open` and the like.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
 
     /// A caller's mistake, not a file's: rows outside a tensor, a buffer of the wrong length.
     #[error("wrong request for {name}: {what}")]
-    Request { name: String, what: String },
+    Request {
+        /// Name of the tensor.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
 }
 
 impl ModelError {

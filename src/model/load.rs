@@ -44,8 +44,10 @@ pub struct Weights {
 /// A failed load: the file's fault or the device's.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// The files.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The device.
     #[error(transparent)]
     Backend(#[from] BackendError),
 }

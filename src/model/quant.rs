@@ -10,16 +10,27 @@ use half::{bf16, f16};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types)]
 pub enum Quant {
+    /// IEEE binary32.
     F32,
+    /// IEEE binary16.
     F16,
+    /// bfloat16.
     BF16,
+    /// Blocks of 32: `d`, 32 signed bytes.
     Q8_0,
+    /// Blocks of 32: `d`, 32 values of 4 bits.
     Q4_0,
+    /// Blocks of 32: `d` and `m`, 32 values of 4 bits.
     Q4_1,
+    /// Blocks of 32: `d`, 32 values of 5 bits.
     Q5_0,
+    /// Blocks of 32: `d` and `m`, 32 values of 5 bits.
     Q5_1,
+    /// Blocks of 256 in 8 groups with 6-bit scales and offsets, values of 4 bits.
     Q4_K,
+    /// Blocks of 256 in 8 groups with 6-bit scales and offsets, values of 5 bits.
     Q5_K,
+    /// Blocks of 256 in 16 groups with 8-bit scales, values of 6 bits.
     Q6_K,
 }
 

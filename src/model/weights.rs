@@ -23,6 +23,7 @@ pub enum Weight {
     OutputNorm,
     /// Logit projection, `[vocab, hidden]`; the embedding where the two are tied.
     Output,
+    /// A weight of a layer, numbered from 0.
     Layer(usize, LayerWeight),
 }
 

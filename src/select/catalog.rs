@@ -19,13 +19,21 @@ pub struct MethodInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {
+    /// Every token.
     Dense,
+    /// First and most recent tokens.
     Window,
+    /// Top-k of the exact logits.
     Oracle,
+    /// Scores on the leading dimensions of energy-sorted keys.
     Sparcas,
+    /// The same from an int8 copy.
     SparcasInt8,
+    /// SparCas as published.
     SparcasPaper,
+    /// Query-chosen rotary pairs, weighted by key deviation.
     SparcasRecommended,
+    /// Query-chosen groups of 8 sorted dimensions.
     SparcasGroups,
 }
 

@@ -75,7 +75,7 @@ impl Selector for DimsSelector {
     ) -> Result<(), SelectError> {
         if self.metric.needs_stats() && cx.stats.is_none() {
             return Err(SelectError::MissingSummary {
-                method: "sparcas".into(),
+                method: "dims".into(),
                 what: "key statistics",
             });
         }
@@ -101,7 +101,7 @@ impl Selector for DimsSelector {
                 let changed = &self.changed;
                 cx.backend.rebuild_slice(&RebuildSlice {
                     seqs: cx.seqs,
-                    pool: cx.cache,
+                    cache: cx.cache,
                     slice,
                     changed,
                 })?;

@@ -25,7 +25,7 @@ pub enum SelectError {
     /// A plan file made for another model.
     #[error(
         "this plan was made for model {plan_model} ({plan_layers} layers), the loaded model is \
-         {model} ({layers} layers); make a new one with `longsight plan`"
+         {model} ({layers} layers); make a new plan for it"
     )]
     WrongModel {
         /// Fingerprint in the plan.
@@ -61,4 +61,17 @@ pub enum SelectError {
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),
+}
+
+impl SelectError {
+    /// The same error of the method `name`: selectors know their plan, not what it is called.
+    #[must_use]
+    pub fn of_method(mut self, name: &str) -> Self {
+        if let SelectError::BadPlan { method, .. } | SelectError::MissingSummary { method, .. } =
+            &mut self
+        {
+            *method = name.into();
+        }
+        self
+    }
 }

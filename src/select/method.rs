@@ -2,12 +2,13 @@
 
 use super::catalog::{METHODS, Variant};
 use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
-use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};
 
 /// A method and the options that override its defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MethodSpec {
+    /// The method whose defaults hold where nothing else is said.
     pub variant: Variant,
     /// T_b, tokens attended to per KV head. Default: context / 32, at least 512, at most 2048.
     pub budget: Option<usize>,
@@ -17,11 +18,15 @@ pub struct MethodSpec {
     pub update: Option<u32>,
     /// Adaptive refresh when coverage falls below this share of a fresh choice.
     pub beta: Option<f32>,
+    /// Importance of a key dimension, for query-chosen dimensions.
     pub metric: Option<DimMetric>,
     /// Dimensions chosen together.
     pub unit: Option<usize>,
-    pub pool: Option<Pool>,
+    /// How the query heads of a KV head share a token set.
+    pub pool: Option<HeadPool>,
+    /// First tokens that are always attended to.
     pub sinks: Option<usize>,
+    /// Last tokens that are always attended to.
     pub recent: Option<usize>,
     /// Leading layers that stay dense. Default 2.
     pub dense_layers: Option<usize>,
@@ -215,9 +220,9 @@ impl MethodSpec {
             scorer: self.scorer(l, n_layers, head_dim, quarter),
             pool: match self.variant {
                 // No scores to pool.
-                Variant::Window => Pool::SumLogit,
-                Variant::SparcasPaper => self.pool.unwrap_or(Pool::SumLogit),
-                _ => self.pool.unwrap_or(Pool::MaxSoftmax),
+                Variant::Window => HeadPool::SumLogit,
+                Variant::SparcasPaper => self.pool.unwrap_or(HeadPool::SumLogit),
+                _ => self.pool.unwrap_or(HeadPool::MaxSoftmax),
             },
             scale: match self.variant {
                 Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,

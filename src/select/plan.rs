@@ -1,7 +1,7 @@
 //! Plans: a sparse method as data.
 
 use super::SelectError;
-use crate::backend::{DimMetric, LogitScale, Pool, Refresh};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};
 
 /// What a layer does in a decode step.
@@ -93,13 +93,17 @@ pub struct KvReads<'a> {
 /// What one layer does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerPlan {
+    /// Dense or selecting.
     pub role: Role,
+    /// How tokens are scored.
     pub scorer: Scorer,
     /// How query heads share a token set.
-    pub pool: Pool,
+    pub pool: HeadPool,
     /// Scale of partial logits.
     pub scale: LogitScale,
+    /// How many tokens are attended to.
     pub budget: Budget,
+    /// Which tokens always are.
     pub keep: Keep,
 }
 
@@ -109,7 +113,7 @@ impl LayerPlan {
         LayerPlan {
             role: Role::Dense,
             scorer: Scorer::None,
-            pool: Pool::SumLogit,
+            pool: HeadPool::SumLogit,
             scale: LogitScale::InvSqrtDim,
             budget: Budget { tokens: 0, dense_below: 0 },
             keep: Keep { sinks: 0, recent: 1 },
@@ -118,7 +122,7 @@ impl LayerPlan {
 
     /// Token lists of one sequence: one per KV head, or one per query head without pooling.
     pub fn lists(&self, heads: usize, kv_heads: usize) -> usize {
-        if self.pool == Pool::None { heads } else { kv_heads }
+        if self.pool == HeadPool::None { heads } else { kv_heads }
     }
 
     /// Bytes that a decode step reads from the cache of this layer, whose sliding window is `window`, for one
@@ -175,7 +179,7 @@ impl LayerPlan {
             ));
         }
         if matches!(self.scorer, Scorer::None)
-            && matches!(self.pool, Pool::MaxSoftmax | Pool::MeanSoftmax)
+            && matches!(self.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax)
         {
             return bad("it pools scores but makes none; take the pool sum_logit".into());
         }
@@ -187,7 +191,7 @@ impl LayerPlan {
             && (d == 0 || d > head_dim || d % 8 != 0)
         {
             return bad(format!(
-                "{d} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim} (--dims)"
+                "{d} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}"
             ));
         }
         if let Scorer::Dims { unit, dims, metric, refresh, .. } = &self.scorer {
@@ -224,6 +228,7 @@ pub struct Plan {
     pub method: String,
     /// Fingerprint of the model it was made for; empty fits any model with as many layers.
     pub model: String,
+    /// One for each layer of the model.
     pub layers: Vec<LayerPlan>,
 }
 
@@ -308,7 +313,7 @@ mod tests {
     use super::*;
     use crate::select::{MethodSpec, Variant};
 
-    fn select(pool: Pool) -> LayerPlan {
+    fn select(pool: HeadPool) -> LayerPlan {
         LayerPlan {
             role: Role::Select,
             scorer: Scorer::Exact,
@@ -344,13 +349,13 @@ mod tests {
     fn a_list_per_query_head_reads_keys_once_and_rows_per_list() {
         let shape = KvReads { windows: &[None], heads: 8, kv_heads: 2, head_dim: 16, elem: 4 };
         let read = |pool| select(pool).bytes_read(100, &shape, None);
-        assert_eq!(read(Pool::SumLogit), 100 * 64 * 2 + 2 * 64 * 64 * 2);
-        assert_eq!(read(Pool::None), 100 * 64 * 2 + 2 * 64 * 64 * 8);
+        assert_eq!(read(HeadPool::SumLogit), 100 * 64 * 2 + 2 * 64 * 64 * 2);
+        assert_eq!(read(HeadPool::None), 100 * 64 * 2 + 2 * 64 * 64 * 8);
     }
 
     #[test]
     fn plans_that_cannot_run_are_refused() {
-        let layer = select(Pool::SumLogit);
+        let layer = select(HeadPool::SumLogit);
         let plan =
             |l: LayerPlan| Plan { method: "m".into(), model: String::new(), layers: vec![l] };
         let check = |l: &LayerPlan, window| plan(l.clone()).check("", &[window], 24);
@@ -358,7 +363,7 @@ mod tests {
         let reason = |l: &LayerPlan, window| check(l, window).unwrap_err().to_string();
         assert!(reason(&layer, Some(128)).contains("last 128"));
         check(&LayerPlan::dense(), Some(128)).unwrap();
-        let pooled = LayerPlan { scorer: Scorer::None, ..select(Pool::MaxSoftmax) };
+        let pooled = LayerPlan { scorer: Scorer::None, ..select(HeadPool::MaxSoftmax) };
         assert!(reason(&pooled, None).contains("pools scores"));
         let keep = Keep { sinks: usize::MAX, recent: 2 };
         assert!(reason(&LayerPlan { keep, ..layer.clone() }, None).contains("do not fit a budget"));

@@ -5,16 +5,20 @@ use super::{
     WindowSelector,
 };
 use crate::backend::{
-    Backend, CompactSlice, DType, Force, Int8Keys, KvPool, Pool, PoolScores, Seqs, Tensor, TopK,
+    Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Tensor, TopK,
 };
 use std::sync::Arc;
 
 /// Fixed sizes of a layer's attention.
 #[derive(Clone, Copy, Debug)]
 pub struct LayerShape {
+    /// Number of the layer, from 0.
     pub layer: usize,
+    /// Query heads.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// Cache dtype.
     pub kv_dtype: DType,
@@ -42,21 +46,28 @@ pub struct Selection {
     pub indices: Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: Tensor,
+    /// Room of a list, in tokens.
     pub k: usize,
+    /// Lists of a sequence: one per KV head, or one per query head.
     pub rows_per_seq: usize,
 }
 
 /// What a selector may read in a decode step of one layer.
 #[derive(Clone, Copy)]
 pub struct LayerContext<'a> {
+    /// The device.
     pub backend: &'a dyn Backend,
     /// Decoding sequences of the step that this layer treats sparsely.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// The int8 key copy, where the cache keeps one.
     pub int8: Option<Int8Keys<'a>>,
     /// Running key statistics `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: Option<&'a Tensor>,
+    /// Sizes of the layer.
     pub shape: LayerShape,
+    /// Score buffers.
     pub scratch: &'a Scratch,
 }
 
@@ -154,7 +165,7 @@ pub fn pool_and_pick(
     out: &Selection,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if matches!(plan.pool, Pool::MaxSoftmax | Pool::MeanSoftmax) {
+    if matches!(plan.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
         let heads = s.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
             method: "pool".into(),
             reason: "softmax pooling without a per-head score buffer".into(),
@@ -189,9 +200,9 @@ pub fn pool_and_pick(
 }
 
 /// The buffer that `score_dims` writes for a plan's pool.
-pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: Pool) -> &'a Tensor {
+pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: HeadPool) -> &'a Tensor {
     match (pool, &cx.scratch.head_scores) {
-        (Pool::MaxSoftmax | Pool::MeanSoftmax, Some(t)) => t,
+        (HeadPool::MaxSoftmax | HeadPool::MeanSoftmax, Some(t)) => t,
         _ => &cx.scratch.scores,
     }
 }

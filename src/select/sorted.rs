@@ -40,7 +40,7 @@ impl Selector for SortedSelector {
     ) -> Result<(), SelectError> {
         let source = if self.int8 {
             let keys = cx.int8.ok_or_else(|| SelectError::MissingSummary {
-                method: "sorted int8".into(),
+                method: "sorted".into(),
                 what: "the int8 key copy",
             })?;
             ScoreSource::Int8 { keys, n: self.dims }

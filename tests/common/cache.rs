@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use longsight::backend::reference::{floats, words};
 use longsight::backend::{
-    AttendDense, AttendRows, Backend, CompactSlice, DType, Force, Int8Keys, KeyStats, KvAppend,
-    KvPool, LogitScale, META_WORDS, Meta, PAGE, Pool, PoolScores, ScoreDims, ScoreSource, Seqs,
+    AttendDense, AttendRows, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KeyStats,
+    KvAppend, KvPool, LogitScale, META_WORDS, Meta, PAGE, PoolScores, ScoreDims, ScoreSource, Seqs,
     Tensor, TopK, key_stats_len, open,
 };
 use longsight::select::LayerShape;
@@ -107,7 +107,7 @@ impl Data {
 /// How tokens are picked.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    pub pool: Pool,
+    pub pool: HeadPool,
     pub scale: LogitScale,
     pub k: usize,
     /// Sinks and recent tokens.
@@ -194,12 +194,12 @@ impl Layer {
         let k = upload(&*self.dev, &data.k[new.clone()].concat());
         let v = upload(&*self.dev, &data.v[new.clone()].concat());
         self.set(new.len(), new.end);
-        let (seqs, pool) = (self.seqs(), self.pool());
+        let (seqs, cache) = (self.seqs(), self.pool());
         let (k_stride, v_stride) = (width, width);
         let int8 = Some(self.int8());
-        let p = KvAppend { k: &k, k_stride, v: &v, v_stride, seqs, pool, int8, slice };
+        let p = KvAppend { k: &k, k_stride, v: &v, v_stride, seqs, cache, int8, slice };
         self.dev.kv_append(&p).unwrap();
-        self.dev.key_stats(&KeyStats { seqs, pool, stats: &self.stats, slots: 1 }).unwrap();
+        self.dev.key_stats(&KeyStats { seqs, cache, stats: &self.stats, slots: 1 }).unwrap();
         self.set(1, new.end);
     }
 
@@ -248,8 +248,8 @@ impl Layer {
     }
 
     /// Lists of a sequence.
-    pub fn rows(&self, pool: Pool) -> usize {
-        if pool == Pool::None { self.heads.query } else { self.heads.kv }
+    pub fn rows(&self, pool: HeadPool) -> usize {
+        if pool == HeadPool::None { self.heads.query } else { self.heads.kv }
     }
 
     /// Scores `[rows, capacity]`, pooled as `rule` says.
@@ -269,7 +269,7 @@ impl Layer {
             stride,
         };
         self.dev.score_dims(&p).unwrap();
-        if !matches!(pool, Pool::MaxSoftmax | Pool::MeanSoftmax) {
+        if !matches!(pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
             return scores;
         }
         let out = self.alloc(DType::F32, heads.kv * stride);

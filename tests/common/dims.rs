@@ -70,7 +70,7 @@ impl Dims {
     /// Rewrites the columns marked as changed.
     pub fn rebuild(&self, l: &Layer) {
         let (slice, changed) = (self.slice(), &self.changed);
-        let p = RebuildSlice { seqs: l.seqs(), pool: l.pool(), slice, changed };
+        let p = RebuildSlice { seqs: l.seqs(), cache: l.pool(), slice, changed };
         l.dev.rebuild_slice(&p).unwrap();
     }
 

@@ -5,4 +5,5 @@ pub mod cache;
 pub mod dims;
 pub mod gguf_file;
 pub mod model;
+pub mod program;
 pub mod tiny;

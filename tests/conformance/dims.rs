@@ -4,7 +4,7 @@ use super::batch::{Batch, Cache, Placed, Shape};
 use super::rig::{Outcome, Rig, fail};
 use super::{Cases, Types};
 use longsight::backend::{
-    CHANGED_WORDS, CompactSlice, DIM_STATE_WORDS, DType, DimMetric, KvAppend, LogitScale, Pool,
+    CHANGED_WORDS, CompactSlice, DIM_STATE_WORDS, DType, DimMetric, HeadPool, KvAppend, LogitScale,
     RebuildSlice, Refresh, ScoreDims, ScoreSource, SelectDims, Tensor, key_stats_len, reference,
 };
 
@@ -205,13 +205,14 @@ fn flow(rig: &mut Rig, t: Types, c: Dims) -> Outcome {
         let slice = CompactSlice { data: &data, dims: &s.dims, n_dims: c.n_dims, capacity, slots };
         let (k_stride, v_stride) = (width, width);
         let (int8, given) = (None, Some(slice));
-        let p = KvAppend { k: &k, k_stride, v: &v, v_stride, seqs, pool, int8, slice: given };
+        let p =
+            KvAppend { k: &k, k_stride, v: &v, v_stride, seqs, cache: pool, int8, slice: given };
         let outs = reference::kv_append(&p, &*rig.dev)?;
         rig.check(t.act, &outs, &|dev| dev.kv_append(&p))?;
         let p = s.params(&b, &c);
         let outs = reference::select_dims(&p, &*rig.dev)?;
         rig.check(t.act, &outs, &|dev| dev.select_dims(&p))?;
-        let p = RebuildSlice { seqs, pool, slice, changed: &s.changed };
+        let p = RebuildSlice { seqs, cache: pool, slice, changed: &s.changed };
         let outs = reference::rebuild_slice(&p, &*rig.dev)?;
         rig.check(t.act, &outs, &|dev| dev.rebuild_slice(&p))?;
         let p = ScoreDims {
@@ -220,7 +221,7 @@ fn flow(rig: &mut Rig, t: Types, c: Dims) -> Outcome {
             cache: pool,
             source: ScoreSource::Slice(slice),
             heads: s.heads,
-            pool: Pool::SumLogit,
+            pool: HeadPool::SumLogit,
             scale: LogitScale::Coverage,
             scores: &scores,
             stride,
@@ -260,7 +261,7 @@ fn mask(rig: &mut Rig, t: Types, shape: Shape) -> Outcome {
     }
     let (dims, changed) = (rig.words(&list)?, rig.words(&mask)?);
     let slice = CompactSlice { data: &data, dims: &dims, n_dims, capacity, slots: b.slots };
-    let p = RebuildSlice { seqs: b.seqs(), pool: cache.pool(), slice, changed: &changed };
+    let p = RebuildSlice { seqs: b.seqs(), cache: cache.pool(), slice, changed: &changed };
     let outs = reference::rebuild_slice(&p, &*rig.dev)?;
     rig.check(t.act, &outs, &|dev| dev.rebuild_slice(&p))
 }

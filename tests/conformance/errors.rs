@@ -16,6 +16,9 @@ pub fn cases(c: &mut Cases) {
     c.add("select_dims", "bad_arguments", |rig, _| dims(rig));
 }
 
+/// A size whose products wrap around to something small.
+const WRAPS: usize = 1 << 62;
+
 /// `t` without its last element.
 fn short(t: &Tensor) -> Tensor {
     t.slice(0, t.len() - 1)
@@ -33,10 +36,13 @@ fn embed_gather(rig: &mut Rig) -> Outcome {
     rig.refuses("short table", dev.embed(&Embed { table: &short(&table), ..p() }))?;
     rig.refuses("short out", dev.embed(&Embed { out: &short(&out), ..p() }))?;
     rig.refuses("short tokens", dev.embed(&Embed { tokens: &short(&tokens), ..p() }))?;
+    rig.refuses("sizes that wrap", dev.embed(&Embed { vocab: WRAPS, ..p() }))?;
+    rig.refuses("out in table", dev.embed(&Embed { out: &table, ..p() }))?;
     let (n, x_rows) = (3, vocab);
     let p = || GatherRows { x: &table, rows: &tokens, out: &out, n, x_rows, cols };
     rig.refuses("short x", dev.gather_rows(&GatherRows { x: &short(&table), ..p() }))?;
     rig.refuses("out is x", dev.gather_rows(&GatherRows { out: &table, ..p() }))?;
+    rig.refuses("sizes that wrap", dev.gather_rows(&GatherRows { x_rows: WRAPS, ..p() }))?;
     rig.refuses("short out", dev.gather_rows(&GatherRows { out: &short(&out), ..p() }))?;
     rig.refuses("rows as f32", dev.gather_rows(&GatherRows { rows: &out, ..p() }))
 }
@@ -65,7 +71,13 @@ fn linear(rig: &mut Rig) -> Outcome {
     rig.refuses("short bias", dev.linear(&Linear { bias: Some(&short(&bias)), ..p() }))?;
     rig.refuses("u32 bias", dev.linear(&Linear { bias: Some(&index), ..p() }))?;
     rig.refuses("u32 x", dev.linear(&Linear { x: &index, rows: 1, ..p() }))?;
-    rig.refuses("inputs not of 8", dev.linear(&Linear { inputs: 60, ..p() }))
+    rig.refuses("inputs not of 8", dev.linear(&Linear { inputs: 60, ..p() }))?;
+    rig.refuses("rows that wrap", dev.linear(&Linear { rows: WRAPS, inputs: 16, ..p() }))?;
+    rig.refuses("y is x", dev.linear(&Linear { y: &x, ..p() }))?;
+    rig.refuses("y in w", dev.linear(&Linear { y: &w.slice(0, 32), ..p() }))?;
+    let all = rig.zeros(DType::F32, rows * outputs)?;
+    let bias = Some(&all);
+    rig.refuses("y over bias", dev.linear(&Linear { y: &all, bias, accumulate: true, ..p() }))
 }
 
 fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
@@ -80,6 +92,8 @@ fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
     rig.refuses("short out", dev.rms_norm(&RmsNorm { out: &short(&out), ..p() }))?;
     rig.refuses("out is x", dev.rms_norm(&RmsNorm { out: &x, ..p() }))?;
     rig.refuses("x as u32", dev.rms_norm(&RmsNorm { x: &positions, ..p() }))?;
+    rig.refuses("rows that wrap", dev.rms_norm(&RmsNorm { rows: WRAPS, ..p() }))?;
+    rig.refuses("out is weight", dev.rms_norm(&RmsNorm { out: &weight, rows: 1, ..p() }))?;
     let p = || Rope {
         x: &x,
         x_stride: 64,
@@ -97,9 +111,15 @@ fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
     rig.refuses("no frequency rows", dev.rope(&Rope { heads_per_freq: 0, ..p() }))?;
     rig.refuses("short positions", dev.rope(&Rope { positions: &short(&positions), ..p() }))?;
     rig.refuses("short out", dev.rope(&Rope { out: &short(&out), ..p() }))?;
+    rig.refuses("a stride that wraps", dev.rope(&Rope { x_stride: usize::MAX - 63, ..p() }))?;
+    rig.refuses("heads that wrap", dev.rope(&Rope { heads: WRAPS, heads_per_freq: WRAPS, ..p() }))?;
+    let freqs = rig.zeros(DType::F32, rows * cols)?;
+    rig.refuses("out is inv_freq", dev.rope(&Rope { inv_freq: &freqs, out: &freqs, ..p() }))?;
     let p = || SwiGlu { x: &x, out: &out, rows, ffn: cols };
     rig.refuses("short x", dev.swiglu(&SwiGlu { x: &short(&x), ..p() }))?;
-    rig.refuses("short out", dev.swiglu(&SwiGlu { out: &short(&out), ..p() }))
+    rig.refuses("short out", dev.swiglu(&SwiGlu { out: &short(&out), ..p() }))?;
+    rig.refuses("sizes that wrap", dev.swiglu(&SwiGlu { ffn: 1 << 63, ..p() }))?;
+    rig.refuses("out in x", dev.swiglu(&SwiGlu { out: &x.slice(0, rows * cols), ..p() }))
 }
 
 const SHAPE: Shape = Shape { kv_heads: 2, d: 64, lead: 32 };
@@ -123,22 +143,27 @@ fn kv(rig: &mut Rig) -> Outcome {
         v: &k,
         v_stride: 128,
         seqs: b.seqs(),
-        pool: c.pool(),
+        cache: c.pool(),
         int8: Some(keys),
         slice: Some(compact),
     };
     let pool = |k, v| KvPool { k, v, ..c.pool() };
     let (cut_k, cut_v) = (short(&c.k), short(&c.v));
-    rig.refuses("short k pool", dev.kv_append(&KvAppend { pool: pool(&cut_k, &c.v), ..p() }))?;
-    rig.refuses("short v pool", dev.kv_append(&KvAppend { pool: pool(&c.k, &cut_v), ..p() }))?;
-    rig.refuses("u32 pool", dev.kv_append(&KvAppend { pool: pool(&dims, &c.v), ..p() }))?;
+    rig.refuses("short k pool", dev.kv_append(&KvAppend { cache: pool(&cut_k, &c.v), ..p() }))?;
+    rig.refuses("short v pool", dev.kv_append(&KvAppend { cache: pool(&c.k, &cut_v), ..p() }))?;
+    rig.refuses("u32 pool", dev.kv_append(&KvAppend { cache: pool(&dims, &c.v), ..p() }))?;
     let lead = |lead| KvPool { lead, ..c.pool() };
     for wrong in [0, 12, 72] {
         let what = format!("lead {wrong}");
-        rig.refuses(&what, dev.kv_append(&KvAppend { pool: lead(wrong), ..p() }))?;
+        rig.refuses(&what, dev.kv_append(&KvAppend { cache: lead(wrong), ..p() }))?;
         rig.refuses(
             &what,
-            dev.key_stats(&KeyStats { seqs: b.seqs(), pool: lead(wrong), stats: &stats, slots: 3 }),
+            dev.key_stats(&KeyStats {
+                seqs: b.seqs(),
+                cache: lead(wrong),
+                stats: &stats,
+                slots: 3,
+            }),
         )?;
     }
     rig.refuses("short k", dev.kv_append(&KvAppend { k: &short(&k), ..p() }))?;
@@ -149,18 +174,33 @@ fn kv(rig: &mut Rig) -> Outcome {
     rig.refuses("short int8 keys", dev.kv_append(&KvAppend { int8, ..p() }))?;
     let slice = Some(CompactSlice { capacity: 129, ..compact });
     rig.refuses("short slice", dev.kv_append(&KvAppend { slice, ..p() }))?;
+    let slice = Some(CompactSlice { capacity: WRAPS, ..compact });
+    rig.refuses("a slice that wraps", dev.kv_append(&KvAppend { slice, ..p() }))?;
+    let wraps = KvPool { n_pages: WRAPS, ..c.pool() };
+    rig.refuses("pages that wrap", dev.kv_append(&KvAppend { cache: wraps, ..p() }))?;
+    rig.refuses("a stride that wraps", dev.kv_append(&KvAppend { k_stride: usize::MAX, ..p() }))?;
+    let same = pool(&c.k, &c.k);
+    rig.refuses("values over keys", dev.kv_append(&KvAppend { cache: same, ..p() }))?;
+    rig.refuses("input in the pages", dev.kv_append(&KvAppend { k: &c.v, ..p() }))?;
+    let slice = Some(CompactSlice { data: &c.v, ..compact });
+    rig.refuses("slice over values", dev.kv_append(&KvAppend { slice, ..p() }))?;
+    rig.refuses("scales over the input", dev.kv_append(&KvAppend { k: &scale, ..p() }))?;
     let meta = short(b.seqs().meta);
     let seqs = Seqs { meta: &meta, ..b.seqs() };
     rig.refuses("short meta", dev.kv_append(&KvAppend { seqs, ..p() }))?;
     let stats = short(&stats);
-    let p = KeyStats { seqs: b.seqs(), pool: c.pool(), stats: &stats, slots: b.slots };
+    let p = KeyStats { seqs: b.seqs(), cache: c.pool(), stats: &stats, slots: b.slots };
     rig.refuses("short stats", dev.key_stats(&p))?;
+    rig.refuses("slots that wrap", dev.key_stats(&KeyStats { slots: WRAPS, ..p }))?;
+    rig.refuses("stats over keys", dev.key_stats(&KeyStats { stats: &c.k, ..p }))?;
     let changed = rig.words(&vec![u32::MAX; b.slots * 2 * CHANGED_WORDS])?;
-    let p = || RebuildSlice { seqs: b.seqs(), pool: c.pool(), slice: compact, changed: &changed };
+    let p = || RebuildSlice { seqs: b.seqs(), cache: c.pool(), slice: compact, changed: &changed };
     rig.refuses(
         "short mask",
         dev.rebuild_slice(&RebuildSlice { changed: &short(&changed), ..p() }),
     )?;
+    let over = CompactSlice { data: &c.k, ..compact };
+    rig.refuses("slice over keys", dev.rebuild_slice(&RebuildSlice { slice: over, ..p() }))?;
     let seqs = Seqs { max_kv: 129, ..b.seqs() };
     rig.refuses("no room for max_kv", dev.rebuild_slice(&RebuildSlice { seqs, ..p() }))
 }
@@ -179,7 +219,7 @@ fn score(rig: &mut Rig) -> Outcome {
         cache: c.pool(),
         source: ScoreSource::Lead { n: 32 },
         heads,
-        pool: Pool::SumLogit,
+        pool: HeadPool::SumLogit,
         scale: LogitScale::InvSqrtDim,
         scores: &scores,
         stride,
@@ -190,7 +230,7 @@ fn score(rig: &mut Rig) -> Outcome {
     }
     let source = ScoreSource::Gather { dims: &q, n: 8 };
     rig.refuses("f32 dimension list", dev.score_dims(&ScoreDims { source, ..p() }))?;
-    rig.refuses("too many rows", dev.score_dims(&ScoreDims { pool: Pool::None, ..p() }))?;
+    rig.refuses("too many rows", dev.score_dims(&ScoreDims { pool: HeadPool::None, ..p() }))?;
     rig.refuses("stride below max_kv", dev.score_dims(&ScoreDims { stride: 64, ..p() }))?;
     rig.refuses("odd stride", dev.score_dims(&ScoreDims { stride: stride + 1, ..p() }))?;
     rig.refuses("heads", dev.score_dims(&ScoreDims { heads: 5, ..p() }))?;
@@ -198,22 +238,31 @@ fn score(rig: &mut Rig) -> Outcome {
     rig.refuses("u32 scores", dev.score_dims(&ScoreDims { scores: &index, ..p() }))?;
     let seqs = Seqs { max_q: 2, ..b.seqs() };
     rig.refuses("prefill", dev.score_dims(&ScoreDims { seqs, ..p() }))?;
+    rig.refuses("a stride that wraps", dev.score_dims(&ScoreDims { stride: WRAPS, ..p() }))?;
+    rig.refuses("scores over keys", dev.score_dims(&ScoreDims { scores: &c.k, ..p() }))?;
+    rig.refuses("scores over q", dev.score_dims(&ScoreDims { scores: &q, ..p() }))?;
+    let pooled = rig.output(DType::F32, b.n() * stride)?;
     let p = || PoolScores {
         scores: &scores,
-        out: &scores,
+        out: &pooled,
         seqs: b.seqs(),
         heads: 2,
         kv_heads: 1,
         stride,
-        pool: Pool::MaxSoftmax,
+        pool: HeadPool::MaxSoftmax,
     };
-    rig.refuses("pool of logits", dev.pool_scores(&PoolScores { pool: Pool::SumLogit, ..p() }))?;
+    rig.refuses(
+        "pool of logits",
+        dev.pool_scores(&PoolScores { pool: HeadPool::SumLogit, ..p() }),
+    )?;
     rig.refuses("no KV heads", dev.pool_scores(&PoolScores { kv_heads: 0, ..p() }))?;
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
+    rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;
     let (scores, seqs) = (&scores, b.seqs());
     let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0 };
     rig.refuses("newest token not forced", dev.force(&p))?;
-    rig.refuses("rows", dev.force(&Force { recent: 1, rows_per_seq: 3, ..p }))
+    rig.refuses("rows", dev.force(&Force { recent: 1, rows_per_seq: 3, ..p }))?;
+    rig.refuses("rows that wrap", dev.force(&Force { recent: 1, rows_per_seq: WRAPS, ..p }))
 }
 
 fn select(rig: &mut Rig) -> Outcome {
@@ -238,7 +287,9 @@ fn select(rig: &mut Rig) -> Outcome {
     rig.refuses("f32 indices", dev.top_k(&TopK { indices: &scores, ..p() }))?;
     rig.refuses("u32 scores", dev.top_k(&TopK { scores: &indices, ..p() }))?;
     rig.refuses("stride", dev.top_k(&TopK { stride: 64, ..p() }))?;
-    rig.refuses("rows", dev.top_k(&TopK { rows_per_seq: 3, ..p() }))
+    rig.refuses("rows", dev.top_k(&TopK { rows_per_seq: 3, ..p() }))?;
+    rig.refuses("k that wraps", dev.top_k(&TopK { k: WRAPS, ..p() }))?;
+    rig.refuses("counts in indices", dev.top_k(&TopK { counts: &indices, ..p() }))
 }
 
 fn attend(rig: &mut Rig) -> Outcome {
@@ -268,9 +319,15 @@ fn attend(rig: &mut Rig) -> Outcome {
     rig.refuses("short out", dev.attend_dense(&AttendDense { out: &short(&out), ..p() }))?;
     rig.refuses("u32 q", dev.attend_dense(&AttendDense { q: &index, ..p() }))?;
     rig.refuses("groups of 17", dev.attend_dense(&AttendDense { heads: 34, ..p() }))?;
+    let seqs = Seqs { rows: WRAPS, ..b.seqs() };
+    rig.refuses("rows that wrap", dev.attend_dense(&AttendDense { seqs, ..p() }))?;
+    rig.refuses("out is q", dev.attend_dense(&AttendDense { out: &q, ..p() }))?;
+    rig.refuses("out in the pages", dev.attend_dense(&AttendDense { out: &c.v, ..p() }))?;
+    rig.refuses("lse in out", dev.attend_dense(&AttendDense { lse: Some(&out), ..p() }))?;
     let two = rig.output(DType::F32, 2 * n * 64)?;
     let split = AttendDense { splits: 2, out: &two, lse: None, ..p() };
     rig.refuses("splits without lse", dev.attend_dense(&split))?;
+    rig.refuses("splits that wrap", dev.attend_dense(&AttendDense { splits: WRAPS, ..p() }))?;
     let p = || AttendRows {
         q: &q,
         seqs: b.seqs(),
@@ -288,12 +345,17 @@ fn attend(rig: &mut Rig) -> Outcome {
     rig.refuses("3 lists", dev.attend_rows(&AttendRows { rows_per_seq: 3, ..p() }))?;
     rig.refuses("short indices", dev.attend_rows(&AttendRows { k: 9, ..p() }))?;
     rig.refuses("f32 counts", dev.attend_rows(&AttendRows { counts: &q, ..p() }))?;
+    rig.refuses("k that wraps", dev.attend_rows(&AttendRows { k: WRAPS, ..p() }))?;
+    rig.refuses("out is q", dev.attend_rows(&AttendRows { out: &q, ..p() }))?;
     let seqs = Seqs { max_q: 3, ..b.seqs() };
     rig.refuses("prefill", dev.attend_rows(&AttendRows { seqs, ..p() }))?;
     let (part, part_lse, seqs) = (&two, &lse, b.seqs());
     let (out, lse, head_dim) = (&out, None, 64);
     let p = Merge { part, part_lse, seqs, splits: 2, heads, head_dim, out, lse };
-    rig.refuses("short part_lse", dev.merge(&p))
+    rig.refuses("short part_lse", dev.merge(&p))?;
+    let one = Merge { splits: 1, ..p };
+    rig.refuses("out in part", dev.merge(&Merge { out: part, ..one }))?;
+    rig.refuses("splits that wrap", dev.merge(&Merge { splits: WRAPS, ..one }))
 }
 
 fn dims(rig: &mut Rig) -> Outcome {
@@ -330,6 +392,8 @@ fn dims(rig: &mut Rig) -> Outcome {
     rig.refuses("12 dimensions", dev.select_dims(&SelectDims { n_dims: 12, ..p() }))?;
     rig.refuses("24 of room for 16", dev.select_dims(&SelectDims { n_dims: 24, ..p() }))?;
     rig.refuses("slots", dev.select_dims(&SelectDims { slots: b.slots + 1, ..p() }))?;
+    rig.refuses("slots that wrap", dev.select_dims(&SelectDims { slots: WRAPS, ..p() }))?;
+    rig.refuses("changed is state", dev.select_dims(&SelectDims { changed: &list, ..p() }))?;
     rig.refuses("short state", dev.select_dims(&SelectDims { state: &short(&state), ..p() }))?;
     rig.refuses("u32 coverage", dev.select_dims(&SelectDims { coverage: &state, ..p() }))
 }

@@ -83,7 +83,7 @@ fn append(
         v: &v,
         v_stride,
         seqs: b.seqs(),
-        pool: cache.pool(),
+        cache: cache.pool(),
         int8: room.map(|_| Int8Keys { data: &data, scale: &scale, dims: i8_dims }),
         slice: room.map(|capacity| CompactSlice {
             data: &slice,
@@ -107,7 +107,7 @@ fn stats(rig: &mut Rig, t: Types, shape: Shape, seqs: &[(usize, usize)]) -> Outc
         sums[s.slot * len..][..len].copy_from_slice(&rig.normal(len, 10.0));
     }
     let stats = rig.input(DType::F32, &sums)?;
-    let p = KeyStats { seqs: b.seqs(), pool: cache.pool(), stats: &stats, slots: b.slots };
+    let p = KeyStats { seqs: b.seqs(), cache: cache.pool(), stats: &stats, slots: b.slots };
     let outs = reference::key_stats(&p, &*rig.dev)?;
     rig.check(t.act, &outs, &|dev| dev.key_stats(&p))
 }

@@ -11,6 +11,7 @@ pub mod oracle;
 pub mod report;
 pub mod rig;
 mod score;
+pub mod table;
 mod tolerance;
 mod top_k;
 

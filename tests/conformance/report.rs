@@ -1,4 +1,4 @@
-//! Results as JSON and as a Markdown support table.
+//! Results of a run, and as JSON.
 
 use super::Case;
 use super::rig::{Failure, Measured, Rig};
@@ -14,6 +14,17 @@ pub enum End {
     Pass,
     Unsupported(String),
     Fail(String),
+}
+
+impl End {
+    /// In reports.
+    pub fn name(&self) -> &'static str {
+        match self {
+            End::Pass => "pass",
+            End::Unsupported(_) => "unsupported",
+            End::Fail(_) => "fail",
+        }
+    }
 }
 
 /// One case on one backend.
@@ -65,7 +76,8 @@ impl Report {
         self.0.lock().unwrap_or_else(|e| e.into_inner()).push(row);
     }
 
-    fn rows(&self) -> Vec<Row> {
+    /// What has run so far.
+    pub fn rows(&self) -> Vec<Row> {
         self.0.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
@@ -75,10 +87,9 @@ impl Report {
             .rows()
             .iter()
             .map(|r| {
-                let (outcome, why) = match &r.end {
-                    End::Pass => ("pass", None),
-                    End::Unsupported(why) => ("unsupported", Some(why)),
-                    End::Fail(why) => ("fail", Some(why)),
+                let why = match &r.end {
+                    End::Pass => None,
+                    End::Unsupported(why) | End::Fail(why) => Some(why),
                 };
                 json!({
                     "name": format!("{}::{}::{}", r.backend, r.op, r.name),
@@ -86,7 +97,7 @@ impl Report {
                     "op": r.op,
                     "dtype": r.dtype,
                     "ok": r.end == End::Pass,
-                    "outcome": outcome,
+                    "outcome": r.end.name(),
                     "reason": why,
                     "tensor": r.worst.as_ref().map(|m| &m.tensor),
                     "nmse": r.worst.as_ref().map(|m| m.nmse),
@@ -104,49 +115,5 @@ impl Report {
             "results": results,
         });
         format!("{all:#}\n")
-    }
-
-    /// Ops by (backend, dtype): `pass`, `-` for unsupported, `fail`, blank for not run.
-    pub fn table(&self, devices: &[(String, Capabilities)]) -> String {
-        let rows = self.rows();
-        let mut columns: Vec<(String, &str)> = Vec::new();
-        let mut ops: Vec<&str> = Vec::new();
-        for r in &rows {
-            let column = (r.backend.clone(), r.dtype);
-            if !columns.contains(&column) {
-                columns.push(column);
-            }
-            if !ops.contains(&r.op) {
-                ops.push(r.op);
-            }
-        }
-        let mut text = String::new();
-        for (name, caps) in devices {
-            text += &format!("* `{name}`: {}, {}\n", caps.device, caps.driver);
-        }
-        text += "\n| op |";
-        columns.iter().for_each(|(b, d)| text += &format!(" {b} {d} |"));
-        text += &format!("\n|---|{}\n", "---|".repeat(columns.len()));
-        for op in ops {
-            text += &format!("| `{op}` |");
-            for (b, d) in &columns {
-                let ends: Vec<&End> = rows
-                    .iter()
-                    .filter(|r| r.op == op && r.backend == *b && r.dtype == *d)
-                    .map(|r| &r.end)
-                    .collect();
-                let passed = ends.iter().filter(|e| ***e == End::Pass).count();
-                let failed = ends.iter().any(|e| matches!(e, End::Fail(_)));
-                text += &match (ends.len(), passed) {
-                    (0, _) => "  |".to_string(),
-                    _ if failed => " fail |".to_string(),
-                    (n, p) if n == p => " pass |".to_string(),
-                    (_, 0) => " - |".to_string(),
-                    (n, p) => format!(" pass ({p} of {n}) |"),
-                };
-            }
-            text += "\n";
-        }
-        text
     }
 }

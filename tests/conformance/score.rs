@@ -5,7 +5,7 @@ use super::rig::{Outcome, Rig, fail};
 use super::{Cases, Types};
 use longsight::backend::reference::{self, Cell};
 use longsight::backend::{
-    CompactSlice, DType, Force, Int8Keys, LogitScale, Pool, PoolScores, ScoreDims, ScoreSource,
+    CompactSlice, DType, Force, HeadPool, Int8Keys, LogitScale, PoolScores, ScoreDims, ScoreSource,
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +22,7 @@ struct Score {
     group: usize,
     from: Kind,
     n: usize,
-    pool: Pool,
+    pool: HeadPool,
     scale: LogitScale,
 }
 
@@ -30,9 +30,9 @@ const EDGES: &[usize] = &[1, 63, 64, 65];
 const LONG: &[usize] = &[1000, 200, 5000];
 
 pub fn cases(c: &mut Cases) {
+    use HeadPool::{MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
     use Kind::{Gather, Int8, Lead, Slice};
     use LogitScale::{Coverage, InvSqrtDim};
-    use Pool::{MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
     for (d, kv_heads, group, lead, from, n, pool, scale) in [
         // Leading dimensions of the tile: exactly `lead`, fewer, more than the first piece, all (exact logits).
         (64, 3, 3, 32, Lead, 32, MaxSoftmax, InvSqrtDim),
@@ -210,7 +210,7 @@ fn zero_query(rig: &mut Rig, t: Types) -> Outcome {
         cache: cache.pool(),
         source: ScoreSource::Lead { n: 32 },
         heads: 2,
-        pool: Pool::SumLogit,
+        pool: HeadPool::SumLogit,
         scale: LogitScale::Coverage,
         scores: &scores,
         stride: b.stride(),
@@ -226,7 +226,7 @@ fn pool_scores(
     rig: &mut Rig,
     kv: &[usize],
     [heads, kv_heads]: [usize; 2],
-    pool: Pool,
+    pool: HeadPool,
     scale: f64,
 ) -> Outcome {
     let b = Batch::decode(rig, kv)?;

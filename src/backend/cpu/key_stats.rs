@@ -9,18 +9,18 @@ use super::simd::Lane;
 use crate::backend::{KeyStats, KvPool, PAGE, Result, key_stats_len};
 
 pub(super) fn run(io: &Io<'_>, p: &KeyStats<'_>) -> Result<()> {
-    let (d, lead, hkv) = (p.pool.head_dim, p.pool.lead, p.pool.kv_heads);
+    let (d, lead, hkv) = (p.cache.head_dim, p.cache.lead, p.cache.kv_heads);
     let seqs = slotted(io, &p.seqs, p.slots)?;
     let lists = io.read::<u32>(p.seqs.pages)?;
     let pages: Vec<&[u32]> = seqs
         .iter()
-        .map(|s| s.pages(io, lists, p.pool.n_pages, s.first_pos()))
+        .map(|s| s.pages(io, lists, p.cache.n_pages, s.first_pos()))
         .collect::<Result<_>>()?;
     let stats = Parts::new(io.write::<f32>(p.stats)?);
     let len = key_stats_len(d);
     let rows: usize = seqs.iter().map(|s| s.q_len).sum();
-    with_float!(io, p.pool.k.dtype(), T => {
-        let k = io.read::<T>(p.pool.k)?;
+    with_float!(io, p.cache.k.dtype(), T => {
+        let k = io.read::<T>(p.cache.k)?;
         par::tasks(hkv, rows * hkv * d, |h| {
             let mut key = vec![0.0; d];
             for (seq, pages) in seqs.iter().zip(&pages) {

@@ -15,9 +15,9 @@ pub(super) fn run(io: &Io<'_>, p: &KvAppend<'_>) -> Result<()> {
     let lists = io.read::<u32>(p.seqs.pages)?;
     let pages: Vec<&[u32]> = seqs
         .iter()
-        .map(|s| s.pages(io, lists, p.pool.n_pages, s.first_pos()))
+        .map(|s| s.pages(io, lists, p.cache.n_pages, s.first_pos()))
         .collect::<Result<_>>()?;
-    with_float!(io, p.pool.k.dtype(), T => append::<T>(io, p, &seqs, &pages))
+    with_float!(io, p.cache.k.dtype(), T => append::<T>(io, p, &seqs, &pages))
 }
 
 fn append<T: Narrow>(
@@ -26,10 +26,10 @@ fn append<T: Narrow>(
     seqs: &[Sequence],
     pages: &[&[u32]],
 ) -> Result<()> {
-    let (d, lead, hkv) = (p.pool.head_dim, p.pool.lead, p.pool.kv_heads);
+    let (d, lead, hkv) = (p.cache.head_dim, p.cache.lead, p.cache.kv_heads);
     let (k, v) = (io.read::<f32>(p.k)?, io.read::<f32>(p.v)?);
-    let keys = Parts::new(io.write::<T>(p.pool.k)?);
-    let values = Parts::new(io.write::<T>(p.pool.v)?);
+    let keys = Parts::new(io.write::<T>(p.cache.k)?);
+    let values = Parts::new(io.write::<T>(p.cache.v)?);
     let int8 = p.int8.as_ref().map(|q| Int8Writer::new(io, q)).transpose()?;
     let slice = p.slice.as_ref().map(|s| SliceWriter::<T>::new(io, s, hkv, d, seqs)).transpose()?;
     let rows: usize = seqs.iter().map(|s| s.q_len).sum();

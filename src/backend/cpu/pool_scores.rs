@@ -5,7 +5,7 @@ use super::attention::log_sum;
 use super::memory::{Io, Parts};
 use super::seqs::sequences;
 use super::{par, simd};
-use crate::backend::{Pool, PoolScores, Result};
+use crate::backend::{HeadPool, PoolScores, Result};
 
 /// Tokens of one task.
 const CHUNK: usize = 1024;
@@ -33,7 +33,7 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
         for h in heads.clone() {
             simd::max_sub(&row(h)[tokens.clone()], lse[h], out);
         }
-        if p.pool == Pool::MeanSoftmax {
+        if p.pool == HeadPool::MeanSoftmax {
             for (out, j) in out.iter_mut().zip(tokens).filter(|(max, _)| **max > f32::NEG_INFINITY)
             {
                 // -infinity stays: its head may have nothing else, and no sum to divide by.

@@ -9,7 +9,7 @@ use super::seqs::slotted;
 use crate::backend::{CHANGED_WORDS, KvPool, PAGE, RebuildSlice, Result};
 
 pub(super) fn run(io: &Io<'_>, p: &RebuildSlice<'_>) -> Result<()> {
-    let (pool, slice) = (&p.pool, &p.slice);
+    let (pool, slice) = (&p.cache, &p.slice);
     let (d, hkv, n) = (pool.head_dim, pool.kv_heads, slice.n_dims);
     let seqs = slotted(io, &p.seqs, slice.slots)?;
     let lists = io.read::<u32>(p.seqs.pages)?;

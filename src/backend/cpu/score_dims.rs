@@ -7,7 +7,7 @@ use super::memory::{Io, Parts, with_float};
 use super::par;
 use super::seqs::{Sequence, sequences};
 use super::simd::{self, Lane};
-use crate::backend::{KvPool, LogitScale, PAGE, Pool, Result, ScoreDims, ScoreSource};
+use crate::backend::{HeadPool, KvPool, LogitScale, PAGE, Result, ScoreDims, ScoreSource};
 
 /// Tokens of one task.
 const CHUNK: usize = 4 * PAGE;
@@ -158,11 +158,11 @@ fn finite(score: f32) -> f32 {
 }
 
 /// Sum or maximum over the heads of the group; `logits` is `[group, PAGE]`.
-fn pool(pool: Pool, logits: &[f32], out: &mut [f32]) {
+fn pool(pool: HeadPool, logits: &[f32], out: &mut [f32]) {
     for (j, out) in out.iter_mut().enumerate() {
         let heads = logits[j..].iter().step_by(PAGE);
         *out = match pool {
-            Pool::SumLogit => finite(heads.sum()),
+            HeadPool::SumLogit => finite(heads.sum()),
             _ => heads.map(|&s| finite(s)).fold(f32::NEG_INFINITY, f32::max),
         };
     }

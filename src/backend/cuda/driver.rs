@@ -23,7 +23,7 @@ pub(super) fn count() -> Result<usize> {
         if !unsafe { sys::is_culib_present() } {
             return Err(unavailable(
                 "no NVIDIA driver: looked for libcuda.so.1 (nvcuda.dll on Windows) on the library \
-                 path; install the driver, or use another device (--device wgpu or cpu)"
+                 path; install the driver, or use another device (wgpu or cpu)"
                     .into(),
             ));
         }
@@ -84,7 +84,7 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
     if cc < OLDEST {
         return Err(unavailable(format!(
             "{name} has compute capability {}.{}, the kernels need {}.{} or newer (Ampere); use \
-             --device wgpu on this GPU",
+             the wgpu backend on this GPU",
             cc.0, cc.1, OLDEST.0, OLDEST.1
         )));
     }

@@ -74,7 +74,7 @@ impl CudaBackend {
             k_stride: p.k_stride as u64,
             v_stride: p.v_stride as u64,
             seqs: self.seqs(OP, &p.seqs)?,
-            pool: self.pool(OP, &p.pool)?,
+            pool: self.pool(OP, &p.cache)?,
             ..AppendArgs::zeroed()
         };
         if let Some(q) = &p.int8 {
@@ -89,9 +89,9 @@ impl CudaBackend {
             args.capacity = word(OP, "capacity", s.capacity)?;
         }
         // A decode step has one row a sequence: one warp per KV head then fills the device best.
-        let warps = p.pool.kv_heads.clamp(1, 8);
+        let warps = p.cache.kv_heads.clamp(1, 8);
         let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], warps * 32);
-        let entry = format!("kv_append_{}_{}", p.k.dtype(), p.pool.k.dtype());
+        let entry = format!("kv_append_{}_{}", p.k.dtype(), p.cache.k.dtype());
         self.launch(OP, &entry, shape, Args::new().with(args))
     }
 
@@ -103,10 +103,10 @@ impl CudaBackend {
         p.check()?;
         let args = Args::new()
             .with(self.seqs(OP, &p.seqs)?)
-            .with(self.pool(OP, &p.pool)?)
+            .with(self.pool(OP, &p.cache)?)
             .with(self.ptr(OP, p.stats)?);
-        let shape = Shape::new([p.pool.kv_heads, p.seqs.n, 1], BLOCK).shared(BLOCK * SUMS * 4);
-        self.launch(OP, &format!("key_stats_{}", p.pool.k.dtype()), shape, args)
+        let shape = Shape::new([p.cache.kv_heads, p.seqs.n, 1], BLOCK).shared(BLOCK * SUMS * 4);
+        self.launch(OP, &format!("key_stats_{}", p.cache.k.dtype()), shape, args)
     }
 
     pub(super) fn select_dims_op(&self, p: &SelectDims<'_>) -> Result<()> {
@@ -153,15 +153,15 @@ impl CudaBackend {
         p.check()?;
         let args = SliceArgs {
             seqs: self.seqs(OP, &p.seqs)?,
-            pool: self.pool(OP, &p.pool)?,
+            pool: self.pool(OP, &p.cache)?,
             slice: self.ptr(OP, p.slice.data)?,
             dims: self.ptr(OP, p.slice.dims)?,
             changed: self.ptr(OP, p.changed)?,
             n_dims: word(OP, "n_dims", p.slice.n_dims)?,
             capacity: word(OP, "capacity", p.slice.capacity)?,
         };
-        let grid = [p.seqs.max_kv.div_ceil(PAGE), p.pool.kv_heads, p.seqs.n];
-        let entry = format!("rebuild_slice_{}", p.pool.k.dtype());
+        let grid = [p.seqs.max_kv.div_ceil(PAGE), p.cache.kv_heads, p.seqs.n];
+        let entry = format!("rebuild_slice_{}", p.cache.k.dtype());
         self.launch(OP, &entry, Shape::new(grid, 256), Args::new().with(args))
     }
 }

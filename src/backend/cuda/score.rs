@@ -4,7 +4,7 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    Backend, DType, Force, LogitScale, Pool, PoolScores, Result, ScoreDims, ScoreSource, TopK,
+    Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreSource, TopK,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -47,9 +47,9 @@ impl CudaBackend {
             stride: p.stride as u64,
             heads: word(OP, "heads", p.heads)?,
             pool_mode: match p.pool {
-                Pool::SumLogit => 1,
-                Pool::MaxLogit => 2,
-                Pool::None | Pool::MaxSoftmax | Pool::MeanSoftmax => 0,
+                HeadPool::SumLogit => 1,
+                HeadPool::MaxLogit => 2,
+                HeadPool::None | HeadPool::MaxSoftmax | HeadPool::MeanSoftmax => 0,
             },
             q_type: match act {
                 DType::F16 => 1,
@@ -86,7 +86,7 @@ impl CudaBackend {
             return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
         }
         let group = p.heads / p.cache.kv_heads;
-        let sums = if p.pool == Pool::SumLogit { 1 } else { group };
+        let sums = if p.pool == HeadPool::SumLogit { 1 } else { group };
         let Some((g, rows)) = GROUPS.into_iter().find(|(g, _)| *g >= sums) else {
             return Err(self.unsupported(OP, format!("groups of {group} heads")));
         };
@@ -115,7 +115,7 @@ impl CudaBackend {
             .with(heads)
             .with(word(OP, "kv_heads", p.kv_heads)?)
             .with(stride)
-            .with(u32::from(p.pool == Pool::MeanSoftmax));
+            .with(u32::from(p.pool == HeadPool::MeanSoftmax));
         let grid = [p.seqs.max_kv.div_ceil(1024), p.kv_heads, p.seqs.n];
         self.launch(OP, OP, Shape::new(grid, 256), args)
     }

@@ -1,7 +1,7 @@
 //! Attention and the merge of its splits.
 
 use super::score::check_heads;
-use super::{KvPool, Seqs, ensure, float, holds, is};
+use super::{KvPool, Named, Seqs, apart, ensure, float, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// Causal softmax attention of every row over its sequence's cached tokens.
@@ -18,13 +18,17 @@ use crate::backend::{DType, Result, Tensor};
 pub struct AttendDense<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Query heads.
     pub heads: usize,
     /// Logit scale, `1 / sqrt(head_dim)` in all supported models.
     pub scale: f32,
     /// Sliding window in tokens.
     pub window: Option<usize>,
+    /// Ranges that the keys are cut into, at least 1.
     pub splits: usize,
     /// act or f32 `[rows, heads, head_dim]`, or f32 partials.
     pub out: &'a Tensor,
@@ -41,7 +45,9 @@ impl AttendDense<'_> {
         let d = self.cache.head_dim;
         check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
         ensure(OP, self.window != Some(0), || "a window holds at least one token".into())?;
-        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+        let shape = [self.splits, self.seqs.rows, self.heads, d];
+        let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
+        check_out(OP, self.out, self.lse, shape, &[("q", self.q), k, v, meta, pages])
     }
 }
 
@@ -55,8 +61,11 @@ impl AttendDense<'_> {
 pub struct AttendRows<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Query heads.
     pub heads: usize,
     /// Logit scale.
     pub scale: f32,
@@ -64,9 +73,11 @@ pub struct AttendRows<'a> {
     pub indices: &'a Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: &'a Tensor,
+    /// Room of a list, in tokens.
     pub k: usize,
     /// `kv_heads` (one list for a GQA group) or `heads`.
     pub rows_per_seq: usize,
+    /// Pieces that each list is cut into, at least 1.
     pub splits: usize,
     /// act or f32 `[rows, heads, head_dim]`, or f32 partials `[splits, rows, heads, head_dim]`.
     pub out: &'a Tensor,
@@ -88,9 +99,13 @@ impl AttendRows<'_> {
         })?;
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
-        holds(OP, "indices", self.indices, self.seqs.n * r * self.k)?;
-        holds(OP, "counts", self.counts, self.seqs.n * r)?;
-        check_out(OP, self.out, self.lse, self.splits, self.seqs.rows, self.heads, d)
+        holds(OP, "indices", self.indices, &[self.seqs.n, r, self.k])?;
+        holds(OP, "counts", self.counts, &[self.seqs.n, r])?;
+        let shape = [self.splits, self.seqs.rows, self.heads, d];
+        let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
+        let lists = [("indices", self.indices), ("counts", self.counts)];
+        let ins = [("q", self.q), k, v, lists[0], lists[1], meta, pages];
+        check_out(OP, self.out, self.lse, shape, &ins)
     }
 }
 
@@ -103,9 +118,13 @@ pub struct Merge<'a> {
     pub part: &'a Tensor,
     /// f32 `[splits, rows, heads]`.
     pub part_lse: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Results to merge for each row, at least 1.
     pub splits: usize,
+    /// Query heads.
     pub heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// act or f32 `[rows, heads, head_dim]`.
     pub out: &'a Tensor,
@@ -118,35 +137,38 @@ impl Merge<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "merge";
         self.seqs.check(OP)?;
-        let n = self.seqs.rows * self.heads;
+        let (splits, rows, heads) = (self.splits, self.seqs.rows, self.heads);
         is(OP, "part", self.part, DType::F32)?;
         is(OP, "part_lse", self.part_lse, DType::F32)?;
-        holds(OP, "part", self.part, self.splits * n * self.head_dim)?;
-        holds(OP, "part_lse", self.part_lse, self.splits * n)?;
-        check_out(OP, self.out, self.lse, 1, self.seqs.rows, self.heads, self.head_dim)
+        holds(OP, "part", self.part, &[splits, rows, heads, self.head_dim])?;
+        holds(OP, "part_lse", self.part_lse, &[splits, rows, heads])?;
+        let [meta, pages] = self.seqs.named();
+        let ins = [("part", self.part), ("part_lse", self.part_lse), meta, pages];
+        check_out(OP, self.out, self.lse, [1, rows, heads, self.head_dim], &ins)
     }
 }
 
+/// `shape`: splits, rows, heads, head_dim.
 fn check_out(
     op: &'static str,
     out: &Tensor,
     lse: Option<&Tensor>,
-    splits: usize,
-    rows: usize,
-    heads: usize,
-    d: usize,
+    shape: [usize; 4],
+    ins: &[Named<'_>],
 ) -> Result<()> {
+    let splits = shape[0];
     ensure(op, splits >= 1, || "splits must be at least 1".into())?;
     float(op, "out", out)?;
     ensure(op, splits == 1 || (out.dtype() == DType::F32 && lse.is_some()), || {
         "split results are f32 and need lse".into()
     })?;
-    holds(op, "out", out, splits * rows * heads * d)?;
+    holds(op, "out", out, &shape)?;
     match lse {
         Some(l) => {
             is(op, "lse", l, DType::F32)?;
-            holds(op, "lse", l, splits * rows * heads)
+            holds(op, "lse", l, &shape[..3])?;
+            apart(op, &[("out", out), ("lse", l)], ins)
         }
-        None => Ok(()),
+        None => apart(op, &[("out", out)], ins),
     }
 }

@@ -1,6 +1,6 @@
 //! The dense family: embedding, norms, linear layers, rotary embedding, activation.
 
-use super::{apart, ensure, float, holds, is};
+use super::{apart, ensure, float, holds, holds_rows, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// `out[r, :] = table[tokens[r], :]`. A token outside the vocabulary gives a row of zeros.
@@ -12,8 +12,11 @@ pub struct Embed<'a> {
     pub table: &'a Tensor,
     /// f32 `[rows, cols]`.
     pub out: &'a Tensor,
+    /// Tokens.
     pub rows: usize,
+    /// Width of an embedding.
     pub cols: usize,
+    /// Rows of the table.
     pub vocab: usize,
 }
 
@@ -24,9 +27,10 @@ impl Embed<'_> {
         is(OP, "tokens", self.tokens, DType::U32)?;
         float(OP, "table", self.table)?;
         is(OP, "out", self.out, DType::F32)?;
-        holds(OP, "tokens", self.tokens, self.rows)?;
-        holds(OP, "table", self.table, self.vocab * self.cols)?;
-        holds(OP, "out", self.out, self.rows * self.cols)
+        holds(OP, "tokens", self.tokens, &[self.rows])?;
+        holds(OP, "table", self.table, &[self.vocab, self.cols])?;
+        apart(OP, &[("out", self.out)], &[("tokens", self.tokens), ("table", self.table)])?;
+        holds(OP, "out", self.out, &[self.rows, self.cols])
     }
 }
 
@@ -39,8 +43,11 @@ pub struct GatherRows<'a> {
     pub rows: &'a Tensor,
     /// `[n, cols]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows to gather.
     pub n: usize,
+    /// Rows of `x`.
     pub x_rows: usize,
+    /// Width of a row.
     pub cols: usize,
 }
 
@@ -51,10 +58,10 @@ impl GatherRows<'_> {
         is(OP, "rows", self.rows, DType::U32)?;
         float(OP, "x", self.x)?;
         is(OP, "out", self.out, self.x.dtype())?;
-        holds(OP, "x", self.x, self.x_rows * self.cols)?;
-        holds(OP, "rows", self.rows, self.n)?;
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.n * self.cols)
+        holds(OP, "x", self.x, &[self.x_rows, self.cols])?;
+        holds(OP, "rows", self.rows, &[self.n])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x), ("rows", self.rows)])?;
+        holds(OP, "out", self.out, &[self.n, self.cols])
     }
 }
 
@@ -67,8 +74,11 @@ pub struct RmsNorm<'a> {
     pub weight: &'a Tensor,
     /// act `[rows, cols]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows to norm.
     pub rows: usize,
+    /// Width of a row.
     pub cols: usize,
+    /// Added to the mean square.
     pub eps: f32,
 }
 
@@ -79,10 +89,10 @@ impl RmsNorm<'_> {
         is(OP, "x", self.x, DType::F32)?;
         is(OP, "weight", self.weight, DType::F32)?;
         float(OP, "out", self.out)?;
-        holds(OP, "x", self.x, self.rows * self.cols)?;
-        holds(OP, "weight", self.weight, self.cols)?;
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.rows * self.cols)
+        holds(OP, "x", self.x, &[self.rows, self.cols])?;
+        holds(OP, "weight", self.weight, &[self.cols])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x), ("weight", self.weight)])?;
+        holds(OP, "out", self.out, &[self.rows, self.cols])
     }
 }
 
@@ -97,8 +107,11 @@ pub struct Linear<'a> {
     pub bias: Option<&'a Tensor>,
     /// act or f32 `[rows, outputs]`; f32 when `accumulate` is set.
     pub y: &'a Tensor,
+    /// Rows of `x` and `y`.
     pub rows: usize,
+    /// Width of a row of `x`; a multiple of 8.
     pub inputs: usize,
+    /// Width of a row of `y`.
     pub outputs: usize,
     /// Adds to `y` (the residual stream) instead of overwriting it.
     pub accumulate: bool,
@@ -114,12 +127,14 @@ impl Linear<'_> {
         if self.accumulate {
             is(OP, "y", self.y, DType::F32)?;
         }
-        holds(OP, "x", self.x, self.rows * self.inputs)?;
-        holds(OP, "w", self.w, self.outputs * self.inputs)?;
-        holds(OP, "y", self.y, self.rows * self.outputs)?;
+        holds(OP, "x", self.x, &[self.rows, self.inputs])?;
+        holds(OP, "w", self.w, &[self.outputs, self.inputs])?;
+        holds(OP, "y", self.y, &[self.rows, self.outputs])?;
+        apart(OP, &[("y", self.y)], &[("x", self.x), ("w", self.w)])?;
         if let Some(b) = self.bias {
             is(OP, "bias", b, DType::F32)?;
-            holds(OP, "bias", b, self.outputs)?;
+            holds(OP, "bias", b, &[self.outputs])?;
+            apart(OP, &[("y", self.y)], &[("bias", b)])?;
         }
         ensure(OP, self.inputs.is_multiple_of(8), || {
             format!("inputs = {} must be a multiple of 8", self.inputs)
@@ -132,6 +147,7 @@ impl Linear<'_> {
 pub struct QkNorm<'a> {
     /// f32 `[heads, head_dim]`, one row per head of the call.
     pub weight: &'a Tensor,
+    /// Added to the mean square.
     pub eps: f32,
 }
 
@@ -159,8 +175,11 @@ pub struct Rope<'a> {
     pub norm: Option<QkNorm<'a>>,
     /// act `[rows, heads, head_dim]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows of the batch.
     pub rows: usize,
+    /// Heads of a row; a multiple of `heads_per_freq`.
     pub heads: usize,
+    /// Dimensions of a head; even.
     pub head_dim: usize,
 }
 
@@ -180,19 +199,19 @@ impl Rope<'_> {
             self.heads_per_freq > 0 && self.heads.is_multiple_of(self.heads_per_freq),
             || format!("{} heads, {} per frequency row", self.heads, self.heads_per_freq),
         )?;
-        if self.rows > 0 {
-            let last = (self.rows - 1) * self.x_stride + self.heads * self.head_dim;
-            holds(OP, "x", self.x, last)?;
-        }
-        holds(OP, "positions", self.positions, self.rows)?;
-        let freqs = self.heads / self.heads_per_freq * self.head_dim / 2;
-        holds(OP, "inv_freq", self.inv_freq, freqs)?;
+        holds_rows(OP, "x", self.x, self.rows, self.x_stride, &[self.heads, self.head_dim])?;
+        holds(OP, "positions", self.positions, &[self.rows])?;
+        let freqs = [self.heads / self.heads_per_freq, self.head_dim / 2];
+        holds(OP, "inv_freq", self.inv_freq, &freqs)?;
+        let out = [("out", self.out)];
         if let Some(n) = &self.norm {
             is(OP, "norm weight", n.weight, DType::F32)?;
-            holds(OP, "norm weight", n.weight, self.heads * self.head_dim)?;
+            holds(OP, "norm weight", n.weight, &[self.heads, self.head_dim])?;
+            apart(OP, &out, &[("norm weight", n.weight)])?;
         }
-        apart(OP, "out", self.out, "x", self.x)?;
-        holds(OP, "out", self.out, self.rows * self.heads * self.head_dim)
+        let ins = [("x", self.x), ("positions", self.positions), ("inv_freq", self.inv_freq)];
+        apart(OP, &out, &ins)?;
+        holds(OP, "out", self.out, &[self.rows, self.heads, self.head_dim])
     }
 }
 
@@ -201,9 +220,11 @@ impl Rope<'_> {
 pub struct SwiGlu<'a> {
     /// act `[rows, 2 * ffn]`.
     pub x: &'a Tensor,
-    /// act `[rows, ffn]`.
+    /// act `[rows, ffn]`, not `x`.
     pub out: &'a Tensor,
+    /// Rows of `x` and `out`.
     pub rows: usize,
+    /// Width of the MLP.
     pub ffn: usize,
 }
 
@@ -213,7 +234,8 @@ impl SwiGlu<'_> {
         const OP: &str = "swiglu";
         float(OP, "x", self.x)?;
         is(OP, "out", self.out, self.x.dtype())?;
-        holds(OP, "x", self.x, self.rows * 2 * self.ffn)?;
-        holds(OP, "out", self.out, self.rows * self.ffn)
+        holds(OP, "x", self.x, &[self.rows, 2, self.ffn])?;
+        apart(OP, &[("out", self.out)], &[("x", self.x)])?;
+        holds(OP, "out", self.out, &[self.rows, self.ffn])
     }
 }

@@ -1,6 +1,6 @@
 //! The paged KV cache as ops see it, and the ops that write it.
 
-use super::{ensure, float, holds, is};
+use super::{Named, apart, ensure, float, holds, holds_rows, is};
 use crate::backend::{DType, PAGE, Result, Tensor};
 
 /// u32 words of one sequence's record in [`Seqs::meta`].
@@ -49,8 +49,14 @@ impl Seqs<'_> {
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         is(op, "meta", self.meta, DType::U32)?;
         is(op, "pages", self.pages, DType::U32)?;
-        holds(op, "meta", self.meta, self.n * META_WORDS)
+        holds(op, "meta", self.meta, &[self.n, META_WORDS])
     }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("meta", self.meta), ("pages", self.pages)]
+    }
+
     pub(crate) fn check_decode(&self, op: &'static str) -> Result<()> {
         self.check(op)?;
         ensure(op, self.max_q <= 1, || format!("decode only, but max_q = {}", self.max_q))
@@ -69,8 +75,11 @@ pub struct KvPool<'a> {
     pub k: &'a Tensor,
     /// Same dtype and size as `k`.
     pub v: &'a Tensor,
+    /// Pages of 64 tokens.
     pub n_pages: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head.
     pub head_dim: usize,
     /// Leading dimensions stored as their own piece; a multiple of 8, or `head_dim`.
     pub lead: usize,
@@ -81,15 +90,18 @@ impl KvPool<'_> {
         float(op, "k", self.k)?;
         is(op, "v", self.v, self.k.dtype())?;
         let d = self.head_dim;
-        ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
-            format!("head_dim = {d} must be a multiple of 8, at most 256")
-        })?;
+        check_head_dim(op, d)?;
         ensure(op, self.lead > 0 && self.lead <= d && self.lead.is_multiple_of(8), || {
             format!("lead = {} of head_dim = {d}", self.lead)
         })?;
-        let need = self.n_pages * self.kv_heads * PAGE * d;
-        holds(op, "k", self.k, need)?;
-        holds(op, "v", self.v, need)
+        let shape = [self.n_pages, self.kv_heads, PAGE, d];
+        holds(op, "k", self.k, &shape)?;
+        holds(op, "v", self.v, &shape)
+    }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("key pages", self.k), ("value pages", self.v)]
     }
 
     /// Offset of dimension `i` of row `row` inside a K tile.
@@ -125,6 +137,7 @@ pub struct CompactSlice<'a> {
     pub n_dims: usize,
     /// Tokens a slot has room for.
     pub capacity: usize,
+    /// Sequences that have a slice.
     pub slots: usize,
 }
 
@@ -133,9 +146,16 @@ impl CompactSlice<'_> {
         is(op, "slice", self.data, pool.k.dtype())?;
         is(op, "dims", self.dims, DType::U32)?;
         check_dims(op, self.n_dims, pool.head_dim)?;
-        holds(op, "slice", self.data, self.slots * pool.kv_heads * self.capacity * self.n_dims)?;
-        holds(op, "dims", self.dims, self.slots * pool.kv_heads * self.n_dims)
+        let shape = [self.slots, pool.kv_heads, self.capacity, self.n_dims];
+        holds(op, "slice", self.data, &shape)?;
+        holds(op, "dims", self.dims, &[self.slots, pool.kv_heads, self.n_dims])
     }
+}
+
+pub(crate) fn check_head_dim(op: &'static str, d: usize) -> Result<()> {
+    ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
+        format!("head_dim = {d} must be a multiple of 8, at most 256")
+    })
 }
 
 pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<()> {
@@ -153,13 +173,19 @@ pub(crate) fn check_dims(op: &'static str, n: usize, head_dim: usize) -> Result<
 pub struct KvAppend<'a> {
     /// act, row `r`, KV head `h`, dimension `i` at `r * k_stride + h * head_dim + i` (after [`Rope`](super::Rope)).
     pub k: &'a Tensor,
+    /// Elements between rows of `k`.
     pub k_stride: usize,
     /// act, like `k`.
     pub v: &'a Tensor,
+    /// Elements between rows of `v`.
     pub v_stride: usize,
+    /// The sequences.
     pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
+    /// The layer's pages.
+    pub cache: KvPool<'a>,
+    /// The int8 key copy, where there is one.
     pub int8: Option<Int8Keys<'a>>,
+    /// The compact slice, where there is one.
     pub slice: Option<CompactSlice<'a>>,
 }
 
@@ -170,17 +196,22 @@ impl KvAppend<'_> {
         float(OP, "k", self.k)?;
         is(OP, "v", self.v, self.k.dtype())?;
         self.seqs.check(OP)?;
-        self.pool.check(OP)?;
-        let width = self.pool.kv_heads * self.pool.head_dim;
-        if self.seqs.rows > 0 {
-            holds(OP, "k", self.k, (self.seqs.rows - 1) * self.k_stride + width)?;
-            holds(OP, "v", self.v, (self.seqs.rows - 1) * self.v_stride + width)?;
-        }
+        self.cache.check(OP)?;
+        let width = [self.cache.kv_heads, self.cache.head_dim];
+        holds_rows(OP, "k", self.k, self.seqs.rows, self.k_stride, &width)?;
+        holds_rows(OP, "v", self.v, self.seqs.rows, self.v_stride, &width)?;
+        let [meta, pages] = self.seqs.named();
+        let ins = [("k", self.k), ("v", self.v), meta, pages];
+        let [keys, values] = self.cache.named();
+        apart(OP, &[keys, values], &ins)?;
         if let Some(q) = &self.int8 {
-            check_int8(OP, q, &self.pool)?;
+            check_int8(OP, q, &self.cache)?;
+            apart(OP, &[("int8 keys", q.data), ("int8 scales", q.scale), keys, values], &ins)?;
         }
         if let Some(s) = &self.slice {
-            s.check(OP, &self.pool)?;
+            s.check(OP, &self.cache)?;
+            let outs = [("slice", s.data), keys, values];
+            apart(OP, &outs, &[("k", self.k), ("v", self.v), meta, pages, ("dims", s.dims)])?;
         }
         Ok(())
     }
@@ -190,9 +221,9 @@ pub(crate) fn check_int8(op: &'static str, q: &Int8Keys<'_>, pool: &KvPool<'_>) 
     is(op, "int8 keys", q.data, DType::I8)?;
     is(op, "int8 scales", q.scale, DType::F32)?;
     check_dims(op, q.dims, pool.head_dim)?;
-    let rows = pool.n_pages * pool.kv_heads * PAGE;
-    holds(op, "int8 keys", q.data, rows * q.dims)?;
-    holds(op, "int8 scales", q.scale, rows)
+    let (pages, heads) = (pool.n_pages, pool.kv_heads);
+    holds(op, "int8 keys", q.data, &[pages, heads, PAGE, q.dims])?;
+    holds(op, "int8 scales", q.scale, &[pages, heads, PAGE])
 }
 
 /// f32 elements of [`KeyStats::stats`] per slot and KV head.
@@ -207,10 +238,13 @@ pub const fn key_stats_len(head_dim: usize) -> usize {
 /// pages (dtype kv). A sequence with `kv_len == q_len` starts from zero. The count is `kv_len`.
 #[derive(Debug)]
 pub struct KeyStats<'a> {
+    /// The sequences.
     pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
+    /// The layer's pages.
+    pub cache: KvPool<'a>,
     /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: &'a Tensor,
+    /// Slots of per-sequence state.
     pub slots: usize,
 }
 
@@ -219,9 +253,11 @@ impl KeyStats<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "key_stats";
         self.seqs.check(OP)?;
-        self.pool.check(OP)?;
+        self.cache.check(OP)?;
         is(OP, "stats", self.stats, DType::F32)?;
-        let len = key_stats_len(self.pool.head_dim);
-        holds(OP, "stats", self.stats, self.slots * self.pool.kv_heads * len)
+        let len = key_stats_len(self.cache.head_dim);
+        let [meta, pages] = self.seqs.named();
+        apart(OP, &[("stats", self.stats)], &[self.cache.named()[0], meta, pages])?;
+        holds(OP, "stats", self.stats, &[self.slots, self.cache.kv_heads, len])
     }
 }

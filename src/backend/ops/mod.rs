@@ -6,18 +6,17 @@
 
 mod attend;
 mod dense;
+mod dims;
 mod kv;
 mod score;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
+pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
-pub use score::{
-    CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, Force, LogitScale, Pool, PoolScores, RebuildSlice,
-    Refresh, ScoreDims, ScoreSource, SelectDims, TopK,
-};
+pub use score::{Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, TopK};
 
 use super::{BackendError, DType, Result, Tensor};
 
@@ -26,9 +25,36 @@ pub(crate) fn ensure(op: &'static str, ok: bool, reason: impl FnOnce() -> String
     if ok { Ok(()) } else { Err(BackendError::BadArgument { op, reason: reason() }) }
 }
 
-/// `t` holds at least `need` elements.
-pub(crate) fn holds(op: &'static str, name: &str, t: &Tensor, need: usize) -> Result<()> {
-    ensure(op, t.len() >= need, || format!("{name} holds {} elements, needs {need}", t.len()))
+/// The product of `shape`; `None` where it, or that of its sizes other than 0, is no `usize`.
+fn product(shape: &[usize]) -> Option<usize> {
+    let all = shape.iter().try_fold(1usize, |n, &s| n.checked_mul(s.max(1)))?;
+    Some(if shape.contains(&0) { 0 } else { all })
+}
+
+fn room(op: &'static str, name: &str, t: &Tensor, need: Option<usize>) -> Result<()> {
+    ensure(op, need.is_some_and(|n| t.len() >= n), || match need {
+        Some(n) => format!("{name} holds {} elements, needs {n}", t.len()),
+        None => format!("{name} holds {} elements, needs more than can be counted", t.len()),
+    })
+}
+
+/// `t` holds at least the elements of `shape`.
+pub(crate) fn holds(op: &'static str, name: &str, t: &Tensor, shape: &[usize]) -> Result<()> {
+    room(op, name, t, product(shape))
+}
+
+/// `t` holds `rows` rows of `width` elements (a shape), `stride` elements from one to the next.
+pub(crate) fn holds_rows(
+    op: &'static str,
+    name: &str,
+    t: &Tensor,
+    rows: usize,
+    stride: usize,
+    width: &[usize],
+) -> Result<()> {
+    let before = product(&[rows.saturating_sub(1), stride]);
+    let last = product(width).map(|n| if rows == 0 { 0 } else { n });
+    room(op, name, t, before.zip(last).and_then(|(a, b)| a.checked_add(b)))
 }
 
 /// `t` has dtype `d`.
@@ -36,9 +62,17 @@ pub(crate) fn is(op: &'static str, name: &str, t: &Tensor, d: DType) -> Result<(
     ensure(op, t.dtype() == d, || format!("{name} is {}, must be {d}", t.dtype()))
 }
 
-/// `a` and `b` share no bytes.
-pub(crate) fn apart(op: &'static str, an: &str, a: &Tensor, bn: &str, b: &Tensor) -> Result<()> {
-    ensure(op, !a.overlaps(b), || format!("{an} overlaps {bn}"))
+/// A tensor and its name in errors.
+pub(crate) type Named<'a> = (&'static str, &'a Tensor);
+
+/// No output shares bytes with an input or with another output.
+pub(crate) fn apart(op: &'static str, outs: &[Named<'_>], ins: &[Named<'_>]) -> Result<()> {
+    for (i, (name, out)) in outs.iter().enumerate() {
+        for (other, t) in outs[i + 1..].iter().chain(ins) {
+            ensure(op, !out.overlaps(t), || format!("{name} overlaps {other}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// `t` has a float dtype.

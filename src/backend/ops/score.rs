@@ -1,157 +1,8 @@
-//! Choosing key dimensions, scoring tokens on them, and exact top-k.
+//! Scoring tokens on key dimensions, and exact top-k.
 
 use super::kv::{check_dims, check_int8};
-use super::{CompactSlice, Int8Keys, KvPool, Seqs, ensure, float, holds, is, key_stats_len};
+use super::{CompactSlice, Int8Keys, KvPool, Seqs, apart, ensure, float, holds, is};
 use crate::backend::{DType, PAGE, Result, Tensor};
-
-/// u32 words of [`SelectDims::state`] per (slot, KV head).
-pub const DIM_STATE_WORDS: usize = 4;
-/// u32 words of [`SelectDims::changed`] per (slot, KV head): a bit mask over columns.
-pub const CHANGED_WORDS: usize = 8;
-
-/// Importance of a key dimension (DESIGN.md, SparCas). Sums run over the query heads of the KV head's group.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DimMetric {
-    /// `sum_h |q_{h,i}|`: the published rule.
-    AbsQ,
-    /// `sum_h sqrt(q_{h,2p}^2 + q_{h,2p+1}^2)` for both coordinates of pair `p`.
-    PairNorm,
-    /// `sum_h |q_{h,i}| * sigma_{k,i}` with the running deviation of the key coordinate.
-    AbsQk,
-    /// `sum_h n_{h,p} * (sigma_{k,p} + mean_{k,p})` with the pair norm's running deviation and mean.
-    PairQk,
-}
-
-impl DimMetric {
-    /// Needs [`KeyStats`](super::KeyStats).
-    pub const fn needs_stats(self) -> bool {
-        matches!(self, DimMetric::AbsQk | DimMetric::PairQk)
-    }
-}
-
-/// When the dimension set of a (sequence, KV head) is chosen anew (DESIGN.md, SparCas).
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Refresh {
-    /// At decode steps with `(step + phase) % every == 0` and at the first one. `every = 0`: first only.
-    Every {
-        /// U.
-        every: u32,
-        /// Stagger of the layer: `layer * U / layers`.
-        phase: u32,
-    },
-    /// When coverage falls: `rho < beta * rho_best`, at least `min` and at most `max` steps after the last.
-    Adaptive {
-        /// beta, 0.9 by default.
-        beta: f32,
-        /// Fewest steps between two choices.
-        min: u32,
-        /// Most steps between two choices.
-        max: u32,
-    },
-}
-
-/// Chooses `n_dims` key dimensions per (sequence, KV head) from the current query (decode).
-///
-/// Importance `a_i` by `metric`; `unit` consecutive dimensions are summed and chosen together (1, or 2 for the
-/// pair metrics, or groups of 8 or 16); the `n_dims / unit` best units, ties to the smaller index. Surviving
-/// dimensions keep their columns, new ones fill the freed columns in ascending order (all columns ascending at
-/// the first choice). `rho = sum_{i in D} a_i / sum a_i`, `rho_best` the same for a fresh choice; both are 1 when
-/// every `a_i` is 0. [`Refresh::Adaptive`] compares the set held before the call; `coverage` reports the set held
-/// after it (so a fresh choice gives rho = rho_best). Means and deviations are over `kv_len` keys,
-/// `sigma = sqrt(max(0, mean of squares - squared mean))`.
-///
-/// State words: 0 = chosen before (1) or not (0); 1 = step of the last choice; 2 = choices so far;
-/// 3 = dimensions replaced so far (the first choice replaces none). `changed` is rewritten each call: the columns
-/// whose dimension changed (bit `c % 32` of word `c / 32`; all `n_dims` columns at the first choice, none where the
-/// set was kept). Slots that no sequence of the call has are left alone. Steps since the last choice are
-/// `meta.STEP - state[1]`, wrapping.
-#[derive(Debug)]
-pub struct SelectDims<'a> {
-    /// act `[rows, heads, head_dim]`.
-    pub q: &'a Tensor,
-    pub seqs: Seqs<'a>,
-    /// f32 `[slots, kv_heads, key_stats_len(head_dim)]`, for the `*_qk` metrics.
-    pub stats: Option<&'a Tensor>,
-    /// u32 `[slots, kv_heads, n_dims]`, in and out.
-    pub dims: &'a Tensor,
-    /// u32 `[slots, kv_heads, DIM_STATE_WORDS]`, in and out.
-    pub state: &'a Tensor,
-    /// u32 `[slots, kv_heads, CHANGED_WORDS]`, out.
-    pub changed: &'a Tensor,
-    /// f32 `[slots, kv_heads, 2]`: rho and rho_best of this step's query, out.
-    pub coverage: &'a Tensor,
-    pub heads: usize,
-    pub kv_heads: usize,
-    pub head_dim: usize,
-    pub slots: usize,
-    pub n_dims: usize,
-    pub unit: usize,
-    pub metric: DimMetric,
-    pub refresh: Refresh,
-}
-
-impl SelectDims<'_> {
-    /// Shapes and dtypes fit.
-    pub fn check(&self) -> Result<()> {
-        const OP: &str = "select_dims";
-        self.seqs.check_decode(OP)?;
-        check_heads(OP, self.q, self.seqs.rows, self.heads, self.kv_heads, self.head_dim)?;
-        check_dims(OP, self.n_dims, self.head_dim)?;
-        let per = self.slots * self.kv_heads;
-        ensure(
-            OP,
-            matches!(self.unit, 1 | 2 | 8 | 16)
-                && self.n_dims.is_multiple_of(self.unit)
-                && self.head_dim.is_multiple_of(self.unit),
-            || format!("unit {} of {} dimensions", self.unit, self.n_dims),
-        )?;
-        let pair = matches!(self.metric, DimMetric::PairNorm | DimMetric::PairQk);
-        ensure(OP, !pair || self.unit >= 2, || "pair metrics choose units of 2 or more".into())?;
-        is(OP, "dims", self.dims, DType::U32)?;
-        is(OP, "state", self.state, DType::U32)?;
-        is(OP, "changed", self.changed, DType::U32)?;
-        is(OP, "coverage", self.coverage, DType::F32)?;
-        holds(OP, "dims", self.dims, per * self.n_dims)?;
-        holds(OP, "state", self.state, per * DIM_STATE_WORDS)?;
-        holds(OP, "changed", self.changed, per * CHANGED_WORDS)?;
-        holds(OP, "coverage", self.coverage, per * 2)?;
-        match self.stats {
-            Some(s) => {
-                is(OP, "stats", s, DType::F32)?;
-                holds(OP, "stats", s, per * key_stats_len(self.head_dim))
-            }
-            None => ensure(OP, !self.metric.needs_stats(), || "this metric needs stats".into()),
-        }
-    }
-}
-
-/// Rewrites the columns of the compact slice that [`SelectDims`] marked, for all `kv_len` tokens. Other columns and
-/// rows are left alone.
-#[derive(Debug)]
-pub struct RebuildSlice<'a> {
-    pub seqs: Seqs<'a>,
-    pub pool: KvPool<'a>,
-    pub slice: CompactSlice<'a>,
-    /// u32 `[slots, kv_heads, CHANGED_WORDS]`.
-    pub changed: &'a Tensor,
-}
-
-impl RebuildSlice<'_> {
-    /// Shapes and dtypes fit.
-    pub fn check(&self) -> Result<()> {
-        const OP: &str = "rebuild_slice";
-        self.seqs.check_decode(OP)?;
-        self.pool.check(OP)?;
-        self.slice.check(OP, &self.pool)?;
-        ensure(OP, self.seqs.max_kv <= self.slice.capacity, || {
-            format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.slice.capacity)
-        })?;
-        is(OP, "changed", self.changed, DType::U32)?;
-        holds(OP, "changed", self.changed, self.slice.slots * self.pool.kv_heads * CHANGED_WORDS)
-    }
-}
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
 #[derive(Debug, Clone, Copy)]
@@ -182,7 +33,7 @@ pub enum ScoreSource<'a> {
 /// How per-head partial logits become one score per KV head (DESIGN.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Pool {
+pub enum HeadPool {
     /// Sum of the group's scaled logits.
     SumLogit,
     /// Largest of the group's scaled logits.
@@ -195,10 +46,10 @@ pub enum Pool {
     None,
 }
 
-impl Pool {
+impl HeadPool {
     /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
     pub const fn in_score(self) -> bool {
-        matches!(self, Pool::SumLogit | Pool::MaxLogit)
+        matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
     }
 }
 
@@ -222,11 +73,17 @@ pub enum LogitScale {
 pub struct ScoreDims<'a> {
     /// act `[rows, heads, head_dim]`.
     pub q: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// The layer's pages.
     pub cache: KvPool<'a>,
+    /// Which dimensions are read, and from where.
     pub source: ScoreSource<'a>,
+    /// Query heads.
     pub heads: usize,
-    pub pool: Pool,
+    /// How the query heads of a KV head share a score.
+    pub pool: HeadPool,
+    /// Scale of the partial logits.
     pub scale: LogitScale,
     /// f32 `[n, rows_per_seq, stride]`, out.
     pub scores: &'a Tensor,
@@ -247,19 +104,25 @@ impl ScoreDims<'_> {
         self.cache.check(OP)?;
         let (hkv, d) = (self.cache.kv_heads, self.cache.head_dim);
         check_heads(OP, self.q, self.seqs.rows, self.heads, hkv, d)?;
+        let out = [("scores", self.scores)];
+        let ([meta, pages], keys) = (self.seqs.named(), self.cache.named()[0]);
+        apart(OP, &out, &[("q", self.q), keys, meta, pages])?;
         match &self.source {
             ScoreSource::Lead { n } => check_dims(OP, *n, d)?,
             ScoreSource::Int8 { keys, n } => {
                 check_int8(OP, keys, &self.cache)?;
                 check_dims(OP, *n, keys.dims)?;
+                apart(OP, &out, &[("int8 keys", keys.data), ("int8 scales", keys.scale)])?;
             }
             ScoreSource::Slice(s) => {
                 s.check(OP, &self.cache)?;
                 ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
+                apart(OP, &out, &[("slice", s.data), ("dims", s.dims)])?;
             }
             ScoreSource::Gather { dims, n } => {
                 is(OP, "dims", dims, DType::U32)?;
                 check_dims(OP, *n, d)?;
+                apart(OP, &out, &[("dims", dims)])?;
             }
         }
         check_scores(OP, self.scores, self.seqs, self.rows_per_seq(), self.stride)
@@ -277,12 +140,16 @@ pub struct PoolScores<'a> {
     pub scores: &'a Tensor,
     /// f32 `[n, kv_heads, stride]`, out.
     pub out: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Query heads.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
     /// `MaxSoftmax` or `MeanSoftmax`.
-    pub pool: Pool,
+    pub pool: HeadPool,
 }
 
 impl PoolScores<'_> {
@@ -290,13 +157,14 @@ impl PoolScores<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
-        ensure(OP, matches!(self.pool, Pool::MaxSoftmax | Pool::MeanSoftmax), || {
+        ensure(OP, matches!(self.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax), || {
             "only the softmax modes are pooled here".into()
         })?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)
         })?;
         check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
+        apart(OP, &[("out", self.out)], &[("scores", self.scores)])?;
         check_scores(OP, self.out, self.seqs, self.kv_heads, self.stride)
     }
 }
@@ -307,10 +175,15 @@ impl PoolScores<'_> {
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.
     pub scores: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Score rows of a sequence.
     pub rows_per_seq: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
+    /// First tokens to force.
     pub sinks: usize,
+    /// Last tokens to force, the newest included; at least 1.
     pub recent: usize,
 }
 
@@ -333,9 +206,13 @@ impl Force<'_> {
 pub struct TopK<'a> {
     /// f32 `[n, rows_per_seq, stride]`.
     pub scores: &'a Tensor,
+    /// The sequences.
     pub seqs: Seqs<'a>,
+    /// Score rows of a sequence.
     pub rows_per_seq: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
+    /// Most tokens of a list; at least 1.
     pub k: usize,
     /// u32 `[n, rows_per_seq, k]`, out.
     pub indices: &'a Tensor,
@@ -352,9 +229,12 @@ impl TopK<'_> {
         ensure(OP, self.k > 0, || "k must be positive".into())?;
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
-        let rows = self.seqs.n * self.rows_per_seq;
-        holds(OP, "indices", self.indices, rows * self.k)?;
-        holds(OP, "counts", self.counts, rows)
+        let (n, rows) = (self.seqs.n, self.rows_per_seq);
+        holds(OP, "indices", self.indices, &[n, rows, self.k])?;
+        holds(OP, "counts", self.counts, &[n, rows])?;
+        let [meta, pages] = self.seqs.named();
+        let outs = [("indices", self.indices), ("counts", self.counts)];
+        apart(OP, &outs, &[("scores", self.scores), meta, pages])
     }
 }
 
@@ -369,7 +249,7 @@ fn check_scores(
     ensure(op, stride >= s.max_kv && stride.is_multiple_of(PAGE), || {
         format!("stride {stride} for {} tokens: must cover them and be a multiple of 64", s.max_kv)
     })?;
-    holds(op, "scores", t, s.n * rows * stride)
+    holds(op, "scores", t, &[s.n, rows, stride])
 }
 
 pub(crate) fn check_heads(
@@ -384,5 +264,5 @@ pub(crate) fn check_heads(
     ensure(op, kv_heads > 0 && heads.is_multiple_of(kv_heads) && heads / kv_heads <= 16, || {
         format!("{heads} heads over {kv_heads} KV heads: groups of 1 to 16")
     })?;
-    holds(op, "q", q, rows * heads * d)
+    holds(op, "q", q, &[rows, heads, d])
 }

@@ -161,8 +161,8 @@ pub fn decision_margin(p: &SelectDims<'_>, dev: &dyn Backend) -> Result<f64> {
 
 /// See [`RebuildSlice`].
 pub fn rebuild_slice<'a>(p: &RebuildSlice<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
-    let (k, changed) = (floats(dev, p.pool.k)?, words(dev, p.changed)?);
-    let (dims, at) = (words(dev, p.slice.dims)?, Layout::of(&p.pool));
+    let (k, changed) = (floats(dev, p.cache.k)?, words(dev, p.changed)?);
+    let (dims, at) = (words(dev, p.slice.dims)?, Layout::of(&p.cache));
     let n = p.slice.n_dims;
     let mut out = Output::exact("rebuild_slice", "slice", p.slice.data);
     for s in Seq::read(dev, &p.seqs)? {

@@ -8,9 +8,9 @@ pub fn kv_append<'a>(p: &KvAppend<'a>, dev: &dyn Backend) -> Result<Vec<Output<'
     const OP: &str = "kv_append";
     let (k, v) = (floats(dev, p.k)?, floats(dev, p.v)?);
     let dims = p.slice.as_ref().map(|s| words(dev, s.dims)).transpose()?;
-    let at = Layout::of(&p.pool);
-    let mut keys = Output::exact(OP, "k", p.pool.k);
-    let mut values = Output::exact(OP, "v", p.pool.v);
+    let at = Layout::of(&p.cache);
+    let mut keys = Output::exact(OP, "k", p.cache.k);
+    let mut values = Output::exact(OP, "v", p.cache.v);
     let mut data = p.int8.as_ref().map(|q| Output::new(OP, "int8 data", q.data));
     let mut scale = p.int8.as_ref().map(|q| Output::new(OP, "int8 scale", q.scale));
     let mut slice = p.slice.as_ref().map(|s| Output::exact(OP, "slice", s.data));
@@ -24,7 +24,7 @@ pub fn kv_append<'a>(p: &KvAppend<'a>, dev: &dyn Backend) -> Result<Vec<Output<'
             }
             let new = &k[r * p.k_stride + h * at.d..][..at.d];
             // The summaries see the key as it is stored.
-            let stored = decode(p.pool.k.dtype(), &encode(p.pool.k.dtype(), new));
+            let stored = decode(p.cache.k.dtype(), &encode(p.cache.k.dtype(), new));
             if let (Some(q), Some(data), Some(scale)) = (&p.int8, &mut data, &mut scale) {
                 let lead = &stored[..q.dims];
                 let step = lead.iter().fold(0.0, |m: f64, x| m.max(x.abs())) / 127.0;
@@ -52,8 +52,8 @@ pub fn kv_append<'a>(p: &KvAppend<'a>, dev: &dyn Backend) -> Result<Vec<Output<'
 
 /// See [`KeyStats`].
 pub fn key_stats<'a>(p: &KeyStats<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
-    let (k, old) = (floats(dev, p.pool.k)?, floats(dev, p.stats)?);
-    let at = Layout::of(&p.pool);
+    let (k, old) = (floats(dev, p.cache.k)?, floats(dev, p.stats)?);
+    let at = Layout::of(&p.cache);
     let (d, len) = (at.d, key_stats_len(at.d));
     let mut out = Output::new("key_stats", "stats", p.stats);
     for s in Seq::read(dev, &p.seqs)? {

@@ -2,7 +2,7 @@
 
 use super::{Cell, Layout, Output, Seq, floats, words};
 use crate::backend::{
-    Backend, Force, LogitScale, Pool, PoolScores, Result, ScoreDims, ScoreSource, TopK,
+    Backend, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreSource, TopK,
 };
 use rayon::prelude::*;
 use std::cmp::Ordering;
@@ -63,8 +63,8 @@ pub fn score_dims<'a>(p: &ScoreDims<'a>, dev: &dyn Backend) -> Result<Vec<Output
             let rows = if p.pool.in_score() { kv..kv + 1 } else { heads.clone() };
             for row in rows {
                 let score = |j: usize| match p.pool {
-                    Pool::SumLogit => finite(heads.clone().map(|h| logit(h, j)).sum()),
-                    Pool::MaxLogit => {
+                    HeadPool::SumLogit => finite(heads.clone().map(|h| logit(h, j)).sum()),
+                    HeadPool::MaxLogit => {
                         let logits = heads.clone().map(|h| finite(logit(h, j)));
                         logits.fold(f64::NEG_INFINITY, f64::max)
                     }
@@ -112,7 +112,7 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
                     s => s - l,
                 });
                 match p.pool {
-                    Pool::MeanSoftmax => log_sum_exp(&each.collect::<Vec<_>>()),
+                    HeadPool::MeanSoftmax => log_sum_exp(&each.collect::<Vec<_>>()),
                     _ => each.fold(f64::NEG_INFINITY, f64::max),
                 }
             };

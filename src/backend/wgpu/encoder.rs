@@ -231,7 +231,7 @@ impl Gpu {
                 what: format!("a tensor of op {op}"),
                 need: size,
                 limit,
-                remedy: "use a shorter context (--ctx), a smaller batch or a 16-bit dtype".into(),
+                remedy: "use a shorter context, a smaller batch or a 16-bit dtype".into(),
             });
         }
         let buffer = &GpuBuffer::of(op, tensor)?.raw;

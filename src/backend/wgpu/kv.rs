@@ -9,7 +9,7 @@ pub fn kv_append(gpu: &Gpu, p: &KvAppend<'_>) -> Result<()> {
     const OP: &str = "kv_append";
     p.check()?;
     acts_are_f32(OP, &[p.k, p.v])?;
-    let pool = &p.pool;
+    let pool = &p.cache;
     let params = [
         word(OP, p.k_stride)?,
         word(OP, p.v_stride)?,
@@ -62,21 +62,21 @@ pub fn key_stats(gpu: &Gpu, p: &KeyStats<'_>) -> Result<()> {
     p.check()?;
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::KEY_STATS,
-        constants: &[("DTYPE", dtype_code(p.pool.k.dtype()))],
+        constants: &[("DTYPE", dtype_code(p.cache.k.dtype()))],
         binds: &[
             Bind::Tensor(p.seqs.meta),
             Bind::Tensor(p.seqs.pages),
-            Bind::Tensor(p.pool.k),
+            Bind::Tensor(p.cache.k),
             Bind::Tensor(p.stats),
         ],
         params: &[
-            word(OP, p.pool.kv_heads)?,
-            word(OP, p.pool.head_dim)?,
-            word(OP, p.pool.lead)?,
-            word(OP, p.pool.n_pages)?,
+            word(OP, p.cache.kv_heads)?,
+            word(OP, p.cache.head_dim)?,
+            word(OP, p.cache.lead)?,
+            word(OP, p.cache.n_pages)?,
             word(OP, p.slots)?,
         ],
-        grid: grid(OP, [p.pool.kv_heads, p.seqs.n, 1])?,
+        grid: grid(OP, [p.cache.kv_heads, p.seqs.n, 1])?,
     })
 }
 
@@ -86,24 +86,24 @@ pub fn rebuild_slice(gpu: &Gpu, p: &RebuildSlice<'_>) -> Result<()> {
     let page_groups = p.seqs.max_kv.div_ceil(PAGE).min(MAX_GROUPS);
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::REBUILD_SLICE,
-        constants: &[("DTYPE", dtype_code(p.pool.k.dtype()))],
+        constants: &[("DTYPE", dtype_code(p.cache.k.dtype()))],
         binds: &[
             Bind::Tensor(p.seqs.meta),
             Bind::Tensor(p.seqs.pages),
-            Bind::Tensor(p.pool.k),
+            Bind::Tensor(p.cache.k),
             Bind::Tensor(p.slice.dims),
             Bind::Tensor(p.changed),
             Bind::Tensor(p.slice.data),
         ],
         params: &[
-            word(OP, p.pool.kv_heads)?,
-            word(OP, p.pool.head_dim)?,
-            word(OP, p.pool.lead)?,
-            word(OP, p.pool.n_pages)?,
+            word(OP, p.cache.kv_heads)?,
+            word(OP, p.cache.head_dim)?,
+            word(OP, p.cache.lead)?,
+            word(OP, p.cache.n_pages)?,
             word(OP, p.slice.n_dims)?,
             word(OP, p.slice.capacity)?,
             word(OP, p.slice.slots)?,
         ],
-        grid: grid(OP, [page_groups, p.pool.kv_heads, p.seqs.n])?,
+        grid: grid(OP, [page_groups, p.cache.kv_heads, p.seqs.n])?,
     })
 }

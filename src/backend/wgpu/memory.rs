@@ -88,7 +88,7 @@ impl Gpu {
                 what: what.into(),
                 need: (len as u64).saturating_mul(dtype.bytes() as u64),
                 limit,
-                remedy: "use a shorter context (--ctx), a smaller batch or a 16-bit dtype".into(),
+                remedy: "use a shorter context, a smaller batch or a 16-bit dtype".into(),
             });
         };
         let raw = self.create(bytes as u64, STORAGE, what)?;

@@ -4,8 +4,8 @@ use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, DimMetric, Force, LogitScale, PAGE, Pool, PoolScores, Refresh, Result, ScoreDims,
-    ScoreSource, SelectDims, TopK,
+    BackendError, DimMetric, Force, HeadPool, LogitScale, PAGE, PoolScores, Refresh, Result,
+    ScoreDims, ScoreSource, SelectDims, TopK,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -88,8 +88,8 @@ pub fn score_dims(gpu: &Gpu, p: &ScoreDims<'_>) -> Result<()> {
     };
     let group = p.heads / cache.kv_heads;
     let (pool, rows) = match p.pool {
-        Pool::SumLogit => (0, 1),
-        Pool::MaxLogit => (1, group),
+        HeadPool::SumLogit => (0, 1),
+        HeadPool::MaxLogit => (1, group),
         _ => (2, group),
     };
     let chunk = n.min(QUERY_TILE / rows / 8 * 8);
@@ -145,7 +145,8 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     }
     let chunks = p.seqs.max_kv.div_ceil(POOL_CHUNK);
     let scratch = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
-    let constants = [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool == Pool::MeanSoftmax))];
+    let constants =
+        [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool == HeadPool::MeanSoftmax))];
     let params =
         [word(OP, p.heads)?, word(OP, p.kv_heads)?, word(OP, p.stride)?, word(OP, chunks)?];
     let (meta, scores) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.scores));

@@ -14,13 +14,17 @@ use serde::Serialize;
 pub struct Check {
     /// `nmse` (sum of squared differences over sum of squares) or `mismatches` (elements that differ).
     pub metric: &'static str,
+    /// What the metric is.
     pub value: f64,
     /// Most that passes.
     pub limit: f64,
+    /// The value is within the limit.
     pub passed: bool,
     /// Elements compared.
     pub elements: usize,
+    /// The sequence that was compared.
     pub sequence: usize,
+    /// The KV head that was compared.
     pub kv_head: usize,
 }
 

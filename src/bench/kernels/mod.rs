@@ -23,8 +23,11 @@ pub struct KernelBench {
     pub depth: usize,
     /// Sequences decoded together.
     pub batches: Vec<usize>,
+    /// Query heads; 1 to 16 for each KV head.
     pub heads: usize,
+    /// KV heads.
     pub kv_heads: usize,
+    /// Dimensions of a head; a multiple of 8 up to 256.
     pub head_dim: usize,
     /// Of the KV cache (and of queries where the device's activations follow it).
     pub dtype: DType,
@@ -81,13 +84,17 @@ impl Op {
 /// One line of the result.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelRow {
+    /// Name of the op.
     pub op: &'static str,
+    /// What the op was given, in words.
     pub variant: String,
+    /// Sequences decoded together.
     pub batch: usize,
     /// Bytes that one launch must read and write.
     pub bytes: u64,
     /// Milliseconds of one launch (split results merged); a sample is the mean of `launches` in a row.
     pub ms: Summary,
+    /// Launches of a sample.
     pub launches: usize,
     /// bytes / median.
     pub gb_s: f64,
@@ -98,15 +105,20 @@ pub struct KernelRow {
     /// Independent inputs that launches take in turn, and the bytes they read in all. Below the size of the device's
     /// caches the figure flatters.
     pub input_sets: usize,
+    /// Bytes that all inputs hold.
     pub rotated_bytes: u64,
+    /// The result against the reference.
     pub check: Check,
 }
 
 /// A shape that was not measured.
 #[derive(Clone, Debug, Serialize)]
 pub struct Skipped {
+    /// Name of the op.
     pub op: &'static str,
+    /// What the op would have been given, in words.
     pub variant: String,
+    /// Sequences decoded together.
     pub batch: usize,
     /// A sentence.
     pub why: String,
@@ -117,11 +129,15 @@ pub struct Skipped {
 pub struct KernelReport {
     /// `kernels`.
     pub kind: &'static str,
+    /// Device, driver, system, date and commit.
     pub environment: Environment,
+    /// What was asked for.
     pub settings: KernelBench,
     /// Measured in this run, before the ops.
     pub bandwidth_gb_s: Bandwidth,
+    /// One line per op and batch.
     pub rows: Vec<KernelRow>,
+    /// What did not fit the device.
     pub skipped: Vec<Skipped>,
 }
 

@@ -5,8 +5,8 @@ use super::inputs::{KvSet, Rig, sets_for, words};
 use super::run::Case;
 use super::{KernelBench, Op};
 use crate::backend::{
-    Backend, CompactSlice, DType, Int8Keys, LogitScale, PAGE, Pool, Result, ScoreDims, ScoreSource,
-    Tensor, reference,
+    Backend, CompactSlice, DType, HeadPool, Int8Keys, LogitScale, PAGE, Result, ScoreDims,
+    ScoreSource, Tensor, reference,
 };
 use crate::bench::random::Values;
 
@@ -126,7 +126,7 @@ impl Case for Score<'_> {
             cache: rig.pool(kv),
             source: self.source(rig.o, rig.batch, set),
             heads: rig.o.heads,
-            pool: Pool::SumLogit,
+            pool: HeadPool::SumLogit,
             scale: LogitScale::InvSqrtDim,
             scores: &self.scores,
             stride: rig.o.stride(),
@@ -175,7 +175,7 @@ impl Case for Score<'_> {
             cache: small.pool(),
             source,
             heads: o.heads / o.kv_heads,
-            pool: Pool::SumLogit,
+            pool: HeadPool::SumLogit,
             scale: LogitScale::InvSqrtDim,
             scores: &scores,
             stride: o.stride(),

@@ -85,13 +85,13 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         .summaries_for(&methods)
         .build()
         .map_err(|e| match e {
-            EngineError::BadOption(why) => {
-                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {why}")
+            e @ (EngineError::BadOption(_) | EngineError::BadContext { .. }) => {
+                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {e}")
             }
             e => e.into(),
         })?;
     for note in engine.notes() {
-        eprintln!("note: {note}");
+        ui::note(format!("note: {note}"));
     }
     let filling = ui::bar("filling", "tokens", 0);
     let measuring = ui::bar("measuring", "measurements", 0);

@@ -5,6 +5,7 @@ mod kernels;
 
 use super::args::Format;
 use super::output::OutputFile;
+use super::ui;
 use crate::bench::Environment;
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -74,9 +75,8 @@ impl ReportArgs {
         if let Some(file) = file {
             file.finish(json.as_bytes())?;
         }
-        use std::io::Write;
         let text = if self.format == Format::Json { json } else { table() };
-        Ok(std::io::stdout().lock().write_all(text.as_bytes())?)
+        Ok(ui::print(&text)?)
     }
 }
 

@@ -1,0 +1,118 @@
+//! Which options of the command line an error of the library is about. The library names none: it does not know who
+//! calls it.
+
+use crate::backend::BackendError;
+use crate::engine::EngineError;
+use crate::eval::SampleError;
+use crate::model::LoadError;
+use crate::select::SelectError;
+
+/// A line for the first cause that options can change.
+pub fn hint(e: &anyhow::Error) -> Option<&'static str> {
+    e.chain().find_map(|cause| {
+        if let Some(e) = cause.downcast_ref() {
+            engine(e)
+        } else if let Some(e) = cause.downcast_ref() {
+            select(e)
+        } else if let Some(e) = cause.downcast_ref() {
+            backend(e)
+        } else if let Some(LoadError::Backend(e)) = cause.downcast_ref() {
+            backend(e)
+        } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
+            Some("--text gives the text, --lengths the tokens of a sample")
+        } else {
+            None
+        }
+    })
+}
+
+fn engine(e: &EngineError) -> Option<&'static str> {
+    match e {
+        EngineError::Backend(e) => backend(e),
+        EngineError::Select(e) => select(e),
+        EngineError::BadContext { .. } | EngineError::ContextTooLong { .. } => {
+            Some("--ctx sets the context, in tokens")
+        }
+        EngineError::Cache(_) => Some("--ctx sets the context, and with it the size of the cache"),
+        _ => None,
+    }
+}
+
+fn select(e: &SelectError) -> Option<&'static str> {
+    match e {
+        SelectError::Backend(e) => backend(e),
+        SelectError::WrongModel { .. } => Some("`longsight plan --save` writes a plan"),
+        SelectError::BadPlan { .. } => {
+            Some("--dims, --budget, --sinks, --recent and the like change a method; see --help")
+        }
+        _ => None,
+    }
+}
+
+fn backend(e: &BackendError) -> Option<&'static str> {
+    match e {
+        BackendError::OutOfMemory { .. } | BackendError::BufferLimit { .. } => {
+            Some("--ctx sets the context, --dtype and --kv-dtype the storage, --device the device")
+        }
+        BackendError::Unavailable { .. } => Some("--device chooses, `longsight devices` lists"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv::PageError;
+
+    #[test]
+    fn errors_name_no_option_and_hints_do() {
+        let what = || "key cache".to_string();
+        let cases: Vec<(anyhow::Error, &str)> = vec![
+            (BackendError::OutOfMemory { what: what(), need: 2, free: 1 }.into(), "--ctx"),
+            (
+                EngineError::from(BackendError::OutOfMemory { what: what(), need: 2, free: 1 })
+                    .into(),
+                "--ctx",
+            ),
+            (
+                EngineError::from(SelectError::from(BackendError::Unavailable {
+                    backend: "cuda",
+                    reason: "no driver".into(),
+                }))
+                .into(),
+                "--device",
+            ),
+            (EngineError::BadContext { context: 9, most: 8 }.into(), "--ctx"),
+            (
+                EngineError::ContextTooLong {
+                    tokens: 9,
+                    room: String::new(),
+                    limit: 8,
+                    hint: String::new(),
+                }
+                .into(),
+                "--ctx",
+            ),
+            (EngineError::from(PageError { need: 2, free: 1, total: 9 }).into(), "--ctx"),
+            (SelectError::BadPlan { method: "m".into(), reason: "r".into() }.into(), "--dims"),
+            (
+                SelectError::WrongModel {
+                    plan_model: "a".into(),
+                    plan_layers: 1,
+                    model: "b".into(),
+                    layers: 2,
+                }
+                .into(),
+                "longsight plan",
+            ),
+            (SampleError::TextTooShort { text: "a.txt".into(), have: 1, need: 2 }.into(), "--text"),
+        ];
+        for (e, option) in cases {
+            let e = e.context("while loading");
+            let sentence = format!("{e:#}");
+            assert!(!sentence.contains("--") && !sentence.contains("longsight"), "{sentence}");
+            assert!(hint(&e).is_some_and(|h| h.contains(option)), "{sentence}: {:?}", hint(&e));
+        }
+        assert_eq!(hint(&EngineError::EmptyPrompt.into()), None);
+    }
+}
