@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly text=assets/demo.txt
-# Told once in the text. "Question: " in front of it: so the answers of dense attention were recorded.
+# Told once in the text. The recorded answers of dense attention are to this wording, "Question: " included.
 readonly question="Question: Where was the key of the garden gate kept?"
 
 say() { printf '%s\n' "$*"; }

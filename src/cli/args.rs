@@ -256,9 +256,6 @@ pub struct AnswerArgs {
     pub audit: Option<usize>,
 }
 
-/// Layers looked at in one audited step.
-const AUDIT_LAYERS: usize = 4;
-
 impl AnswerArgs {
     /// Sampling settings.
     pub fn sampling(&self) -> Sampling {
@@ -273,7 +270,7 @@ impl AnswerArgs {
 
     /// Audit settings.
     pub fn audit(&self) -> Option<AuditConfig> {
-        self.audit.map(|every| AuditConfig { every, layers: AUDIT_LAYERS })
+        self.audit.map(|every| AuditConfig { every, layers: 0 })
     }
 }
 

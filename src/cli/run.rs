@@ -49,6 +49,7 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
             builder.context(needed_context(&checkpoint, &tokenizer, &text, a.answer.max_tokens)?)
         }
     };
+    let model = checkpoint.config().name.clone();
     let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
     for note in engine.notes() {
         ui::note(format!("note: {note}"));
@@ -64,6 +65,8 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
             "answer": answer.text,
             "stats": answer.stats,
             "audit": answer.audit,
+            "model": model,
+            "plan": engine.plan(),
             "method": engine.plan().method,
             "device": engine.backend().caps(),
         });
@@ -162,9 +165,14 @@ pub fn statistics(a: &Answer, method: &str) -> String {
         0 => String::new(),
         n => format!(" ({} still cached)", ui::thousands(n as u64)),
     };
+    let read = s.prefill_tokens + s.reused_tokens;
+    let of = match s.prompt_tokens {
+        n if n > read => format!("{} of ", ui::thousands(read as u64)),
+        _ => String::new(),
+    };
     let mut parts = vec![
         format!(
-            "{} prompt tokens{reused}, {:.1} s ({:.0}/s)",
+            "{of}{} prompt tokens{reused}, {:.1} s ({:.0}/s)",
             ui::thousands(s.prompt_tokens as u64),
             s.prefill_seconds,
             rate(s.prefill_tokens, s.prefill_seconds)
@@ -175,7 +183,9 @@ pub fn statistics(a: &Answer, method: &str) -> String {
             rate(s.decode_steps, s.decode_seconds)
         ),
     ];
-    if s.kv_bytes < s.kv_bytes_dense {
+    if s.decode_steps == 0 {
+        // Nothing was decoded, so nothing was selected.
+    } else if s.kv_bytes < s.kv_bytes_dense {
         parts.push(format!(
             "{method}: {} of KV a token instead of {} ({:.0} %)",
             ui::bytes(s.kv_bytes),
@@ -187,10 +197,11 @@ pub fn statistics(a: &Answer, method: &str) -> String {
     }
     if let Some((layer, worst)) = a.audit.worst_layer() {
         parts.push(format!(
-            "attention mass kept {:.1} % (layer {layer}: {:.1} %), output error {:.1} %",
+            "attention mass kept {:.1} % (worst layer, {layer}: {:.1} %), output error {:.1} %, in {} steps",
             100.0 * a.audit.recall(),
             100.0 * worst,
-            100.0 * a.audit.output_error()
+            100.0 * a.audit.output_error(),
+            a.audit.layers.iter().map(|l| l.samples).max().unwrap_or(0)
         ));
     }
     if s.finish == Some(Finish::Cancelled) {
@@ -202,6 +213,24 @@ pub fn statistics(a: &Answer, method: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_interrupted_prompt_claims_no_more_than_was_read() {
+        let stats = Stats {
+            prompt_tokens: 3822,
+            prefill_tokens: 2560,
+            prefill_seconds: 10.0,
+            kv_bytes: 1,
+            kv_bytes_dense: 2,
+            finish: Some(Finish::Cancelled),
+            ..Stats::default()
+        };
+        let line =
+            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        let want =
+            "2,560 of 3,822 prompt tokens, 10.0 s (256/s) | 0 answer tokens, 0.0/s | interrupted";
+        assert_eq!(line, want);
+    }
 
     #[test]
     fn speeds_are_of_what_was_run() {
