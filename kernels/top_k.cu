@@ -4,7 +4,7 @@
 // chosen). A radix select over 11 + 11 + 10 bits finds the k-th largest key; a compaction in index order
 // then takes every larger key and the first few equal ones, so ties go to the smaller index.
 //
-// Plan: few rows (rows_in_registers): a cluster of blocks per (row, sequence), KEYS keys a thread in registers.
+// Plan: few rows (row_in_registers): a cluster of blocks per (row, sequence), their keys in registers.
 // Many or very long rows (row_in_shared): one block each, keys in shared memory as far as they fit. Either way
 // device memory is read once, with many loads under way together. A digit's histogram is counted in shared memory
 // (the hardware joins increments by one that meet in a word); the blocks of a cluster add up each other's.

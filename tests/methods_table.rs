@@ -12,12 +12,12 @@ mod oracle;
 
 use common::cache::backends;
 use common::model::{Model, dense, prompt, sparse};
+use common::readme;
 use longsight::backend::{Backend, DType};
 use longsight::engine::WantLogits;
 use longsight::select::{METHODS, MethodSpec, Variant};
 use oracle::{Fault, Oracle};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const FLOATS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -29,8 +29,6 @@ const STEPS: usize = 13;
 const UPDATE: u32 = 4;
 /// Tokens attended to, sinks and recent ones (up to 68) among them.
 const BUDGET: usize = 80;
-const BEGIN: &str = "<!-- methods-table:begin -->\n";
-const END: &str = "<!-- methods-table:end -->";
 
 /// One method on one backend in one dtype; errors are NMSE over all logits, to the reference ops in that dtype.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -185,20 +183,6 @@ fn cell(rows: &[Row], method: &str, backend: &str) -> String {
     }
 }
 
-fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
-}
-
-/// The newest recorded run on a CUDA device, with its file name.
-fn recorded() -> Option<(String, Run)> {
-    let folder = std::fs::read_dir(file("bench/runs")).ok()?;
-    let names = folder.filter_map(|e| e.ok()?.file_name().into_string().ok());
-    let newest = names.filter(|n| n.ends_with("-methods.json")).max()?;
-    let text = std::fs::read_to_string(file("bench/runs").join(&newest)).unwrap();
-    let run = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{newest}: {e}"));
-    Some((newest, run))
-}
-
 /// The table, with `old` cells where this run has no such backend.
 fn table(rows: &[Row], recorded: Option<&(String, Run)>, old: &str) -> String {
     let cuda: &[Row] = recorded.map_or(&[], |(_, run)| &run.results);
@@ -250,15 +234,12 @@ fn every_method_agrees_with_the_reference_and_the_readme_says_so() {
     let failed: Vec<&Row> = rows.iter().filter(|r| !r.ok()).collect();
     assert!(failed.is_empty(), "{failed:#?}");
 
-    let readme = std::fs::read_to_string(file("README.md")).unwrap();
-    let (before, rest) = readme.split_once(BEGIN).expect("README.md: the table's begin mark");
-    let (old, after) = rest.split_once(END).expect("README.md: the table's end mark");
-    let new = table(&rows, recorded().as_ref(), old);
-    if std::env::var("LONGSIGHT_METHODS_TABLE").is_ok_and(|v| v == "write") {
-        let wgpu = rows.iter().any(|r| r.backend == "wgpu");
-        assert!(wgpu, "add wgpu to LONGSIGHT_REQUIRE: its column is written as well");
-        std::fs::write(file("README.md"), [before, BEGIN, &new, END, after].concat()).unwrap();
-        return;
-    }
-    assert_eq!(old, new, "README.md is stale: run this test with LONGSIGHT_METHODS_TABLE=write");
+    let write = std::env::var("LONGSIGHT_METHODS_TABLE").is_ok_and(|v| v == "write");
+    let wgpu = rows.iter().any(|r| r.backend == "wgpu");
+    assert!(wgpu || !write, "add wgpu to LONGSIGHT_REQUIRE: its column is written as well");
+    let recorded = readme::newest("-methods.json", |_: &Run| true).unwrap();
+    let render = |old: &str| table(&rows, recorded.as_ref(), old);
+    let remedy = "run this test with LONGSIGHT_METHODS_TABLE=write";
+    let said = readme::table("methods-table", render, write, remedy);
+    assert!(said.is_ok(), "{}", said.unwrap_err());
 }

@@ -161,6 +161,14 @@ pub struct OtherOptions {
     pub dense_below: Option<usize>,
 }
 
+/// Refuses an option that none of the methods, called `names`, reads.
+pub fn read_by_one(option: &str, methods: &[MethodSpec], names: &[&str]) -> Result<()> {
+    if methods.iter().any(|m| m.variant.takes(option)) {
+        return Ok(());
+    }
+    bail!("--{option} changes nothing in {}; leave it out", names.join(", "))
+}
+
 impl MethodOptions {
     /// The methods with these options on top, each with those that it reads.
     ///
@@ -169,10 +177,8 @@ impl MethodOptions {
     pub fn apply(&self, methods: &[MethodSpec]) -> Result<Vec<MethodSpec>> {
         let given = self.on(Variant::Dense.into());
         for option in given.given() {
-            if !methods.iter().any(|m| m.variant.takes(option)) {
-                let names: Vec<_> = methods.iter().map(MethodSpec::name).collect();
-                bail!("--{option} changes nothing in {}; leave it out", names.join(", "));
-            }
+            let names: Vec<_> = methods.iter().map(MethodSpec::name).collect();
+            read_by_one(option, methods, &names)?;
         }
         Ok(methods.iter().map(|m| self.on(m.clone()).with_read_options_only()).collect())
     }

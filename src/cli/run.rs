@@ -183,17 +183,15 @@ pub fn statistics(a: &Answer, method: &str) -> String {
             rate(s.decode_steps, s.decode_seconds)
         ),
     ];
-    if s.decode_steps == 0 {
+    let (kv, dense) = (ui::bytes(s.kv_bytes), ui::bytes(s.kv_bytes_dense));
+    let share = 100.0 * s.kv_bytes as f64 / s.kv_bytes_dense as f64;
+    match s.kv_bytes < s.kv_bytes_dense {
         // Nothing was decoded, so nothing was selected.
-    } else if s.kv_bytes < s.kv_bytes_dense {
-        parts.push(format!(
-            "{method}: {} of KV a token instead of {} ({:.0} %)",
-            ui::bytes(s.kv_bytes),
-            ui::bytes(s.kv_bytes_dense),
-            100.0 * s.kv_bytes as f64 / s.kv_bytes_dense as f64
-        ));
-    } else {
-        parts.push(format!("{method}: every token attended to ({} of KV)", ui::bytes(s.kv_bytes)));
+        _ if s.decode_steps == 0 => {}
+        true => {
+            parts.push(format!("{method}: {kv} of KV a token instead of {dense} ({share:.0} %)"))
+        }
+        false => parts.push(format!("{method}: every token attended to ({kv} of KV)")),
     }
     if let Some((layer, worst)) = a.audit.worst_layer() {
         parts.push(format!(

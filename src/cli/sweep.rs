@@ -1,9 +1,9 @@
 //! Methods of one evaluation: every method under every combination of option values.
 
-use super::args::{MethodOptions, OtherOptions};
+use super::args::{MethodOptions, OtherOptions, read_by_one};
 use crate::backend::DimMetric;
 use crate::select::{MethodSpec, parse_name};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 
 /// Options for all methods. With several values, each one makes rows of its own: all combinations run.
@@ -62,27 +62,23 @@ impl Sweep {
             metric: single(&self.metric).and_then(|name| parse_name(&name).ok()),
             others: self.others.clone(),
         };
-        let mut specs = Vec::new();
-        let mut all = Vec::new();
+        let (mut names, mut bases) = (Vec::new(), Vec::new());
         for method in methods {
             let base = method.parse::<MethodSpec>()?;
-            let variant = base.variant;
-            all.push(base);
-            let mut names = vec![method.clone()];
-            for (key, values) in lists.iter().filter(|(key, v)| v.len() > 1 && variant.takes(key)) {
-                names = names.iter().flat_map(|n| with_values(n, key, values)).collect();
+            let mut rows = vec![method.clone()];
+            for (key, values) in
+                lists.iter().filter(|(key, v)| v.len() > 1 && base.variant.takes(key))
+            {
+                rows = rows.iter().flat_map(|n| with_values(n, key, values)).collect();
             }
-            for name in names {
-                let spec: MethodSpec = name.parse()?;
-                specs.push((name, spec));
-            }
+            names.extend(rows);
+            bases.push(base);
         }
+        let typed: Vec<&str> = methods.iter().map(String::as_str).collect();
         for (key, _) in lists.iter().filter(|(_, v)| v.len() > 1) {
-            if !all.iter().any(|m| m.variant.takes(key)) {
-                bail!("--{key} changes nothing in {}; leave it out", methods.join(", "));
-            }
+            read_by_one(key, &bases, &typed)?;
         }
-        let (names, specs): (Vec<_>, Vec<_>) = specs.into_iter().unzip();
+        let specs = names.iter().map(|n| Ok(n.parse()?)).collect::<Result<Vec<MethodSpec>>>()?;
         Ok(names.into_iter().zip(options.apply(&specs)?).collect())
     }
 }

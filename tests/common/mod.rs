@@ -6,4 +6,5 @@ pub mod dims;
 pub mod gguf_file;
 pub mod model;
 pub mod program;
+pub mod readme;
 pub mod tiny;

@@ -8,6 +8,8 @@ mod errors;
 mod kv;
 mod memory;
 pub mod oracle;
+#[path = "../common/readme.rs"]
+mod readme;
 pub mod report;
 pub mod rig;
 mod score;

@@ -3,13 +3,11 @@
 //! The cpu and wgpu columns are what this run finds (a backend that is absent keeps what the table says), the cuda
 //! columns are the newest `bench/runs/*-conformance.json`.
 
+use super::readme;
 use super::report::Row;
 use serde::Deserialize;
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
 
-const BEGIN: &str = "<!-- support-table:begin -->\n";
-const END: &str = "<!-- support-table:end -->";
 const BACKENDS: [&str; 3] = ["cpu", "wgpu", "cuda"];
 const DTYPES: [&str; 3] = ["f32", "f16", "bf16"];
 
@@ -39,29 +37,6 @@ struct Device {
 struct Caps {
     device: String,
     driver: String,
-}
-
-fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
-}
-
-/// The newest recorded run with a CUDA device, with its file name.
-fn recorded() -> Result<Option<(String, Run)>, String> {
-    let Ok(folder) = std::fs::read_dir(file("bench/runs")) else { return Ok(None) };
-    let names = folder.filter_map(|e| e.ok()?.file_name().into_string().ok());
-    let mut names: Vec<String> = names.filter(|n| n.ends_with("-conformance.json")).collect();
-    names.sort();
-    for name in names.into_iter().rev() {
-        let text = std::fs::read_to_string(file("bench/runs").join(&name));
-        let run: Run = text
-            .map_err(|e| e.to_string())
-            .and_then(|t| serde_json::from_str(&t).map_err(|e| e.to_string()))
-            .map_err(|e| format!("bench/runs/{name}: {e}"))?;
-        if run.results.iter().any(|c| c.backend == "cuda") {
-            return Ok(Some((name, run)));
-        }
-    }
-    Ok(None)
 }
 
 /// `pass`, `fail`, `-` where nothing is supported, blank where there is no such case.
@@ -139,24 +114,17 @@ fn of(rows: &[Row]) -> Vec<Case> {
 /// Compares README.md with a complete run, or (`write`) writes the table into it. Without a README, as on a machine
 /// that got this program only, there is nothing to compare.
 pub fn check(rows: &[Row], write: bool) -> Result<(), String> {
-    let path = file("README.md");
-    let Ok(readme) = std::fs::read_to_string(&path) else { return Ok(()) };
-    let (before, rest) = readme.split_once(BEGIN).ok_or("README.md: no support-table:begin")?;
-    let (old, after) = rest.split_once(END).ok_or("README.md: no support-table:end")?;
-    let new = table(&of(rows), recorded()?.as_ref(), old);
-    if write {
-        if !rows.iter().any(|r| r.backend == "wgpu") {
-            return Err("no wgpu device here: its columns are written as well".into());
-        }
-        let text = [before, BEGIN, &new, END, after].concat();
-        return std::fs::write(&path, text).map_err(|e| format!("{}: {e}", path.display()));
+    if !readme::file("README.md").exists() {
+        return Ok(());
     }
-    match old == new {
-        true => Ok(()),
-        false => {
-            Err("README.md is stale: run the whole test with LONGSIGHT_SUPPORT_TABLE=write".into())
-        }
+    if write && !rows.iter().any(|r| r.backend == "wgpu") {
+        return Err("no wgpu device here: its columns are written as well".into());
     }
+    let cuda = |run: &Run| run.results.iter().any(|c| c.backend == "cuda");
+    let recorded = readme::newest("-conformance.json", cuda)?;
+    let render = |old: &str| table(&of(rows), recorded.as_ref(), old);
+    let remedy = "run the whole test with LONGSIGHT_SUPPORT_TABLE=write";
+    readme::table("support-table", render, write, remedy)
 }
 
 /// The table itself: the columns of this run, of the recorded one, and of a backend that is absent.

@@ -125,7 +125,8 @@ pub(super) struct Io<'s> {
 }
 
 impl<'s> Io<'s> {
-    /// Waits for the running op to end. An op started by a task of another op on the same thread is refused: it would wait for itself.
+    /// Waits for the running op to end. An op started by a task of another op on the same thread is refused: it
+    /// would wait for itself.
     pub(super) fn begin(op: &'static str, stream: &'s Arc<Stream>) -> Result<Io<'s>> {
         if IN_OP.get() {
             let reason = "called from a parallel task while this thread runs another op";

@@ -2,8 +2,7 @@
 //!
 //! One file per op. `memory` keeps the borrow rules of tensors, `seqs` reads and checks the sequence records,
 //! `simd` holds the vector kernels, `matmul` wraps the GEMM crate, `tiles` cuts its products, `par` has the
-//! parallel loops and `pool` the threads that run them. Weights and the KV
-//! cache may be f32, f16 or bf16; activations are f32. Results do not depend on the number of threads.
+//! parallel loops and `pool` the threads that run them. Weights and the KV cache may be f32, f16 or bf16; activations are f32. Results do not depend on the number of threads.
 
 mod attend_dense;
 mod attend_rows;

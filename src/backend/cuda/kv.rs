@@ -112,10 +112,6 @@ impl CudaBackend {
     pub(super) fn select_dims_op(&self, p: &SelectDims<'_>) -> Result<()> {
         const OP: &str = "select_dims";
         p.check()?;
-        // The kernel gives each dimension a thread of one block.
-        if p.head_dim > 256 {
-            return Err(self.unsupported(OP, format!("head_dim = {}", p.head_dim)));
-        }
         let (refresh, every_or_min, phase_or_max, beta) = match p.refresh {
             Refresh::Every { every, phase } => (0, every, phase, 0.0),
             Refresh::Adaptive { beta, min, max } => (1, min, max, beta),

@@ -139,7 +139,7 @@ impl CudaBackend {
             let ms = timed(&self.stream, &mut || {
                 let args = Args::new().with(memory.ptr()).with((bytes / 16) as u64).with(sink.ptr);
                 let shape = Shape::new([self.limits.sms * 8, 1, 1], 256);
-                self.launch("device_read", "device_read", shape, args)
+                self.launch("bandwidth", "bandwidth", shape, args)
             })?;
             best = best.min(ms);
         }

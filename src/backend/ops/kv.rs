@@ -1,7 +1,7 @@
 //! The paged KV cache as ops see it, and the ops that write it.
 
 use super::{Named, apart, ensure, float, holds, holds_rows, is};
-use crate::backend::{DType, PAGE, Result, Tensor};
+use crate::backend::{DType, MAX_HEAD_DIM, PAGE, Result, Tensor};
 
 /// u32 words of one sequence's record in [`Seqs::meta`].
 pub const META_WORDS: usize = 8;
@@ -153,8 +153,8 @@ impl CompactSlice<'_> {
 }
 
 pub(crate) fn check_head_dim(op: &'static str, d: usize) -> Result<()> {
-    ensure(op, d > 0 && d.is_multiple_of(8) && d <= 256, || {
-        format!("head_dim = {d} must be a multiple of 8, at most 256")
+    ensure(op, d > 0 && d.is_multiple_of(8) && d <= MAX_HEAD_DIM, || {
+        format!("head_dim = {d} must be a multiple of 8, at most {MAX_HEAD_DIM}")
     })
 }
 

@@ -2,7 +2,7 @@
 
 use super::kv::{check_dims, check_int8};
 use super::{CompactSlice, Int8Keys, KvPool, Seqs, apart, ensure, float, holds, is};
-use crate::backend::{DType, PAGE, Result, Tensor};
+use crate::backend::{DType, MAX_GROUP, PAGE, Result, Tensor};
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
 #[derive(Debug, Clone, Copy)]
@@ -261,8 +261,9 @@ pub(crate) fn check_heads(
     d: usize,
 ) -> Result<()> {
     float(op, "q", q)?;
-    ensure(op, kv_heads > 0 && heads.is_multiple_of(kv_heads) && heads / kv_heads <= 16, || {
-        format!("{heads} heads over {kv_heads} KV heads: groups of 1 to 16")
+    let whole = kv_heads > 0 && heads.is_multiple_of(kv_heads);
+    ensure(op, whole && heads / kv_heads <= MAX_GROUP, || {
+        format!("{heads} heads over {kv_heads} KV heads: groups of 1 to {MAX_GROUP}")
     })?;
     holds(op, "q", q, &[rows, heads, d])
 }

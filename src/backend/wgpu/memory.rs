@@ -104,10 +104,7 @@ impl Gpu {
     /// thread's op must not come between the passes.
     pub fn scratch(&self, bytes: usize) -> Result<Scratch<'_>> {
         let mut slot = lock(&self.scratch);
-        if slot.as_ref().is_none_or(|b| b.size() < bytes as u64) {
-            *slot = None;
-        }
-        let buffer = match slot.take() {
+        let buffer = match slot.take().filter(|b| b.size() >= bytes as u64) {
             Some(b) => b,
             None => self.create(bytes as u64, STORAGE, "scratch memory")?,
         };

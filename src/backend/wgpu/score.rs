@@ -4,8 +4,8 @@ use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, DimMetric, Force, HeadPool, LogitScale, PAGE, PoolScores, Refresh, Result,
-    ScoreDims, ScoreSource, SelectDims, TopK,
+    BackendError, DimMetric, Force, HeadPool, LogitScale, MAX_GROUP, PAGE, PoolScores, Refresh,
+    Result, ScoreDims, ScoreSource, SelectDims, TopK,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -17,13 +17,6 @@ pub fn select_dims(gpu: &Gpu, p: &SelectDims<'_>) -> Result<()> {
     const OP: &str = "select_dims";
     p.check()?;
     acts_are_f32(OP, &[p.q])?;
-    if p.head_dim > 256 {
-        return Err(BackendError::Unsupported {
-            op: OP,
-            backend: "wgpu",
-            what: format!("head_dim = {}", p.head_dim),
-        });
-    }
     let metric = match p.metric {
         DimMetric::AbsQ => 0,
         DimMetric::PairNorm => 1,
@@ -136,7 +129,7 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     const OP: &str = "pool_scores";
     p.check()?;
     let group = p.heads / p.kv_heads;
-    if group > 16 {
+    if group > MAX_GROUP {
         return Err(BackendError::Unsupported {
             op: OP,
             backend: "wgpu",

@@ -1,10 +1,10 @@
-// device_read: reads a buffer once, for the bandwidth figure of the backend; not an op.
+// bandwidth: reads a buffer once, for the figure of the backend's `bandwidth`; not an op of models.
 //
 // Plan: grid-stride, four 16-byte loads in flight a thread. The sum is written only if it matches a value that
 // cannot be known beforehand, so the loads stay.
 #include "common.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) device_read(const uint4* p, u64 count, u32* sink) {
+extern "C" __global__ void __launch_bounds__(256) bandwidth(const uint4* p, u64 count, u32* sink) {
     u32 sum = 0;
     u64 step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += 4 * step) {
