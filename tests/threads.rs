@@ -6,7 +6,9 @@
 mod common;
 
 use common::cache::{Data, Heads, Layer, Rule, backends};
-use longsight::backend::{Backend, DType, HeadPool, LogitScale, PoolScores, ScoreSource, Tensor};
+use longsight::backend::{
+    Backend, DType, HeadPool, Linear, LogitScale, PoolScores, ScoreSource, Tensor,
+};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -90,6 +92,44 @@ fn decode_steps_and_read_backs_get_their_own_bits() {
                 (scores, picked.lists, attended)
             };
             layers.iter().flat_map(|l| POOLS.map(|pool| one(l, pool))).collect::<Vec<_>>()
+        });
+    }
+}
+
+/// Few outputs of long sums: a library that shares a sum among blocks adds up their parts in a second kernel.
+#[test]
+fn matrix_products_keep_their_partial_sums() {
+    const ROUNDS: usize = 16;
+    const SHAPES: [[usize; 3]; 2] = [[16, 4096, 32], [40, 1024, 16]];
+    for dev in backends() {
+        let alloc = |n| dev.alloc(DType::F32, n, "test").unwrap();
+        let mine = [1u32, 2].map(|seed| {
+            SHAPES.map(|[rows, inputs, outputs]| {
+                let random = |n: usize, salt: u32| {
+                    let t = alloc(n);
+                    let next =
+                        |i: u32| (i.wrapping_mul(2_654_435_761) ^ salt).wrapping_mul(seed) >> 8;
+                    let x: Vec<f32> =
+                        (0..n as u32).map(|i| next(i) as f32 / (1 << 23) as f32 - 1.0).collect();
+                    dev.upload(&t, bytemuck::cast_slice(&x)).unwrap();
+                    t
+                };
+                let y = alloc(ROUNDS * rows * outputs);
+                (random(rows * inputs, 77), random(outputs * inputs, 99), y)
+            })
+        });
+        same_together(dev.name(), &mine, 5, |layers| {
+            let mut all = Vec::new();
+            for round in 0..ROUNDS {
+                for ((x, w, y), [rows, inputs, outputs]) in layers.iter().zip(SHAPES) {
+                    let y = &y.slice(round * rows * outputs, rows * outputs);
+                    let accumulate = false;
+                    let p = Linear { x, w, bias: None, y, rows, inputs, outputs, accumulate };
+                    dev.linear(&p).unwrap();
+                }
+            }
+            layers.iter().for_each(|l| all.extend(bytes(&*dev, &l.2)));
+            all
         });
     }
 }

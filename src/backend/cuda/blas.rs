@@ -29,7 +29,9 @@ pub(super) struct Product {
 /// A cuBLASLt handle, its workspace, and the algorithms chosen so far.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
-    workspace: Option<Memory>,
+    /// Locked while a product is recorded: one of several kernels keeps its partial sums there, and another
+    /// thread's product must not come between them.
+    workspace: Mutex<Option<Memory>>,
     /// None: cuBLASLt has nothing for this product.
     chosen: Mutex<HashMap<Product, Option<sys::cublasLtMatmulAlgo_t>>>,
 }
@@ -55,7 +57,7 @@ impl Blas {
         let handle = handle.ok().flatten()?;
         // Without room for it, algorithms that need none are chosen.
         let workspace = Memory::new(stream, WORKSPACE, "the cuBLASLt workspace").ok();
-        Some(Blas { handle, workspace, chosen: Mutex::default() })
+        Some(Blas { handle, workspace: Mutex::new(workspace), chosen: Mutex::default() })
     }
 
     /// Records the product; false when cuBLASLt has no algorithm for it.
@@ -77,9 +79,10 @@ impl Blas {
         let b = Layout::new(p.input, k, n)?;
         let d = Layout::new(p.output, m, n)?;
         let desc = Desc::new()?;
-        let Some(algo) = self.algorithm(p, &desc, [&a, &b, &d])? else { return Ok(false) };
+        let workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
+        let (space, bytes) = workspace.as_ref().map_or((0, 0), |w| (w.ptr(), WORKSPACE));
+        let Some(algo) = self.algorithm(p, bytes, &desc, [&a, &b, &d])? else { return Ok(false) };
         let (alpha, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
-        let (space, bytes) = self.workspace.as_ref().map_or((0, 0), |w| (w.ptr(), WORKSPACE));
         // SAFETY: descriptors live until the end of this call, which copies what it needs; the rest is the
         // caller's promise.
         unsafe {
@@ -109,6 +112,7 @@ impl Blas {
     fn algorithm(
         &self,
         p: Product,
+        workspace: usize,
         desc: &Desc,
         [a, b, d]: [&Layout; 3],
     ) -> Result<Option<sys::cublasLtMatmulAlgo_t>> {
@@ -116,8 +120,7 @@ impl Blas {
         if let Some(algo) = chosen.get(&p) {
             return Ok(*algo);
         }
-        let bytes = self.workspace.as_ref().map_or(0, |_| WORKSPACE);
-        let pref = Preference::new(bytes)?;
+        let pref = Preference::new(workspace)?;
         // SAFETY: all descriptors are live.
         let found = unsafe {
             result::get_matmul_algo_heuristic(self.handle, desc.0, a.0, b.0, d.0, d.0, pref.0)
