@@ -236,6 +236,9 @@ impl Backend for WgpuBackend {
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         score::score_dims(&self.gpu, p)
     }
+    fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
+        score::score_rows(&self.gpu, p)
+    }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         score::pool_scores(&self.gpu, p)
     }
