@@ -17,7 +17,7 @@ extern "C" __global__ void force_listed(float* scores, Seqs seqs, u32 rows_per_s
                                         const u32* counts, u32 list_len) {
     u32 n = seqs.get(blockIdx.y).kv_len;
     u64 row = (u64)blockIdx.y * rows_per_seq + blockIdx.x;
-    u32 count = min(min(counts[row], list_len), n);
+    u32 count = min(counts[row], list_len);
     for (u32 i = threadIdx.x; i < count; i += blockDim.x) {
         u32 t = indices[row * list_len + i];
         if (t < n && (t < sinks || n - t <= recent)) scores[row * stride + i] = POS_INF;

@@ -7,15 +7,15 @@
 #include "paged.cuh"
 
 // Scores of output row `row` of `rows`: those of all tokens, or of listed ones.
-DEVICE u32 row_length(const Seq& seq, const u32* lengths, u32 s, u32 rows, u32 row) {
-    return lengths ? min(lengths[s * rows + row], seq.kv_len) : seq.kv_len;
+DEVICE u32 row_length(const Seq& seq, const u32* lengths, u64 stride, u32 s, u32 rows, u32 row) {
+    return lengths ? (u32)min((u64)lengths[s * rows + row], stride) : seq.kv_len;
 }
 
 extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride,
                                     const u32* lengths, u32 rows) {
     __shared__ float maxes[33], scratch[33];
     Seq seq = seqs.get(blockIdx.y);
-    u32 n = row_length(seq, lengths, blockIdx.y, rows, blockIdx.x / (heads / rows));
+    u32 n = row_length(seq, lengths, stride, blockIdx.y, rows, blockIdx.x / (heads / rows));
     const float* row = scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride;
     u32 lane = threadIdx.x & 31;
     float m = NEG_INF, sum = 0.0f;
@@ -35,7 +35,8 @@ extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,
                                        u32 heads, u32 rows, u64 stride, u32 sums, const u32* lengths) {
     Seq seq = seqs.get(blockIdx.z);
-    u32 row = blockIdx.y, g = heads / rows, n = row_length(seq, lengths, blockIdx.z, rows, row);
+    u32 row = blockIdx.y, g = heads / rows;
+    u32 n = row_length(seq, lengths, stride, blockIdx.z, rows, row);
     u64 first = (u64)blockIdx.z * heads + row * g;
     float* dst = out + ((u64)blockIdx.z * rows + row) * stride;
     for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {

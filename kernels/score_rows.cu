@@ -18,7 +18,7 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_listed(const S
     if (seq.q_len == 0) return;
     u32 parts = a.lists > a.pool.kv_heads ? a.heads : a.pool.kv_heads;
     u64 list = (u64)blockIdx.z * a.lists + blockIdx.y * a.lists / parts;
-    u32 n = min(min(a.counts[list], a.list_len), seq.kv_len);
+    u32 n = min(a.counts[list], a.list_len);
     score<K, SOURCE, G, ROWS>(a, seq, parts, Listed{a.indices + list * a.list_len, n, seq.kv_len});
 }
 

@@ -41,7 +41,7 @@ fn listed(
 ) {
     let kv_len = sequences[group.z * META_WORDS + META_KV_LEN];
     let row = group.z * p.rows_per_seq + group.y;
-    let count = min(min(counts[row], p.k), kv_len);
+    let count = min(counts[row], p.k);
     for (var i = group.x * 64u + lane; i < count; i += groups.x * 64u) {
         let t = indices[row * p.k + i];
         if t < kv_len && (t < p.sinks || kv_len - t <= p.recent) {

@@ -29,11 +29,10 @@ struct Params {
 
 // Scores of an output row.
 fn length(sequence: u32, row: u32) -> u32 {
-    let kv_len = sequences[sequence * META_WORDS + META_KV_LEN];
     if p.listed == 1u {
-        return min(kv_len, lengths[sequence * p.rows + row]);
+        return min(lengths[sequence * p.rows + row], p.stride);
     }
-    return kv_len;
+    return sequences[sequence * META_WORDS + META_KV_LEN];
 }
 
 // Joins two (largest, sum) pairs.
@@ -79,11 +78,11 @@ fn pool(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let kv_len = length(group.z, group.y);
+    let count = length(group.z, group.y);
     let head0 = group.z * p.heads + group.y * GROUP;
     for (var h = lane; h < GROUP; h += 64u) {
         var part = vec2<f32>(LOWEST, 0.0);
-        for (var c = 0u; c * CHUNK < kv_len; c += 1u) {
+        for (var c = 0u; c * CHUNK < count; c += 1u) {
             part = join(part, parts[(head0 + h) * p.chunks + c]);
         }
         // A head whose scores are all -infinity leaves them as they are.
@@ -91,7 +90,7 @@ fn pool(
     }
     workgroupBarrier();
     let base = (group.z * p.rows + group.y) * p.stride;
-    for (var t = group.x * 64u + lane; t < kv_len; t += groups.x * 64u) {
+    for (var t = group.x * 64u + lane; t < count; t += groups.x * 64u) {
         var largest = LOWEST;
         for (var h = 0u; h < GROUP; h += 1u) {
             largest = max(largest, scores[(head0 + h) * p.stride + t] - head_lse[h]);

@@ -36,7 +36,7 @@ fn main(
         return;
     }
     let list = sequence * p.lists + head / (p.heads / p.lists);
-    let count = min(min(counts[list], p.k), kv_len);
+    let count = min(counts[list], p.k);
     let slot_head = slot * p.kv_heads + kv_head;
     let q_base = (sequences[record + META_Q_START] * p.heads + head) * HEAD_DIM;
     if lane < GROUP {

@@ -12,10 +12,10 @@ pub(super) fn run(io: &Io<'_>, p: &Force<'_>) -> Result<()> {
     };
     for (s, seq) in sequences(io, &p.seqs)?.iter().enumerate() {
         for r in s * p.rows_per_seq..(s + 1) * p.rows_per_seq {
-            let row = &mut scores[r * p.stride..][..seq.kv_len];
+            let row = &mut scores[r * p.stride..][..p.stride];
             if let Some((indices, counts, k)) = listed {
                 let first_recent = seq.kv_len.saturating_sub(p.recent);
-                let n = k.min(counts[r] as usize).min(seq.kv_len);
+                let n = k.min(counts[r] as usize);
                 for (score, &j) in row.iter_mut().zip(&indices[r * k..][..n]) {
                     let j = j as usize;
                     if j < p.sinks.min(seq.kv_len) || (first_recent..seq.kv_len).contains(&j) {
@@ -24,6 +24,7 @@ pub(super) fn run(io: &Io<'_>, p: &Force<'_>) -> Result<()> {
                 }
                 continue;
             }
+            let row = &mut row[..seq.kv_len];
             row[..p.sinks.min(seq.kv_len)].fill(f32::INFINITY);
             row[seq.kv_len.saturating_sub(p.recent)..].fill(f32::INFINITY);
         }

@@ -20,14 +20,13 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     let work = seqs.iter().map(|s| 2 * s.kv_len * p.heads).sum();
     // Scores of output row `i`.
     let length = |i: usize| {
-        let all = seqs[i / rows].kv_len;
-        lengths.map_or(all, |l| all.min(l[i] as usize))
+        lengths.map_or(seqs[i / rows].kv_len, |l| p.stride.min(l[i] as usize))
     };
     let row = |i: usize| &scores[i * p.stride..][..length(i / group)];
     let mut lse = vec![0.0; seqs.len() * p.heads];
     par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));
 
-    let per_row = p.seqs.max_kv.div_ceil(CHUNK);
+    let per_row = p.longest().div_ceil(CHUNK);
     let out = Parts::new(out);
     par::tasks(seqs.len() * rows * per_row, work, |i| {
         let (i, chunk) = (i / per_row, i % per_row);

@@ -30,7 +30,7 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreRows<'_>) -> Result<()> {
             check_list(io, list.ok_or_else(|| io.bad(format!("no slot {}", seq.slot)))?, d)?;
         }
         for l in s * p.lists..(s + 1) * p.lists {
-            let tokens = &indices[l * p.among.k..][..entries(p, counts[l], seq)];
+            let tokens = &indices[l * p.among.k..][..p.among.k.min(counts[l] as usize)];
             // Only pages of listed tokens need to be there.
             let absent = |&&j: &&u32| {
                 let j = j as usize;
@@ -49,11 +49,6 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreRows<'_>) -> Result<()> {
     })
 }
 
-/// Entries of a list of `count`.
-fn entries(p: &ScoreRows<'_>, count: u32, seq: &Sequence) -> usize {
-    p.among.k.min(count as usize).min(seq.kv_len)
-}
-
 struct Call<'a> {
     p: &'a ScoreRows<'a>,
     q: &'a [f32],
@@ -70,15 +65,14 @@ fn score<T: Lane>(c: &Call<'_>, keys: &[T], scores: &mut [f32]) {
     let (d, hkv) = (p.cache.head_dim, p.cache.kv_heads);
     let (parts, rows_per_seq) = (p.parts_per_seq(), p.rows_per_seq());
     let heads = p.heads / parts;
-    let longest = p.among.k.min(p.seqs.max_kv);
-    let per_part = longest.div_ceil(CHUNK);
-    let work = c.seqs.iter().map(|s| s.kv_len.min(longest) * p.heads * n).sum();
+    let per_part = p.among.k.div_ceil(CHUNK);
+    let work = c.seqs.iter().map(|s| s.kv_len.min(p.among.k) * p.heads * n).sum();
     let scores = Parts::new(scores);
     par::tasks(c.seqs.len() * parts * per_part, work, |i| {
         let (s, part, chunk) = (i / (parts * per_part), i / per_part % parts, i % per_part);
         let (seq, kv_head) = (&c.seqs[s], part * hkv / parts);
         let list = s * p.lists + part * p.lists / parts;
-        let count = entries(p, c.counts[list], seq);
+        let count = p.among.k.min(c.counts[list] as usize);
         let columns = count.min(chunk * CHUNK)..count.min((chunk + 1) * CHUNK);
         if seq.q_len == 0 || columns.is_empty() {
             return;

@@ -147,8 +147,8 @@ impl CudaBackend {
             ..how(act, p.pool, p.scale)
         };
         let parts = p.parts_per_seq();
-        let keys = p.among.k.min(p.seqs.max_kv);
-        let (g, shape) = self.score_shape(OP, p.pool, p.heads / parts, [keys, parts, p.seqs.n])?;
+        let over = [p.among.k, parts, p.seqs.n];
+        let (g, shape) = self.score_shape(OP, p.pool, p.heads / parts, over)?;
         let source = if dims.is_some() { "gather" } else { "lead" };
         let entry = format!("score_rows_{kv}_{source}_g{g}");
         self.launch(OP, &entry, shape, Args::new().with(args))
@@ -176,7 +176,7 @@ impl CudaBackend {
             .with(stride)
             .with(u32::from(p.pool != HeadPool::MaxSoftmax))
             .with(lengths);
-        let grid = [p.seqs.max_kv.div_ceil(1024), p.rows_per_seq(), p.seqs.n];
+        let grid = [p.longest().div_ceil(1024), p.rows_per_seq(), p.seqs.n];
         self.launch(OP, OP, Shape::new(grid, 256), args)
     }
 

@@ -150,8 +150,8 @@ impl ScoreDims<'_> {
 /// `AllSoftmax`: the same sum over all query heads, one row per sequence.
 /// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
 /// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
-/// from `kv_len` on are neither read nor written; with `lengths`, those from `min(lengths[s, row], kv_len)` on, `row`
-/// being the output row.
+/// from `kv_len` on are neither read nor written; with `lengths`, those from `lengths[s, row]` on, `row` being the
+/// output row (more than `stride` counts as `stride`).
 #[derive(Debug)]
 pub struct PoolScores<'a> {
     /// f32 `[n, heads, stride]`.
@@ -197,6 +197,11 @@ impl PoolScores<'_> {
     pub fn rows_per_seq(&self) -> usize {
         self.pool.lists(self.heads, self.kv_heads)
     }
+
+    /// Most scores of a row.
+    pub fn longest(&self) -> usize {
+        if self.lengths.is_some() { self.stride } else { self.seqs.max_kv }
+    }
 }
 
 /// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
@@ -227,28 +232,34 @@ impl Force<'_> {
         self.seqs.check_decode(OP)?;
         ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
         if let Some(among) = &self.among {
-            among.check(OP, self.seqs.n, self.rows_per_seq)?;
+            among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
             apart(OP, &[("scores", self.scores)], &among.named())?;
         }
         check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
     }
 }
 
-/// Lists of tokens that scores belong to, in list order: row `r` of sequence `s` is about tokens
-/// `indices[s, r, ..min(counts[s, r], k, kv_len)]`, which are ascending and hold no duplicates.
+/// Candidate lists whose scores a row of [`TopK`] holds, in list order.
 #[derive(Clone, Copy, Debug)]
 pub struct Among<'a> {
-    /// u32 `[n, rows_per_seq, k]`.
+    /// u32 `[n, rows_per_seq, k]`, ascending without duplicates.
     pub indices: &'a Tensor,
-    /// u32 `[n, rows_per_seq]`.
+    /// u32 `[n, rows_per_seq]`; more than `k` counts as `k`.
     pub counts: &'a Tensor,
-    /// Room of a list, in tokens.
+    /// Room of a list, at least 1.
     pub k: usize,
 }
 
 impl Among<'_> {
-    /// Shapes and dtypes fit `rows` lists of each of `n` sequences.
-    pub(crate) fn check(&self, op: &'static str, n: usize, rows: usize) -> Result<()> {
+    /// Shapes and dtypes fit `rows` lists of each of `n` sequences, and score rows of `stride`.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        n: usize,
+        rows: usize,
+        stride: usize,
+    ) -> Result<()> {
+        ensure(op, stride >= self.k, || format!("stride {stride} for lists of {}", self.k))?;
         is(op, "listed indices", self.indices, DType::U32)?;
         is(op, "listed counts", self.counts, DType::U32)?;
         ensure(op, self.k > 0, || "lists without room".into())?;

@@ -34,7 +34,7 @@ pub struct ScoreRows<'a> {
     pub lists: usize,
     /// f32 `[n, rows_per_seq, stride]`, out.
     pub scores: &'a Tensor,
-    /// At least `seqs.max_kv`; a multiple of 64.
+    /// At least `seqs.max_kv` and `among.k`; a multiple of 64.
     pub stride: usize,
 }
 
@@ -79,7 +79,7 @@ impl ScoreRows<'_> {
         ensure(OP, self.lists == 1 || self.lists == hkv || own, || {
             format!("{} lists a sequence for {hkv} KV heads and {:?}", self.lists, self.pool)
         })?;
-        self.among.check(OP, self.seqs.n, self.lists)?;
+        self.among.check(OP, self.seqs.n, self.lists, self.stride)?;
         let ([meta, pages], keys) = (self.seqs.named(), self.cache.named()[0]);
         let [indices, counts] = self.among.named();
         apart(OP, &out, &[("q", self.q), keys, indices, counts, meta, pages])?;

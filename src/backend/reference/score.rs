@@ -105,8 +105,8 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
     };
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
         for r in 0..rows {
-            let listed = lengths.as_ref().map_or(usize::MAX, |l| l[index * rows + r] as usize);
-            let n = listed.min(s.kv_len);
+            let listed = |l: &Vec<u32>| (l[index * rows + r] as usize).min(p.stride);
+            let n = lengths.as_ref().map_or(s.kv_len, listed);
             let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..n];
             let heads = r * group..(r + 1) * group;
             let lse: Vec<f64> = heads.clone().map(|h| log_sum_exp(row(h))).collect();
@@ -138,7 +138,7 @@ pub fn force<'a>(p: &Force<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
         for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
             let tokens: Vec<usize> = match &listed {
                 Some((indices, counts, k)) => {
-                    let n = (counts[row] as usize).min(*k).min(s.kv_len);
+                    let n = (counts[row] as usize).min(*k);
                     indices[row * k..][..n].iter().map(|j| *j as usize).collect()
                 }
                 None => (0..s.kv_len).collect(),

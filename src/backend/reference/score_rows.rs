@@ -36,7 +36,7 @@ pub fn score_rows<'a>(p: &ScoreRows<'a>, dev: &dyn Backend) -> Result<Vec<Output
             };
             let list = index * p.lists + heads.start * p.lists / p.heads;
             let room = &indices[list * p.among.k..][..p.among.k];
-            let tokens = &room[..(counts[list] as usize).min(p.among.k).min(s.kv_len)];
+            let tokens = &room[..(counts[list] as usize).min(p.among.k)];
             let score = |j: &u32| {
                 let j = *j as usize;
                 if j >= s.kv_len {

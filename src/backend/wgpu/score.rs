@@ -148,7 +148,6 @@ pub fn score_rows(gpu: &Gpu, p: &ScoreRows<'_>) -> Result<()> {
     let slots = dims.map_or(0, |d| d.len() / (n * cache.kv_heads).max(1));
     let source = if dims.is_some() { 3 } else { 0 };
     let parts = p.parts_per_seq();
-    let longest = p.among.k.min(p.seqs.max_kv);
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::SCORE_ROWS,
         constants: &score_constants(OP, cache, source, (p.pool, p.scale), p.heads / parts, n)?,
@@ -173,7 +172,7 @@ pub fn score_rows(gpu: &Gpu, p: &ScoreRows<'_>) -> Result<()> {
             word(OP, p.lists)?,
             word(OP, p.among.k)?,
         ],
-        grid: grid(OP, [longest.div_ceil(64).min(MAX_GROUPS), parts, p.seqs.n])?,
+        grid: grid(OP, [p.among.k.div_ceil(64).min(MAX_GROUPS), parts, p.seqs.n])?,
     })
 }
 
@@ -189,7 +188,7 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
             what: format!("{group} query heads in one pool"),
         });
     }
-    let chunks = p.seqs.max_kv.div_ceil(POOL_CHUNK);
+    let chunks = p.longest().div_ceil(POOL_CHUNK);
     let scratch = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
     let constants =
         [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool != HeadPool::MaxSoftmax))];
@@ -214,7 +213,7 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
         constants: &constants,
         binds: &[meta, scores, Bind::Raw(&scratch.buffer), Bind::Tensor(p.out), lengths],
         params: &params,
-        grid: grid(OP, [p.seqs.max_kv.div_ceil(1024).min(MAX_GROUPS), rows, p.seqs.n])?,
+        grid: grid(OP, [p.longest().div_ceil(1024).min(MAX_GROUPS), rows, p.seqs.n])?,
     })
 }
 
@@ -224,7 +223,6 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
     // More than all tokens is all tokens.
     let (sinks, recent) = (p.sinks.min(p.seqs.max_kv), p.recent.min(p.seqs.max_kv));
     if let Some(a) = &p.among {
-        let longest = a.k.min(p.seqs.max_kv);
         return gpu.dispatch(&Dispatch {
             kernel: &pipelines::FORCE_LISTED,
             constants: &[],
@@ -241,7 +239,7 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
                 word(OP, recent)?,
                 word(OP, a.k)?,
             ],
-            grid: grid(OP, [longest.div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
+            grid: grid(OP, [a.k.div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
         });
     }
     gpu.dispatch(&Dispatch {
