@@ -3,7 +3,7 @@
 use super::args::{Format, MethodArgs, SizeArgs, read_plan};
 use super::output::OutputFile;
 use super::ui;
-use crate::select::{LayerPlan, Plan, Role, Scorer};
+use crate::select::{Budget, LayerPlan, Plan, Role, Scorer};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -30,9 +30,9 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let print = checkpoint.fingerprint();
     let plan = match &a.method.plan {
         Some(path) => read_plan(path)?,
-        None => a.method.spec()?.plan(&print, &c.windows, c.head_dim, context)?,
+        None => a.method.spec()?.plan(&c.plan_shape(&print), context)?,
     };
-    plan.check(&print, &c.windows, c.head_dim)?;
+    plan.check(&c.plan_shape(&print))?;
     if let Some(path) = &a.save {
         OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
     }
@@ -68,10 +68,49 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
 }
 
 fn describe(l: &LayerPlan) -> String {
-    if l.role == Role::Dense {
-        return "dense".into();
+    let tokens = tokens(&l.budget);
+    let forced = format!("with {} sinks and {} recent", l.keep.sinks, l.keep.recent);
+    let until = l.budget.dense_until();
+    match &l.role {
+        Role::Dense => "dense".into(),
+        Role::Select => format!(
+            "{}; {:?}; {tokens} {forced}; dense up to {until} tokens",
+            scores(&l.scorer),
+            l.pool
+        ),
+        Role::DenseAnchor => format!(
+            "dense; lists for later layers: {}; {:?}; {tokens} {forced}; from {until} tokens on",
+            scores(&l.scorer),
+            l.pool
+        ),
+        Role::Reuse { from, head_map, refine } => {
+            let map: Vec<String> = head_map.iter().map(u8::to_string).collect();
+            let again = refine.as_ref().map_or(String::new(), |r| {
+                let pool = l.pool;
+                format!("; of {} candidates by {}; {pool:?}; {forced}", r.candidates, scores(&r.scorer))
+            });
+            format!(
+                "tokens of layer {from}, heads {}{again}; {tokens}; dense up to {until} tokens",
+                map.join(" ")
+            )
+        }
     }
-    let scorer = match &l.scorer {
+}
+
+fn tokens(b: &Budget) -> String {
+    match b.share {
+        None => format!("top {}", b.tokens),
+        Some(s) => format!(
+            "top {} % (at least {}, at most {})",
+            f64::from(s.permille) / 10.0,
+            s.at_least,
+            b.tokens
+        ),
+    }
+}
+
+fn scores(scorer: &Scorer) -> String {
+    match scorer {
         Scorer::None => "no scores".into(),
         Scorer::Exact => "exact logits".into(),
         Scorer::Sorted { dims, int8 } => {
@@ -97,13 +136,5 @@ fn describe(l: &LayerPlan) -> String {
             format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
         }
         Scorer::Custom { name } => format!("custom scorer {name}"),
-    };
-    format!(
-        "{scorer}; {:?}; top {} with {} sinks and {} recent; dense up to {} tokens",
-        l.pool,
-        l.budget.tokens,
-        l.keep.sinks,
-        l.keep.recent,
-        l.budget.dense_until()
-    )
+    }
 }

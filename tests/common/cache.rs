@@ -281,6 +281,7 @@ impl Layer {
             kv_heads: heads.kv,
             stride,
             pool,
+            lengths: None,
         };
         self.dev.pool_scores(&p).unwrap();
         out
@@ -292,7 +293,7 @@ impl Layer {
         let (scores, seqs, stride) = (&pooled, self.seqs(), self.capacity);
         let (rows_per_seq, k) = (self.rows(rule.pool), rule.k);
         if let Some((sinks, recent)) = rule.forced {
-            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent };
+            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent, among: None };
             self.dev.force(&p).unwrap();
         }
         let indices = self.alloc(DType::U32, rows_per_seq * k);
@@ -315,6 +316,7 @@ impl Layer {
             counts: &picked.counts,
             k: picked.k,
             rows_per_seq: picked.lists.len(),
+            head_map: None,
             splits: 1,
             out: &out,
             lse: None,

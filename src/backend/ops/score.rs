@@ -239,6 +239,26 @@ impl Force<'_> {
     }
 }
 
+/// A share of a sequence's tokens: `max(at_least, floor(permille * kv_len / 1000))` (Kascade's k: 100 and 128).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Share {
+    /// Tokens of each thousand.
+    pub permille: u32,
+    /// Least tokens.
+    pub at_least: u32,
+}
+
+impl Share {
+    /// Every token.
+    pub const ALL: Share = Share { permille: 0, at_least: u32::MAX };
+
+    /// Tokens of a sequence of `kv_len`; may be more than there are.
+    pub fn of(self, kv_len: usize) -> usize {
+        let share = kv_len as u64 * u64::from(self.permille) / 1000;
+        (self.at_least as usize).max(usize::try_from(share).unwrap_or(usize::MAX))
+    }
+}
+
 /// Candidate lists whose scores a row of [`TopK`] holds, in list order.
 #[derive(Clone, Copy, Debug)]
 pub struct Among<'a> {
