@@ -100,7 +100,8 @@ impl MethodSpec {
     /// Every KV head takes the list of its namesake, or the one that there is.
     fn head_map(&self, anchor: &LayerPlan, m: &ModelShape<'_>) -> Result<Vec<u8>, SelectError> {
         let lists = anchor.lists(m.heads, m.kv_heads);
-        let map = (0..m.kv_heads).map(|h| u8::try_from(h * lists / m.kv_heads)).collect();
+        let map: Result<Vec<u8>, _> =
+            (0..m.kv_heads).map(|h| u8::try_from(h * lists / m.kv_heads)).collect();
         map.or_else(|_| Err(self.bad(format!("{lists} token lists; head maps name 256 at most"))))
     }
 

@@ -249,7 +249,7 @@ impl Layer {
 
     /// Lists of a sequence.
     pub fn rows(&self, pool: HeadPool) -> usize {
-        if pool == HeadPool::None { self.heads.query } else { self.heads.kv }
+        pool.lists(self.heads.query, self.heads.kv)
     }
 
     /// Scores `[rows, capacity]`, pooled as `rule` says.
@@ -269,10 +269,10 @@ impl Layer {
             stride,
         };
         self.dev.score_dims(&p).unwrap();
-        if !matches!(pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
+        if !pool.softmax() {
             return scores;
         }
-        let out = self.alloc(DType::F32, heads.kv * stride);
+        let out = self.alloc(DType::F32, self.rows(pool) * stride);
         let p = PoolScores {
             scores: &scores,
             out: &out,

@@ -14,7 +14,7 @@ mod score;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
     GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    ScoreDims, ScoreRows, SelectDims, SwiGlu, Tensor, TopK, Topology,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
