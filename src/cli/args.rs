@@ -245,19 +245,29 @@ impl MethodArgs {
 }
 
 /// Reads a plan file.
+///
+/// # Errors
+/// A file that cannot be read, is too large for a plan, or is none.
 pub fn read_plan(path: &Path) -> Result<Plan> {
-    /// A plan has some hundred bytes a layer.
+    serde_json::from_slice(&read_file(path, "the plan")?).with_context(|| {
+        format!("{} is not a plan; make one with `longsight plan --save`", path.display())
+    })
+}
+
+/// Reads a small file; `what` names it in errors.
+///
+/// # Errors
+/// A file that cannot be read or is larger than any plan (a plan has some hundred bytes a layer).
+pub fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
     const MOST: u64 = 16 << 20;
-    let cannot = || format!("cannot read the plan {}", path.display());
+    let cannot = || format!("cannot read {what} {}", path.display());
     let mut bytes = Vec::new();
     let file = std::fs::File::open(path).with_context(cannot)?;
     file.take(MOST + 1).read_to_end(&mut bytes).with_context(cannot)?;
     if bytes.len() as u64 > MOST {
-        bail!("{} has more than {MOST} bytes: it is no plan", path.display());
+        bail!("{} has more than {MOST} bytes, too many for {what}", path.display());
     }
-    serde_json::from_slice(&bytes).with_context(|| {
-        format!("{} is not a plan; make one with `longsight plan --save`", path.display())
-    })
+    Ok(bytes)
 }
 
 /// How an answer is drawn and shown.

@@ -1,9 +1,9 @@
 //! `longsight plan`: a method as data.
 
-use super::args::{Format, MethodArgs, SizeArgs, read_plan};
+use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
 use super::output::OutputFile;
 use super::ui;
-use crate::select::{Budget, LayerPlan, Plan, Role, Scorer};
+use crate::select::{Budget, LayerPlan, Plan, Role, Scorer, read_head_maps};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -17,6 +17,9 @@ pub struct PlanArgs {
     /// How to print
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
+    /// Head maps in the format of Kascade's authors (.npy); takes --method kascade --anchors 0+2+8+...
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    head_maps: Option<PathBuf>,
     #[command(flatten)]
     model: SizeArgs,
     #[command(flatten)]
@@ -28,11 +31,16 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let c = checkpoint.config();
     let context = a.model.ctx.unwrap_or(c.max_context);
     let print = checkpoint.fingerprint();
-    let plan = match &a.method.plan {
-        Some(path) => read_plan(path)?,
-        None => a.method.spec()?.plan(&c.plan_shape(&print), context)?,
+    let shape = c.plan_shape(&print);
+    let plan = match (&a.method.plan, &a.head_maps) {
+        (Some(path), _) => read_plan(path)?,
+        (None, None) => a.method.spec()?.plan(&shape, context)?,
+        (None, Some(path)) => {
+            let maps = read_head_maps(&read_file(path, "the head maps")?)?;
+            Plan::with_head_maps(&a.method.spec()?, &maps, &shape, context)?
+        }
     };
-    plan.check(&c.plan_shape(&print))?;
+    plan.check(&shape)?;
     if let Some(path) = &a.save {
         OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
     }
