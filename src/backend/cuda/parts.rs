@@ -23,7 +23,6 @@ const MOST: usize = 512;
 
 /// Blocks for each of `groups` pairs over `tokens` keys.
 fn parts(l: &Limits, groups: usize, tokens: usize) -> usize {
-    if let Ok(v) = std::env::var("LS_PARTS") { return v.parse().unwrap(); }
     let (groups, slots) = (groups.max(1), l.sms * RESIDENT);
     let cost = |parts: usize| {
         let blocks = groups * parts;
