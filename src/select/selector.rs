@@ -5,7 +5,8 @@ use super::{
     WindowSelector,
 };
 use crate::backend::{
-    Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Tensor, TopK,
+    Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Share,
+    Tensor, TopK,
 };
 use std::sync::Arc;
 
@@ -193,7 +194,10 @@ pub fn pool_and_pick(
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
         stride: s.stride,
+        unit: 1,
         k: out.k,
+        share: Share::ALL,
+        among: None,
         indices: &out.indices,
         counts: &out.counts,
     })?)

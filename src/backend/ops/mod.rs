@@ -16,7 +16,9 @@ pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh,
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
-pub use score::{Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, TopK};
+pub use score::{
+    Among, Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, Share, TopK,
+};
 
 use super::{BackendError, DType, Result, Tensor};
 

@@ -114,8 +114,12 @@ pub static POOL_PARTIALS: Kernel =
 pub static POOL_SCORES: Kernel =
     kernel("pool_scores", "pool", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
-pub static TOP_K: Kernel =
-    kernel("top_k", "main", TOP_K_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static TOP_K: Kernel = kernel(
+    "top_k",
+    "main",
+    TOP_K_SRC,
+    &[(1, Read), (2, Read), (3, Write), (4, Write), (5, Read), (6, Read)],
+);
 const ATTEND_DENSE_BINDINGS: &[(u32, Access)] =
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write), (7, Write)];
 pub static ATTEND_DECODE: Kernel =
