@@ -7,7 +7,7 @@ use longsight::backend::reference::{floats, words};
 use longsight::backend::{
     AttendDense, AttendRows, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KeyStats,
     KvAppend, KvPool, LogitScale, META_WORDS, Meta, PAGE, PoolScores, ScoreDims, ScoreSource, Seqs,
-    Tensor, TopK, key_stats_len, open,
+    Share, Tensor, TopK, key_stats_len, open,
 };
 use longsight::select::LayerShape;
 use rand::{RngExt, SeedableRng};
@@ -298,7 +298,18 @@ impl Layer {
         }
         let indices = self.alloc(DType::U32, rows_per_seq * k);
         let counts = self.alloc(DType::U32, rows_per_seq);
-        let p = TopK { scores, seqs, rows_per_seq, stride, k, indices: &indices, counts: &counts };
+        let p = TopK {
+            scores,
+            seqs,
+            rows_per_seq,
+            stride,
+            k,
+            unit: 1,
+            share: Share::ALL,
+            among: None,
+            indices: &indices,
+            counts: &counts,
+        };
         self.dev.top_k(&p).unwrap();
         Picked::read(&*self.dev, indices, counts, k)
     }

@@ -4,8 +4,8 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
-    ScoreSource, TopK,
+    Among, Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
+    ScoreSource, Tensor, TopK,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -33,6 +33,28 @@ struct ScoreArgs {
     counts: u64,
     lists: u32,
     list_len: u32,
+}
+
+/// `TopKArgs` of `top_k.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct TopKArgs {
+    scores: u64,
+    seqs: SeqsArg,
+    indices: u64,
+    counts: u64,
+    among: u64,
+    among_counts: u64,
+    masks: u64,
+    stride: u64,
+    rows_per_seq: u32,
+    k: u32,
+    unit: u32,
+    permille: u32,
+    at_least: u32,
+    among_k: u32,
+    span: u32,
+    pad: u32,
 }
 
 /// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
@@ -204,47 +226,51 @@ impl CudaBackend {
 
     pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {
         const OP: &str = "top_k";
-        /// Threads of a block that keeps its keys in registers, and the keys of a thread (kernel variants).
-        const THREADS: usize = 512;
-        const KEYS: [usize; 4] = [8, 16, 32, 48];
-        /// Bytes of the histograms: three digits of 2048 bins.
-        const HISTOGRAMS: usize = 3 * 2048 * 4;
-        /// The kernel with keys in shared memory: threads, and room for its static shared memory.
-        const SHARED_THREADS: usize = 1024;
-        const STATIC: usize = 1024;
+        const THREADS: usize = 1024;
+        /// Shared memory beside masks and scores: three histograms of 2048 bins, and what is declared in the kernel.
+        const FIXED: usize = 3 * 2048 * 4 + 1024;
         p.check()?;
-        let (rows, n) = (p.rows_per_seq * p.seqs.n, p.seqs.max_kv.max(1));
-        let room = self.limits.shared.saturating_sub(HISTOGRAMS + STATIC) / 4;
-        // As many blocks a row as run at once, one a multiprocessor; where rows alone fill the device, one.
-        let useful = n.div_ceil(THREADS * KEYS[0]);
-        let blocks = (self.limits.sms / rows.max(1)).min(useful).clamp(1, self.limits.cluster);
-        let fits = |blocks: usize| KEYS.into_iter().find(|k| blocks * THREADS * k >= n);
-        let keys = match fits(blocks) {
-            Some(keys) if blocks > 1 || keys <= 16 => Some((blocks, keys)),
-            // One block with its keys in shared memory, or else the largest cluster.
-            _ if n <= room => None,
-            _ => fits(self.limits.cluster).map(|keys| (self.limits.cluster, keys)),
+        let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
+        let room = self.limits.shared.saturating_sub(FIXED);
+        let span = |blocks: usize| n.div_ceil(blocks).next_multiple_of(32);
+        // A score is a word and a bit in each of two masks.
+        let masks = |span: usize| span / 4;
+        let bytes = |span: usize| 4 * span + masks(span);
+        // One block a row where it holds the scores: blocks of a cluster wait for each other after every digit.
+        let blocks = (1..=self.limits.cluster).find(|b| bytes(span(*b)) <= room);
+        let (blocks, cached) = blocks.map_or((1, false), |b| (b, true));
+        let span = span(blocks);
+        let rows = p.rows_per_seq * p.seqs.n;
+        let (shared, scratch) = match () {
+            () if cached => (bytes(span), None),
+            () if masks(span) <= room => (masks(span), None),
+            () => (0, Some(self.scratch(rows * blocks * masks(span))?)),
         };
-        let args = Args::new()
-            .with(self.ptr(OP, p.scores)?)
-            .with(self.seqs(OP, &p.seqs)?)
-            .with(self.ptr(OP, p.indices)?)
-            .with(self.ptr(OP, p.counts)?)
-            .with(word(OP, "rows_per_seq", p.rows_per_seq)?)
-            .with(word(OP, "k", p.k)?)
-            .with(p.stride as u64)
-            .with(word(OP, "cached keys", n.min(room))?);
-        match keys {
-            Some((blocks, keys)) => {
-                let grid = [blocks, p.rows_per_seq, p.seqs.n];
-                let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS).cluster(blocks);
-                self.launch(OP, &format!("top_k_{keys}"), shape, args)
-            }
-            None => {
-                let shape = Shape::new([1, p.rows_per_seq, p.seqs.n], SHARED_THREADS);
-                let shape = shape.shared(HISTOGRAMS + n.min(room).next_multiple_of(4) * 4);
-                self.launch(OP, "top_k_shared", shape, args)
-            }
-        }
+        let among = |t: fn(&Among<'_>) -> Tensor| -> Result<u64> {
+            p.among.as_ref().map_or(Ok(0), |a| self.ptr(OP, &t(a)))
+        };
+        let args = TopKArgs {
+            scores: self.ptr(OP, p.scores)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            indices: self.ptr(OP, p.indices)?,
+            counts: self.ptr(OP, p.counts)?,
+            among: among(|a| a.indices.clone())?,
+            among_counts: among(|a| a.counts.clone())?,
+            masks: scratch.as_ref().map_or(0, |s| s.ptr),
+            stride: p.stride as u64,
+            rows_per_seq: word(OP, "rows_per_seq", p.rows_per_seq)?,
+            k: word(OP, "k", p.k)?,
+            unit: word(OP, "unit", p.unit)?,
+            permille: p.share.permille,
+            at_least: p.share.at_least,
+            among_k: p.among.map_or(Ok(0), |a| word(OP, "candidates", a.k))?,
+            span: word(OP, "scores of a block", span)?,
+            pad: 0,
+        };
+        let kind = if cached { "cached" } else { "streamed" };
+        let cluster = if blocks > 1 { "_cluster" } else { "" };
+        let grid = [blocks, p.rows_per_seq, p.seqs.n];
+        let shape = Shape::new(grid, THREADS).shared(FIXED - 1024 + shared).cluster(blocks);
+        self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
     }
 }

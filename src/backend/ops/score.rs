@@ -293,10 +293,14 @@ impl Among<'_> {
     }
 }
 
-/// The `k` largest of `kv_len` scores per row, as ascending token indices.
+/// The `k` largest scores per row, as ascending indices of tokens, blocks or candidates.
+///
+/// A row holds a score for each run of `unit` tokens, `ceil(kv_len / unit)` in all, and the results are their
+/// numbers; or one for each candidate of `among`, and the results are the candidates themselves. Of a row
+/// `min(k, share of its sequence)` are chosen.
 ///
 /// Exact and deterministic: the order is by (score descending, index ascending); -0 equals +0; NaN and
-/// -infinity are never chosen. `counts` = chosen tokens = min(k, scores that may be chosen); entries of
+/// -infinity are never chosen. `counts` = chosen ones = min(that k, scores that may be chosen); entries of
 /// `indices` from `counts` on are unspecified.
 #[derive(Debug)]
 pub struct TopK<'a> {
@@ -306,10 +310,16 @@ pub struct TopK<'a> {
     pub seqs: Seqs<'a>,
     /// Score rows of a sequence.
     pub rows_per_seq: usize,
-    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
+    /// Elements between score rows; at least the scores of the longest row, a multiple of 64.
     pub stride: usize,
-    /// Most tokens of a list; at least 1.
+    /// Tokens that a score stands for, at least 1; 1 with `among`.
+    pub unit: usize,
+    /// Most entries of a list; at least 1.
     pub k: usize,
+    /// A row's own limit below `k`.
+    pub share: Share,
+    /// What the scores belong to, where it is not the sequence's tokens.
+    pub among: Option<Among<'a>>,
     /// u32 `[n, rows_per_seq, k]`, out.
     pub indices: &'a Tensor,
     /// u32 `[n, rows_per_seq]`, out.
@@ -321,8 +331,15 @@ impl TopK<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "top_k";
         self.seqs.check_decode(OP)?;
-        check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)?;
         ensure(OP, self.k > 0, || "k must be positive".into())?;
+        ensure(OP, self.unit == 1 || self.unit > 1 && self.among.is_none(), || {
+            format!("{} tokens a score: at least 1, and 1 for candidates", self.unit)
+        })?;
+        ensure(OP, self.share.permille <= 1000, || {
+            format!("a share of {} thousandths", self.share.permille)
+        })?;
+        let longest = self.among.map_or(self.seqs.max_kv.div_ceil(self.unit), |a| a.k);
+        check_rows(OP, self.scores, self.seqs.n, longest, self.rows_per_seq, self.stride)?;
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
         let (n, rows) = (self.seqs.n, self.rows_per_seq);
@@ -330,6 +347,14 @@ impl TopK<'_> {
         holds(OP, "counts", self.counts, &[n, rows])?;
         let [meta, pages] = self.seqs.named();
         let outs = [("indices", self.indices), ("counts", self.counts)];
+        if let Some(a) = &self.among {
+            is(OP, "candidates", a.indices, DType::U32)?;
+            is(OP, "candidate counts", a.counts, DType::U32)?;
+            ensure(OP, a.k > 0, || "lists of candidates need room".into())?;
+            holds(OP, "candidates", a.indices, &[n, rows, a.k])?;
+            holds(OP, "candidate counts", a.counts, &[n, rows])?;
+            apart(OP, &outs, &[("candidates", a.indices), ("candidate counts", a.counts)])?;
+        }
         apart(OP, &outs, &[("scores", self.scores), meta, pages])
     }
 }
@@ -341,11 +366,22 @@ pub(super) fn check_scores(
     rows: usize,
     stride: usize,
 ) -> Result<()> {
+    check_rows(op, t, s.n, s.max_kv, rows, stride)
+}
+
+fn check_rows(
+    op: &'static str,
+    t: &Tensor,
+    n: usize,
+    longest: usize,
+    rows: usize,
+    stride: usize,
+) -> Result<()> {
     is(op, "scores", t, DType::F32)?;
-    ensure(op, stride >= s.max_kv && stride.is_multiple_of(PAGE), || {
-        format!("stride {stride} for {} tokens: must cover them and be a multiple of 64", s.max_kv)
+    ensure(op, stride >= longest && stride.is_multiple_of(PAGE), || {
+        format!("stride {stride} for {longest} scores: must cover them and be a multiple of 64")
     })?;
-    holds(op, "scores", t, &[s.n, rows, stride])
+    holds(op, "scores", t, &[n, rows, stride])
 }
 
 pub(crate) fn check_heads(

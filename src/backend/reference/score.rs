@@ -159,18 +159,28 @@ pub fn top_k<'a>(p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let scores = floats(dev, p.scores)?;
     let mut indices = Output::exact("top_k", "indices", p.indices);
     let mut counts = Output::exact("top_k", "counts", p.counts);
+    let among = p.among.map(|a| Ok((words(dev, a.indices)?, words(dev, a.counts)?, a.k)));
+    let among: Option<(Vec<u32>, Vec<u32>, usize)> = among.transpose()?;
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
         for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
-            let score = &scores[row * p.stride..][..s.kv_len];
+            let n = match &among {
+                Some((_, counts, k)) => (counts[row] as usize).min(*k),
+                None => s.kv_len.div_ceil(p.unit),
+            };
+            let score = &scores[row * p.stride..][..n];
             let may = |j: &usize| !score[*j].is_nan() && score[*j] != f64::NEG_INFINITY;
-            let mut order: Vec<usize> = (0..s.kv_len).filter(may).collect();
+            let mut order: Vec<usize> = (0..n).filter(may).collect();
             // Stable: equal scores keep the smaller index first.
             order.sort_by(|a, b| score[*b].partial_cmp(&score[*a]).unwrap_or(Ordering::Equal));
-            order.truncate(p.k);
+            order.truncate(p.k.min(p.share.of(s.kv_len)));
             order.sort_unstable();
             counts.cells[row] = Cell::Is(order.len() as f64);
             indices.cells[row * p.k..(row + 1) * p.k].fill(Cell::Any);
-            let chosen: Vec<f64> = order.iter().map(|j| *j as f64).collect();
+            let number = |j: &usize| match &among {
+                Some((indices, _, k)) => f64::from(indices[row * k + j]),
+                None => *j as f64,
+            };
+            let chosen: Vec<f64> = order.iter().map(number).collect();
             indices.put(row * p.k, &chosen);
         }
     }

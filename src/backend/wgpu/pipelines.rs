@@ -143,8 +143,12 @@ pub static POOL_SCORES: Kernel = kernel(
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =
     kernel("force", "listed", FORCE_SRC, &[(1, Read), (2, Write), (3, Read), (4, Read)]);
-pub static TOP_K: Kernel =
-    kernel("top_k", "main", TOP_K_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static TOP_K: Kernel = kernel(
+    "top_k",
+    "main",
+    TOP_K_SRC,
+    &[(1, Read), (2, Read), (3, Write), (4, Write), (5, Read), (6, Read)],
+);
 const ATTEND_DENSE_BINDINGS: &[(u32, Access)] =
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write), (7, Write)];
 pub static ATTEND_DECODE: Kernel =

@@ -268,8 +268,18 @@ pub fn top_k(gpu: &Gpu, p: &TopK<'_>) -> Result<()> {
             Bind::Tensor(p.scores),
             Bind::Tensor(p.indices),
             Bind::Tensor(p.counts),
+            p.among.map_or(Bind::Absent, |a| Bind::Tensor(a.indices)),
+            p.among.map_or(Bind::Absent, |a| Bind::Tensor(a.counts)),
         ],
-        params: &[word(OP, p.rows_per_seq)?, word(OP, p.stride)?, word(OP, p.k)?],
+        params: &[
+            word(OP, p.rows_per_seq)?,
+            word(OP, p.stride)?,
+            word(OP, p.k)?,
+            word(OP, p.unit)?,
+            p.share.permille,
+            p.share.at_least,
+            p.among.map_or(Ok(0), |a| word(OP, a.k))?,
+        ],
         grid: grid(OP, [p.rows_per_seq, p.seqs.n, 1])?,
     })
 }
