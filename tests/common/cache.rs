@@ -249,7 +249,7 @@ impl Layer {
 
     /// Lists of a sequence.
     pub fn rows(&self, pool: HeadPool) -> usize {
-        if pool == HeadPool::None { self.heads.query } else { self.heads.kv }
+        pool.lists(self.heads.query, self.heads.kv)
     }
 
     /// Scores `[rows, capacity]`, pooled as `rule` says.
@@ -269,10 +269,10 @@ impl Layer {
             stride,
         };
         self.dev.score_dims(&p).unwrap();
-        if !matches!(pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
+        if !pool.softmax() {
             return scores;
         }
-        let out = self.alloc(DType::F32, heads.kv * stride);
+        let out = self.alloc(DType::F32, self.rows(pool) * stride);
         let p = PoolScores {
             scores: &scores,
             out: &out,
@@ -281,6 +281,7 @@ impl Layer {
             kv_heads: heads.kv,
             stride,
             pool,
+            lengths: None,
         };
         self.dev.pool_scores(&p).unwrap();
         out
@@ -292,7 +293,7 @@ impl Layer {
         let (scores, seqs, stride) = (&pooled, self.seqs(), self.capacity);
         let (rows_per_seq, k) = (self.rows(rule.pool), rule.k);
         if let Some((sinks, recent)) = rule.forced {
-            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent };
+            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent, among: None };
             self.dev.force(&p).unwrap();
         }
         let indices = self.alloc(DType::U32, rows_per_seq * k);
@@ -316,6 +317,9 @@ impl Layer {
     /// Attention `[query, dim]` over the picked tokens.
     pub fn attend(&self, picked: &Picked) -> Vec<f64> {
         let out = self.alloc(DType::F32, self.heads.query * self.heads.dim);
+        // One list for all heads needs a map that says so.
+        let zeros = self.alloc(DType::U32, self.heads.kv);
+        let head_map = (picked.lists.len() == 1).then_some(&zeros);
         let p = AttendRows {
             q: &self.q,
             seqs: self.seqs(),
@@ -326,6 +330,7 @@ impl Layer {
             counts: &picked.counts,
             k: picked.k,
             rows_per_seq: picked.lists.len(),
+            head_map,
             splits: 1,
             out: &out,
             lse: None,

@@ -249,6 +249,7 @@ fn score(rig: &mut Rig) -> Outcome {
         kv_heads: 1,
         stride,
         pool: HeadPool::MaxSoftmax,
+        lengths: None,
     };
     rig.refuses(
         "pool of logits",
@@ -258,7 +259,7 @@ fn score(rig: &mut Rig) -> Outcome {
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
     rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;
     let (scores, seqs) = (&scores, b.seqs());
-    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0 };
+    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0, among: None };
     rig.refuses("newest token not forced", dev.force(&p))?;
     rig.refuses("rows", dev.force(&Force { recent: 1, rows_per_seq: 3, ..p }))?;
     rig.refuses("rows that wrap", dev.force(&Force { recent: 1, rows_per_seq: WRAPS, ..p }))
@@ -310,6 +311,7 @@ fn attend(rig: &mut Rig) -> Outcome {
         counts: &index,
         k: 8,
         rows_per_seq: 6,
+        head_map: None,
         splits: 1,
         out: &out,
         lse: None,

@@ -115,7 +115,7 @@ pub fn cases(c: &mut Cases) {
         let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
         let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
         let (seqs, scores) = (b.seqs(), &scores);
-        let p = Force { scores, seqs, rows_per_seq, stride, sinks: 4, recent: 16 };
+        let p = Force { scores, seqs, rows_per_seq, stride, sinks: 4, recent: 16, among: None };
         let outs = reference::force(&p, &*rig.dev)?;
         rig.check(DType::F32, &outs, &|dev| dev.force(&p))?;
         let p = TopK {

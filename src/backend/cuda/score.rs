@@ -4,12 +4,12 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    Among, Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreSource,
-    Tensor, TopK,
+    Among, Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
+    ScoreSource, Tensor, TopK,
 };
 use bytemuck::{Pod, Zeroable};
 
-/// `ScoreArgs` of `score_dims.cu`.
+/// `ScoreArgs` of `score.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct ScoreArgs {
@@ -29,6 +29,10 @@ struct ScoreArgs {
     coverage: u32,
     source: u32,
     q_type: u32,
+    indices: u64,
+    counts: u64,
+    lists: u32,
+    list_len: u32,
 }
 
 /// `TopKArgs` of `top_k.cu`.
@@ -56,10 +60,27 @@ struct TopKArgs {
 /// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
 const GROUPS: [(usize, usize); 4] = [(1, 4), (4, 4), (8, 4), (16, 2)];
 
+/// What the activations, the pool and the scale set.
+fn how(act: DType, pool: HeadPool, scale: LogitScale) -> ScoreArgs {
+    ScoreArgs {
+        pool_mode: match pool {
+            HeadPool::SumLogit => 1,
+            HeadPool::MaxLogit => 2,
+            _ => 0,
+        },
+        q_type: match act {
+            DType::F16 => 1,
+            DType::BF16 => 2,
+            _ => 0,
+        },
+        coverage: u32::from(scale == LogitScale::Coverage),
+        ..ScoreArgs::zeroed()
+    }
+}
+
 impl CudaBackend {
     pub(super) fn score_dims_op(&self, p: &ScoreDims<'_>) -> Result<()> {
         const OP: &str = "score_dims";
-        const BLOCK: usize = 128;
         p.check()?;
         let (act, kv) = (p.q.dtype(), p.cache.k.dtype());
         let mut args = ScoreArgs {
@@ -69,18 +90,7 @@ impl CudaBackend {
             scores: self.ptr(OP, p.scores)?,
             stride: p.stride as u64,
             heads: word(OP, "heads", p.heads)?,
-            pool_mode: match p.pool {
-                HeadPool::SumLogit => 1,
-                HeadPool::MaxLogit => 2,
-                HeadPool::None | HeadPool::MaxSoftmax | HeadPool::MeanSoftmax => 0,
-            },
-            q_type: match act {
-                DType::F16 => 1,
-                DType::BF16 => 2,
-                _ => 0,
-            },
-            coverage: u32::from(p.scale == LogitScale::Coverage),
-            ..ScoreArgs::zeroed()
+            ..how(act, p.pool, p.scale)
         };
         let (n, width, element) = match &p.source {
             ScoreSource::Lead { n } => (*n, 0, format!("{kv}_lead")),
@@ -108,17 +118,62 @@ impl CudaBackend {
         if args.source != 1 && !self.attends(act, kv) {
             return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
         }
-        let group = p.heads / p.cache.kv_heads;
-        let sums = if p.pool == HeadPool::SumLogit { 1 } else { group };
+        let kv_heads = p.cache.kv_heads;
+        let (g, shape) =
+            self.score_shape(OP, p.pool, p.heads / kv_heads, [p.seqs.max_kv, kv_heads, p.seqs.n])?;
+        self.launch(OP, &format!("score_dims_{element}_g{g}"), shape, Args::new().with(args))
+    }
+
+    /// Heads that the kernel instance keeps sums for, and the launch over `[keys, parts, sequences]`, each part
+    /// being `heads` query heads.
+    fn score_shape(
+        &self,
+        op: &'static str,
+        pool: HeadPool,
+        heads: usize,
+        [keys, parts, n]: [usize; 3],
+    ) -> Result<(usize, Shape)> {
+        const BLOCK: usize = 128;
+        let sums = if pool == HeadPool::SumLogit { 1 } else { heads };
         let Some((g, rows)) = GROUPS.into_iter().find(|(g, _)| *g >= sums) else {
-            return Err(self.unsupported(OP, format!("groups of {group} heads")));
+            return Err(self.unsupported(op, format!("groups of {heads} heads")));
         };
         // Enough blocks to fill the device several times; more would only repeat the query's preparation.
-        let pairs = (p.cache.kv_heads * p.seqs.n).max(1);
-        let blocks = p.seqs.max_kv.div_ceil(BLOCK / 4 * rows);
-        let blocks = blocks.min((self.limits.sms * 32).div_ceil(pairs));
-        let shape = Shape::new([blocks, p.cache.kv_heads, p.seqs.n], BLOCK);
-        self.launch(OP, &format!("score_dims_{element}_g{g}"), shape, Args::new().with(args))
+        let blocks = keys.div_ceil(BLOCK / 4 * rows);
+        let blocks = blocks.min((self.limits.sms * 32).div_ceil((parts * n).max(1)));
+        Ok((g, Shape::new([blocks, parts, n], BLOCK)))
+    }
+
+    pub(super) fn score_rows_op(&self, p: &ScoreRows<'_>) -> Result<()> {
+        const OP: &str = "score_rows";
+        p.check()?;
+        let (act, kv) = (p.q.dtype(), p.cache.k.dtype());
+        if !self.attends(act, kv) {
+            return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
+        }
+        let (n, dims) = p.dims();
+        let args = ScoreArgs {
+            q: self.ptr(OP, p.q)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.cache)?,
+            dims: dims.map_or(Ok(0), |d| self.ptr(OP, d))?,
+            scores: self.ptr(OP, p.scores)?,
+            stride: p.stride as u64,
+            n: word(OP, "n", n)?,
+            heads: word(OP, "heads", p.heads)?,
+            source: if dims.is_some() { 3 } else { 0 },
+            indices: self.ptr(OP, p.among.indices)?,
+            counts: self.ptr(OP, p.among.counts)?,
+            lists: word(OP, "lists", p.lists)?,
+            list_len: word(OP, "k", p.among.k)?,
+            ..how(act, p.pool, p.scale)
+        };
+        let parts = p.parts_per_seq();
+        let over = [p.among.k, parts, p.seqs.n];
+        let (g, shape) = self.score_shape(OP, p.pool, p.heads / parts, over)?;
+        let source = if dims.is_some() { "gather" } else { "lead" };
+        let entry = format!("score_rows_{kv}_{source}_g{g}");
+        self.launch(OP, &entry, shape, Args::new().with(args))
     }
 
     pub(super) fn pool_scores_op(&self, p: &PoolScores<'_>) -> Result<()> {
@@ -127,8 +182,11 @@ impl CudaBackend {
         let seqs = self.seqs(OP, &p.seqs)?;
         let (scores, heads) = (self.ptr(OP, p.scores)?, word(OP, "heads", p.heads)?);
         let stride = p.stride as u64;
+        let lengths = p.lengths.map_or(Ok(0), |t| self.ptr(OP, t))?;
+        let rows = word(OP, "rows", p.rows_per_seq())?;
         let scratch = self.scratch(p.seqs.n * p.heads * DType::F32.bytes())?;
         let args = Args::new().with(scores).with(seqs).with(scratch.ptr).with(heads).with(stride);
+        let args = args.with(lengths).with(rows);
         self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
         let args = Args::new()
             .with(scores)
@@ -136,10 +194,11 @@ impl CudaBackend {
             .with(scratch.ptr)
             .with(self.ptr(OP, p.out)?)
             .with(heads)
-            .with(word(OP, "kv_heads", p.kv_heads)?)
+            .with(rows)
             .with(stride)
-            .with(u32::from(p.pool == HeadPool::MeanSoftmax));
-        let grid = [p.seqs.max_kv.div_ceil(1024), p.kv_heads, p.seqs.n];
+            .with(u32::from(p.pool != HeadPool::MaxSoftmax))
+            .with(lengths);
+        let grid = [p.longest().div_ceil(1024), p.rows_per_seq(), p.seqs.n];
         self.launch(OP, OP, Shape::new(grid, 256), args)
     }
 
@@ -154,7 +213,15 @@ impl CudaBackend {
             .with(p.stride as u64)
             .with(p.sinks.min(p.seqs.max_kv) as u32)
             .with(p.recent.min(p.seqs.max_kv) as u32);
-        self.launch(OP, OP, Shape::new([p.rows_per_seq, p.seqs.n, 1], 128), args)
+        let shape = Shape::new([p.rows_per_seq, p.seqs.n, 1], 128);
+        let Some(a) = &p.among else {
+            return self.launch(OP, OP, shape, args);
+        };
+        let args = args
+            .with(self.ptr(OP, a.indices)?)
+            .with(self.ptr(OP, a.counts)?)
+            .with(word(OP, "k", a.k)?);
+        self.launch(OP, "force_listed", shape, args)
     }
 
     pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Scoring tokens on key dimensions, and exact top-k.
 
 use super::kv::{check_dims, check_int8};
-use super::{CompactSlice, Int8Keys, KvPool, Seqs, apart, ensure, float, holds, is};
+use super::{CompactSlice, Int8Keys, KvPool, Named, Seqs, apart, ensure, float, holds, is};
 use crate::backend::{DType, MAX_GROUP, PAGE, Result, Tensor};
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
@@ -42,6 +42,8 @@ pub enum HeadPool {
     MaxSoftmax,
     /// Mean probability of the group.
     MeanSoftmax,
+    /// One selection for all heads: probabilities summed over every query head, softmax per query head.
+    AllSoftmax,
     /// One selection per query head.
     None,
 }
@@ -50,6 +52,20 @@ impl HeadPool {
     /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
     pub const fn in_score(self) -> bool {
         matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
+    }
+
+    /// Pooled by [`PoolScores`], after a softmax per query head.
+    pub const fn softmax(self) -> bool {
+        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax | HeadPool::AllSoftmax)
+    }
+
+    /// Token lists of a sequence: one per KV head, one per query head, or one for all.
+    pub const fn lists(self, heads: usize, kv_heads: usize) -> usize {
+        match self {
+            HeadPool::None => heads,
+            HeadPool::AllSoftmax => 1,
+            _ => kv_heads,
+        }
     }
 }
 
@@ -129,48 +145,9 @@ impl ScoreDims<'_> {
     }
 }
 
-/// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
-/// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`.
-/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
-/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
-/// from `kv_len` on are neither read nor written.
-#[derive(Debug)]
-pub struct PoolScores<'a> {
-    /// f32 `[n, heads, stride]`.
-    pub scores: &'a Tensor,
-    /// f32 `[n, kv_heads, stride]`, out.
-    pub out: &'a Tensor,
-    /// The sequences.
-    pub seqs: Seqs<'a>,
-    /// Query heads.
-    pub heads: usize,
-    /// KV heads.
-    pub kv_heads: usize,
-    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
-    pub stride: usize,
-    /// `MaxSoftmax` or `MeanSoftmax`.
-    pub pool: HeadPool,
-}
-
-impl PoolScores<'_> {
-    /// Shapes and dtypes fit.
-    pub fn check(&self) -> Result<()> {
-        const OP: &str = "pool_scores";
-        self.seqs.check_decode(OP)?;
-        ensure(OP, matches!(self.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax), || {
-            "only the softmax modes are pooled here".into()
-        })?;
-        ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
-            format!("{} heads over {} KV heads", self.heads, self.kv_heads)
-        })?;
-        check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
-        apart(OP, &[("out", self.out)], &[("scores", self.scores)])?;
-        check_scores(OP, self.out, self.seqs, self.kv_heads, self.stride)
-    }
-}
-
 /// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
-/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`.
+/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`. With `among` the scores are
+/// those of listed tokens, in list order; a forced token that is not on the list stays off it.
 #[derive(Debug)]
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.
@@ -185,6 +162,8 @@ pub struct Force<'a> {
     pub sinks: usize,
     /// Last tokens to force, the newest included; at least 1.
     pub recent: usize,
+    /// The tokens that the scores belong to; None: tokens `0..kv_len`.
+    pub among: Option<Among<'a>>,
 }
 
 impl Force<'_> {
@@ -193,6 +172,10 @@ impl Force<'_> {
         const OP: &str = "force";
         self.seqs.check_decode(OP)?;
         ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
+        if let Some(among) = &self.among {
+            among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
+            apart(OP, &[("scores", self.scores)], &among.named())?;
+        }
         check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
     }
 }
@@ -226,6 +209,29 @@ pub struct Among<'a> {
     pub counts: &'a Tensor,
     /// Room of a list, at least 1.
     pub k: usize,
+}
+
+impl Among<'_> {
+    /// Shapes and dtypes fit `rows` lists of each of `n` sequences, and score rows of `stride`.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        n: usize,
+        rows: usize,
+        stride: usize,
+    ) -> Result<()> {
+        ensure(op, stride >= self.k, || format!("stride {stride} for lists of {}", self.k))?;
+        is(op, "listed indices", self.indices, DType::U32)?;
+        is(op, "listed counts", self.counts, DType::U32)?;
+        ensure(op, self.k > 0, || "lists without room".into())?;
+        holds(op, "listed indices", self.indices, &[n, rows, self.k])?;
+        holds(op, "listed counts", self.counts, &[n, rows])
+    }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("listed indices", self.indices), ("listed counts", self.counts)]
+    }
 }
 
 /// The `k` largest scores per row, as ascending indices of tokens, blocks or candidates.
@@ -294,7 +300,7 @@ impl TopK<'_> {
     }
 }
 
-fn check_scores(
+pub(super) fn check_scores(
     op: &'static str,
     t: &Tensor,
     s: Seqs<'_>,

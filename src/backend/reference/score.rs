@@ -79,7 +79,7 @@ pub fn score_dims<'a>(p: &ScoreDims<'a>, dev: &dyn Backend) -> Result<Vec<Output
 }
 
 /// `c_h` of the partial logits on `dims`.
-fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
+pub(super) fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
     let d = q.len() as f64;
     match scale {
         LogitScale::InvSqrtDim => 1.0 / d.sqrt(),
@@ -94,7 +94,9 @@ fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
 /// See [`PoolScores`].
 pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let scores = floats(dev, p.scores)?;
-    let group = p.heads / p.kv_heads;
+    let lengths = p.lengths.map(|l| words(dev, l)).transpose()?;
+    let rows = p.rows_per_seq();
+    let group = p.heads / rows;
     let mut out = Output::new("pool_scores", "out", p.out);
     let log_sum_exp = |x: &[f64]| {
         let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -102,9 +104,11 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
         if top == f64::NEG_INFINITY { top } else { top + sum.ln() }
     };
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
-        for kv in 0..p.kv_heads {
-            let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..s.kv_len];
-            let heads = kv * group..(kv + 1) * group;
+        for r in 0..rows {
+            let listed = |l: &Vec<u32>| (l[index * rows + r] as usize).min(p.stride);
+            let n = lengths.as_ref().map_or(s.kv_len, listed);
+            let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..n];
+            let heads = r * group..(r + 1) * group;
             let lse: Vec<f64> = heads.clone().map(|h| log_sum_exp(row(h))).collect();
             let pooled = |j: usize| {
                 let each = heads.clone().zip(&lse).map(|(h, l)| match row(h)[j] {
@@ -112,12 +116,12 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
                     s => s - l,
                 });
                 match p.pool {
-                    HeadPool::MeanSoftmax => log_sum_exp(&each.collect::<Vec<_>>()),
-                    _ => each.fold(f64::NEG_INFINITY, f64::max),
+                    HeadPool::MaxSoftmax => each.fold(f64::NEG_INFINITY, f64::max),
+                    _ => log_sum_exp(&each.collect::<Vec<_>>()),
                 }
             };
-            let values: Vec<f64> = (0..s.kv_len).map(pooled).collect();
-            out.put((index * p.kv_heads + kv) * p.stride, &values);
+            let values: Vec<f64> = (0..n).map(pooled).collect();
+            out.put((index * rows + r) * p.stride, &values);
         }
     }
     Ok(vec![out])
@@ -126,12 +130,24 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
 /// See [`Force`].
 pub fn force<'a>(p: &Force<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let mut out = Output::exact("force", "scores", p.scores);
+    let listed = match &p.among {
+        Some(a) => Some((words(dev, a.indices)?, words(dev, a.counts)?, a.k)),
+        None => None,
+    };
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
-        for row in 0..p.rows_per_seq {
-            let base = (index * p.rows_per_seq + row) * p.stride;
+        for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
+            let tokens: Vec<usize> = match &listed {
+                Some((indices, counts, k)) => {
+                    let n = (counts[row] as usize).min(*k);
+                    indices[row * k..][..n].iter().map(|j| *j as usize).collect()
+                }
+                None => (0..s.kv_len).collect(),
+            };
             let recent = s.kv_len.saturating_sub(p.recent)..s.kv_len;
-            for j in (0..p.sinks.min(s.kv_len)).chain(recent) {
-                out.cells[base + j] = Cell::Is(f64::INFINITY);
+            for (column, j) in tokens.into_iter().enumerate() {
+                if j < p.sinks.min(s.kv_len) || recent.contains(&j) {
+                    out.cells[row * p.stride + column] = Cell::Is(f64::INFINITY);
+                }
             }
         }
     }
