@@ -1,14 +1,15 @@
 //! `longsight eval`: what sparsity costs in quality.
 
 use super::args::{Format, ModelArgs, read_plans};
+use super::eval_report::{Kind, Outcome, Output, tables};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::OutputFile;
+use super::ruler::{self, RulerArgs};
 use super::sweep::Sweep;
-use super::table::Table;
 use super::ui;
 use crate::engine::EngineError;
 use crate::eval::{
-    DEPTHS, Row, Sample, continuation, copy, evaluate, key_sequence, passkey, start_of_text,
+    DEPTHS, Sample, continuation, copy, evaluate, key_sequence, passkey, solve, start_of_text,
 };
 use crate::model::Tokenizer;
 use crate::select::MethodSpec;
@@ -20,13 +21,15 @@ use std::sync::atomic::Ordering;
 
 /// What is predicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Task {
+pub enum Task {
     /// Prose: the last tokens of a text (a weak test: dense context barely matters)
     Ppl,
     /// A text given twice: every token must be found half the length back (the strong test)
     Copy,
     /// Five digits hidden in prose, at several depths
     Passkey,
+    /// The thirteen tasks of RULER on generated texts: needles, variable tracking, word counts, questions
+    Ruler,
 }
 
 #[derive(Args)]
@@ -36,10 +39,10 @@ pub struct EvalArgs {
     task: Task,
     /// Text to use; may be given several times (passkey takes its filler from the first)
     #[arg(long, value_name = "FILE", required = true)]
-    text: Vec<PathBuf>,
+    pub text: Vec<PathBuf>,
     /// Lengths in tokens, comma separated
     #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "4096")]
-    lengths: Vec<usize>,
+    pub lengths: Vec<usize>,
     /// Methods, comma separated, with options after colons (sparcas:dims=16:budget=256); dense always runs.
     /// For a table over options of all methods, give those lists: --budget 128,256 --dims 16,32
     #[arg(
@@ -64,9 +67,12 @@ pub struct EvalArgs {
     /// How to print
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
-    /// Write everything as JSON
-    #[arg(short, long, value_name = "FILE")]
-    output: Option<PathBuf>,
+    /// Write to a file, by its ending: .json everything, .md the table, .svg a plot of quality against bytes read;
+    /// may be given several times
+    #[arg(short, long, value_name = "FILE", value_parser = Output::parse)]
+    output: Vec<Output>,
+    #[command(flatten)]
+    pub ruler: RulerArgs,
     #[command(flatten)]
     model: ModelArgs,
     /// Options for all methods; --dense-below is 0 here unless given
@@ -82,10 +88,16 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         spec.dense_below.get_or_insert(0);
     }
     let files = read_plans(&a.plan)?;
-    let output = a.output.as_deref().map(OutputFile::create).transpose()?;
+    let outputs = a.output.iter().map(|o| Ok((o.kind, OutputFile::create(&o.path)?)));
+    let outputs = outputs.collect::<Result<Vec<_>>>()?;
     let (checkpoint, tokenizer) = a.model.open()?;
-    let samples = samples(&a, &tokenizer)?;
-    let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
+    let (samples, problems) = match a.task {
+        Task::Ruler => (Vec::new(), ruler::problems(&a, &checkpoint, &tokenizer)?),
+        _ => (samples(&a, &tokenizer)?, Vec::new()),
+    };
+    let lengths = samples.iter().map(|s| s.tokens.len());
+    let longest = lengths.chain(problems.iter().map(|p| p.tokens.len() + p.answer_tokens));
+    let longest = longest.max().unwrap_or(1);
     let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
     let context = a.model.size.ctx.unwrap_or(longest);
     let mut engine = a
@@ -121,8 +133,14 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         !cancel.load(Ordering::Relaxed)
     };
     let audit = (a.audit > 0).then_some(a.audit);
-    let rows = match evaluate(&mut engine, &samples, &plans, audit, progress, |_| ()) {
-        Ok(rows) => rows,
+    let outcome = match a.task {
+        Task::Ruler => {
+            solve(&mut engine, &problems, &plans, progress, |_| ()).map(Outcome::Answers)
+        }
+        _ => evaluate(&mut engine, &samples, &plans, audit, progress, |_| ()).map(Outcome::Rows),
+    };
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
         Err(EngineError::Interrupted) => {
             bar.finish_and_clear();
             ui::note("interrupted; nothing was written");
@@ -143,14 +161,26 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         "plans": files.iter().map(|(name, plan)| {
             serde_json::json!({ "method": name, "plan": plan })
         }).collect::<Vec<_>>(),
-        "rows": rows,
+        "rows": outcome,
     });
-    if let Some(file) = output {
-        file.finish(&serde_json::to_vec(&report)?)?;
+    let (tables, note) = match &outcome {
+        Outcome::Rows(rows) => (tables(a.task, a.layers, rows), ""),
+        Outcome::Answers(answers) => (vec![ruler::table(answers)], ruler::NOTE),
+    };
+    for (kind, file) in outputs {
+        let contents = match kind {
+            Kind::Json => serde_json::to_string(&report)?,
+            Kind::Markdown => tables.iter().map(|t| t.markdown() + "\n").collect::<String>() + note,
+            Kind::Svg => outcome.plot(a.task)?,
+        };
+        file.finish(contents.as_bytes())?;
     }
     match a.format {
         Format::Json => ui::print(&(serde_json::to_string_pretty(&report)? + "\n"))?,
-        Format::Table => ui::print(&tables(&a, &rows))?,
+        Format::Table => {
+            let tables: String = tables.iter().map(|t| format!("{t}\n")).collect();
+            ui::print(&(tables + note))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -173,6 +203,7 @@ fn samples(a: &EvalArgs, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
                         samples.push(passkey(tokenizer, &name, &ids, n, tenths, key)?);
                     }
                 }
+                Task::Ruler => {}
             }
         }
         if a.task == Task::Passkey {
@@ -183,83 +214,4 @@ fn samples(a: &EvalArgs, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
         bail!("nothing to evaluate; give --text and --lengths");
     }
     Ok(samples)
-}
-
-fn cells(task: Task, group: &str, method: &str, rows: &[&Row]) -> Vec<String> {
-    let n = rows.len().max(1) as f64;
-    let mean = |f: &dyn Fn(&Row) -> f64| rows.iter().map(|r| f(r)).sum::<f64>() / n;
-    // Independent samples: variances add.
-    let error = rows.iter().map(|r| r.nll_difference.error.powi(2)).sum::<f64>().sqrt() / n;
-    let found = rows.iter().filter(|r| r.exact).count();
-    let audited: Vec<f64> =
-        rows.iter().filter(|r| !r.audit.is_empty()).map(|r| r.audit.recall()).collect();
-    let recall = audited.iter().sum::<f64>() / audited.len().max(1) as f64;
-    vec![
-        group.to_string(),
-        method.to_string(),
-        format!("{:.4}", mean(&|r| r.nll)),
-        format!("{:+.4} +- {error:.4}", mean(&|r| r.nll_difference.mean)),
-        match task {
-            Task::Passkey => format!("{found}/{}", rows.len()),
-            _ => format!("{:.2} %", 100.0 * mean(&|r| r.top1)),
-        },
-        if audited.is_empty() { "-".into() } else { format!("{:.2} %", 100.0 * recall) },
-        ui::bytes(mean(&|r| r.kv_bytes as f64) as u64),
-    ]
-}
-
-fn tables(a: &EvalArgs, rows: &[Row]) -> String {
-    let hits = if a.task == Task::Passkey { ">found" } else { ">top-1" };
-    let columns = ["sample", "method", ">NLL", ">to dense", hits, ">mass kept", ">KV read/token"];
-    let mut table = Table::new(&columns);
-    // A pass key's depths of one length belong together.
-    let group = |r: &Row| match a.task {
-        Task::Passkey => r.sample.split(' ').next().unwrap_or_default().to_string(),
-        _ => r.sample.clone(),
-    };
-    let mut groups: Vec<String> = Vec::new();
-    let mut methods: Vec<&str> = Vec::new();
-    for r in rows {
-        if !groups.contains(&group(r)) {
-            groups.push(group(r));
-        }
-        if !methods.contains(&r.method.as_str()) {
-            methods.push(&r.method);
-        }
-    }
-    let several = groups.len() > 1;
-    for g in groups.iter().map(Some).chain(several.then_some(None)) {
-        for m in &methods {
-            let of: Vec<&Row> = rows
-                .iter()
-                .filter(|r| r.method == **m && g.is_none_or(|g| group(r) == *g))
-                .collect();
-            table.row(cells(a.task, g.map_or("mean", String::as_str), m, &of));
-        }
-    }
-    let mut text = format!("{table}\n");
-    if a.layers {
-        let mut table = Table::new(&[
-            "sample",
-            "method",
-            ">layer",
-            ">mass kept",
-            ">worst head",
-            ">output error",
-        ]);
-        for r in rows {
-            for l in &r.audit.layers {
-                table.row([
-                    r.sample.clone(),
-                    r.method.clone(),
-                    l.layer.to_string(),
-                    format!("{:.2} %", 100.0 * l.recall),
-                    format!("{:.2} %", 100.0 * l.worst_recall),
-                    format!("{:.2} %", 100.0 * l.output_error),
-                ]);
-            }
-        }
-        text += &format!("{table}\n");
-    }
-    text
 }

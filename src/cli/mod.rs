@@ -5,10 +5,13 @@ mod bench;
 mod chat;
 mod devices;
 mod eval;
+mod eval_report;
 mod hint;
 mod interrupt;
 mod output;
 mod plan;
+mod plot;
+mod ruler;
 mod run;
 mod sweep;
 mod table;
@@ -27,6 +30,7 @@ Examples:
   longsight plan --method sparcas --budget 1024
   longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
   longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
+  longsight eval ruler --text a.txt --lengths 4096 --tasks vt,niah_multikey_1 --samples 10
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]
@@ -48,7 +52,7 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure prefill and decode speed, dense and sparse; `bench kernels` measures single ops
     Bench(bench::BenchArgs),
-    /// Measure what sparsity costs: prose, copying, pass keys, every method against dense
+    /// Measure what sparsity costs: prose, copying, pass keys, RULER-style tasks, every method against dense
     Eval(eval::EvalArgs),
 }
 

@@ -31,6 +31,21 @@ impl Table {
     }
 }
 
+impl Table {
+    /// The table in Markdown.
+    pub fn markdown(&self) -> String {
+        let line = |cells: &mut dyn Iterator<Item = &str>| {
+            cells.fold("|".to_string(), |text, cell| {
+                format!("{text} {} |", cell.replace('|', "\\|"))
+            })
+        };
+        let names = line(&mut self.columns.iter().map(|c| c.name));
+        let rules = line(&mut self.columns.iter().map(|c| if c.right { "---:" } else { "---" }));
+        let rows = self.rows.iter().map(|r| line(&mut r.iter().map(String::as_str)));
+        [names, rules].into_iter().chain(rows).map(|l| l + "\n").collect()
+    }
+}
+
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let width = |i: usize| {
@@ -68,5 +83,9 @@ mod tests {
         t.row(["pp512".to_owned(), "1234.5".to_owned()]);
         t.row(["tg8".to_owned()]);
         assert_eq!(t.to_string(), "test      t/s\n-----  ------\npp512  1234.5\ntg8\n");
+        assert_eq!(
+            t.markdown(),
+            "| test | t/s |\n| --- | ---: |\n| pp512 | 1234.5 |\n| tg8 |  |\n"
+        );
     }
 }
