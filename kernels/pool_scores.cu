@@ -3,25 +3,13 @@
 //
 // Plan: two kernels. `pool_lse`: one CTA per (head, sequence) takes the row's log-sum-exp; `pool_scores`: grid
 // (token blocks, KV heads, sequences) pools. Bytes: 2 * heads * kv_len * 4 + kv_heads * kv_len * 4.
+#include "lse.cuh"
 #include "paged.cuh"
 
 extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride) {
-    __shared__ float maxes[33], scratch[33];
-    Seq seq = seqs.get(blockIdx.y);
     const float* row = scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride;
-    u32 lane = threadIdx.x & 31;
-    float m = NEG_INF, sum = 0.0f;
-    for (u32 j = threadIdx.x; j < seq.kv_len; j += blockDim.x) m = fmaxf(m, row[j]);
-    m = warp_max(m);
-    if (lane == 0) maxes[threadIdx.x >> 5] = m;
-    __syncthreads();
-    m = warp_max(lane < (blockDim.x >> 5) ? maxes[lane] : NEG_INF);
-    float shift = m == NEG_INF ? 0.0f : m;
-    for (u32 j = threadIdx.x; j < seq.kv_len; j += blockDim.x) sum += expf(row[j] - shift);
-    sum = block_sum(sum, scratch);
-    // A row of -infinity throughout stays so in every head's difference.
-    if (threadIdx.x == 0)
-        lse[blockIdx.y * heads + blockIdx.x] = sum > 0.0f ? shift + logf(sum) : 0.0f;
+    float total = block_lse(row, seqs.get(blockIdx.y).kv_len);
+    if (threadIdx.x == 0) lse[blockIdx.y * heads + blockIdx.x] = total;
 }
 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,

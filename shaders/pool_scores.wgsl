@@ -23,12 +23,6 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> parts: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read_write> out: array<u32>;
 
-// Joins two (largest, sum) pairs.
-fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
-    let m = max(a.x, b.x);
-    return vec2<f32>(m, a.y * exp(a.x - m) + b.y * exp(b.x - m));
-}
-
 var<workgroup> lane_part: array<vec2<f32>, 64>;
 
 @compute @workgroup_size(64)
