@@ -21,9 +21,10 @@ mod parts;
 mod score;
 
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, ExpandBlocks, Force,
-    GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, ScoreSummaries, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
+    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreSummaries, SelectDims, SwiGlu,
+    Tensor, TopK, check_copy, check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};

@@ -13,9 +13,10 @@ mod pipelines;
 mod score;
 
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, ExpandBlocks, Force,
-    GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, ScoreSummaries, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
+    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreSummaries, SelectDims, SwiGlu,
+    Tensor, TopK, Topology,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
