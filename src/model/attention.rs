@@ -4,11 +4,11 @@ use super::audit::{LayerAudit, audit};
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, Merge, Result, Tensor,
+    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, KvSummaries, Merge, Result, Tensor,
 };
 use crate::kv::KvCache;
 use crate::select::{
-    LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection, Selector,
+    LayerContext, LayerPlan, LayerShape, Plan, Role, Scorer, Scratch, SelectError, Selection, Selector,
     SelectorFactory, build,
 };
 
@@ -56,7 +56,7 @@ impl Attention {
     ) -> std::result::Result<Self, SelectError> {
         let mut selectors = Vec::with_capacity(plan.layers.len());
         let mut selections: Vec<Selection> = Vec::new();
-        let (mut rows, mut softmax) = (0, false);
+        let (mut rows, mut per_head) = (0, false);
         for (layer, p) in plan.layers.iter().enumerate() {
             let shape = LayerShape { layer, ..shape };
             let selector = build(b, &shape, p, custom);
@@ -66,7 +66,8 @@ impl Attention {
             }
             let per_seq = lists_per_seq(p, &shape);
             rows = rows.max(per_seq);
-            softmax |= matches!(p.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax);
+            per_head |= matches!(p.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax)
+                || matches!(p.scorer, Scorer::Blocks { .. });
             let k = p.budget.tokens;
             if !selections.iter().any(|s| (s.k, s.rows_per_seq) == (k, per_seq)) {
                 let n = shape.slots * per_seq;
@@ -85,7 +86,7 @@ impl Attention {
                     |rows: usize| b.alloc(DType::F32, shape.slots * rows * stride, "token scores");
                 Ok(Scratch {
                     scores: scores(rows)?,
-                    head_scores: softmax.then(|| scores(shape.heads)).transpose()?,
+                    head_scores: per_head.then(|| scores(shape.heads)).transpose()?,
                     stride,
                 })
             })
@@ -125,6 +126,11 @@ impl Attention {
         &self.thresholds
     }
 
+    /// Layer `layer` is there and is scored with a Forecast.
+    pub fn wants_forecast(&self, layer: usize) -> bool {
+        self.plan.layers.get(layer).is_some_and(LayerPlan::wants_forecast)
+    }
+
     /// Forgets private state of a slot.
     pub fn reset(&mut self, b: &dyn Backend, slot: usize) -> std::result::Result<(), SelectError> {
         self.selectors.iter_mut().flatten().try_for_each(|s| s.reset(b, slot))
@@ -142,7 +148,9 @@ impl Attention {
     }
 
     /// Appends the step's keys and values to the cache of layer `shape.layer`, then attends: `ws.q`, `ws.k` and
-    /// the v part of `ws.qkv` in, `ws.attn` out.
+    /// the v part of `ws.qkv` in, `ws.attn` out. `forecast`: act `[decode rows, kv_heads, head_dim]`, where the layer is
+    /// scored with it.
+    #[allow(clippy::too_many_arguments)]
     pub fn layer(
         &mut self,
         b: &dyn Backend,
@@ -151,6 +159,7 @@ impl Attention {
         shape: LayerShape,
         window: Option<usize>,
         ws: &Workspace,
+        forecast: Option<&Tensor>,
     ) -> std::result::Result<(), SelectError> {
         let l = shape.layer;
         let pool = cache.pool(l);
@@ -171,6 +180,9 @@ impl Attention {
         if let Some(stats) = cache.stats(l) {
             let slots = cache.shape().slots;
             b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
+        }
+        for summaries in cache.summaries(l) {
+            b.kv_summaries(&KvSummaries { seqs: all.seqs(), cache: pool, summaries })?;
         }
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
@@ -205,6 +217,8 @@ impl Attention {
             cache: pool,
             int8: cache.int8(l),
             stats: cache.stats(l),
+            summaries: p.summary().and_then(|kind| cache.summaries(l).find(|s| s.kind == kind)),
+            forecast,
             shape,
             scratch,
         };

@@ -35,6 +35,14 @@ pub enum Variant {
     SparcasRecommended,
     /// Query-chosen groups of 8 sorted dimensions.
     SparcasGroups,
+    /// Pages by the bounds of their keys.
+    Quest,
+    /// Pages by the cuboid of means of their keys.
+    Arkvale,
+    /// Blocks by the probabilities of means of windows.
+    Infllm2,
+    /// The same blocks, scored by the Forecast of the layer before.
+    Sparda,
 }
 
 impl Variant {
@@ -61,6 +69,10 @@ const QUERY_CHOSEN: &[&str] = &[
     "dense-layers",
     "dense-below",
 ];
+
+const BLOCKS: &[&str] = WINDOW;
+const PAGES: &[&str] =
+    &["budget", "unit", "pool", "sinks", "recent", "dense-layers", "dense-below"];
 
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
@@ -111,5 +123,29 @@ pub const METHODS: &[MethodInfo] = &[
         about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
         variant: Variant::SparcasGroups,
         options: QUERY_CHOSEN,
+    },
+    MethodInfo {
+        name: "quest",
+        about: "Quest: pages of 16 tokens by the smallest and largest key of each dimension",
+        variant: Variant::Quest,
+        options: PAGES,
+    },
+    MethodInfo {
+        name: "arkvale",
+        about: "ArkVale's digest: the same pages by the middle and mean distance of their keys",
+        variant: Variant::Arkvale,
+        options: PAGES,
+    },
+    MethodInfo {
+        name: "infllm2",
+        about: "InfLLM-V2: blocks of 64 tokens by the probabilities of means of 32 keys",
+        variant: Variant::Infllm2,
+        options: BLOCKS,
+    },
+    MethodInfo {
+        name: "sparda",
+        about: "SparDA: the same blocks, chosen by the Forecast of the layer before (needs --forecast)",
+        variant: Variant::Sparda,
+        options: BLOCKS,
     },
 ];

@@ -1,6 +1,7 @@
 //! Methods by name: defaults per profile, options on top, turned into a plan for a model.
 
 use super::catalog::{METHODS, Variant};
+use super::blocks;
 use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
 use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ pub struct MethodSpec {
     pub beta: Option<f32>,
     /// Importance of a key dimension, for query-chosen dimensions.
     pub metric: Option<DimMetric>,
-    /// Dimensions chosen together.
+    /// Dimensions chosen together; tokens of a page for Quest and ArkVale.
     pub unit: Option<usize>,
     /// How the query heads of a KV head share a token set.
     pub pool: Option<HeadPool>,
@@ -183,6 +184,8 @@ impl MethodSpec {
         let n_layers = windows.len();
         let dense_layers = match self.variant {
             Variant::Dense => n_layers,
+            // As published, every layer selects.
+            Variant::Infllm2 | Variant::Sparda => self.dense_layers.unwrap_or(0),
             _ => self.dense_layers.unwrap_or(2),
         };
         let layers = (0..n_layers)
@@ -197,6 +200,10 @@ impl MethodSpec {
     }
 
     fn layer(&self, l: usize, n_layers: usize, head_dim: usize, context: usize) -> LayerPlan {
+        let tokens = (context / 32).clamp(512, 2048);
+        if let Some(plan) = blocks::layer(self, tokens) {
+            return plan;
+        }
         let quarter = (head_dim / 4).next_multiple_of(8).min(head_dim);
         let paper = self.variant == Variant::SparcasPaper;
         let (sinks, recent) = match self.variant {
@@ -206,7 +213,7 @@ impl MethodSpec {
         };
         let mut keep =
             Keep { sinks: self.sinks.unwrap_or(sinks), recent: self.recent.unwrap_or(recent) };
-        let tokens = self.budget.unwrap_or_else(|| (context / 32).clamp(512, 2048));
+        let tokens = self.budget.unwrap_or(tokens);
         if self.variant == Variant::Window {
             // The whole budget is sinks and window, unless a smaller window was asked for.
             keep.recent = self.recent.unwrap_or(tokens.saturating_sub(keep.sinks));
@@ -264,7 +271,6 @@ impl MethodSpec {
         };
         let half = 32.min(head_dim);
         match self.variant {
-            Variant::Dense | Variant::Window => Scorer::None,
             Variant::Oracle => Scorer::Exact,
             Variant::Sparcas => Scorer::Sorted { dims: self.dims.unwrap_or(quarter), int8: false },
             Variant::SparcasInt8 => {
@@ -282,6 +288,8 @@ impl MethodSpec {
                 let every = Refresh::Every { every: 1, phase: 0 };
                 query_chosen(quarter, DimMetric::PairQk, 8, every, false)
             }
+            // Those that select blocks have plans of their own.
+            _ => Scorer::None,
         }
     }
 }
@@ -352,6 +360,10 @@ mod tests {
         ];
         for m in METHODS {
             for (key, value) in values {
+                let value = match (key, m.variant) {
+                    ("unit", Variant::Quest | Variant::Arkvale) => "32",
+                    _ => value,
+                };
                 let mut spec: MethodSpec = m.variant.into();
                 let base = spec.plan("m", &[None; 6], 64, 8192).unwrap();
                 assert!(spec.set(key, value), "{key}={value}");

@@ -4,16 +4,21 @@
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
+mod blocks;
 mod catalog;
 mod dims;
 mod error;
+mod infllm;
 mod method;
 mod oracle;
 mod plan;
+mod quest;
 mod selector;
 mod sorted;
+mod sparda;
 mod window;
 
+pub use blocks::{BlockSelector, Query};
 pub use catalog::{METHODS, MethodInfo, Variant};
 pub use dims::DimsSelector;
 pub use error::SelectError;

@@ -1,7 +1,8 @@
 //! Plans: a sparse method as data.
 
+use super::blocks::{self, Query};
 use super::SelectError;
-use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh, SummaryKind};
 use serde::{Deserialize, Serialize};
 
 /// What a layer does in a decode step.
@@ -41,6 +42,15 @@ pub enum Scorer {
         refresh: Refresh,
         /// Keep a compact copy of the chosen dimensions; else read them from the keys.
         slice: bool,
+    },
+    /// Whole blocks by summaries of their keys (Quest, ArkVale, InfLLM-V2, SparDA).
+    Blocks {
+        /// What stands for a run of keys.
+        summary: SummaryKind,
+        /// Tokens of a block: 16, 32 or 64.
+        unit: usize,
+        /// Whose query the summaries are scored with.
+        query: Query,
     },
     /// A selector that the program brought along.
     Custom {
@@ -125,6 +135,19 @@ impl LayerPlan {
         if self.pool == HeadPool::None { heads } else { kv_heads }
     }
 
+    /// Summaries of keys that the layer's scorer reads.
+    pub fn summary(&self) -> Option<SummaryKind> {
+        match self.scorer {
+            Scorer::Blocks { summary, .. } => Some(summary),
+            _ => None,
+        }
+    }
+
+    /// The layer is scored with the Forecast of the one before.
+    pub fn wants_forecast(&self) -> bool {
+        matches!(self.scorer, Scorer::Blocks { query: Query::Forecast, .. })
+    }
+
     /// Bytes that a decode step reads from the cache of this layer, whose sliding window is `window`, for one
     /// sequence of `n` tokens.
     ///
@@ -142,6 +165,7 @@ impl LayerPlan {
             Scorer::Exact | Scorer::Custom { .. } => (n * row) as f64,
             Scorer::Sorted { dims, int8: true } => (n * (dims + 4)) as f64,
             Scorer::Sorted { dims, int8: false } => (n * dims * elem) as f64,
+            Scorer::Blocks { summary, .. } => blocks::bytes_read(*summary, n, row) as f64,
             Scorer::Dims { dims, refresh, slice, .. } => {
                 let every = match refresh {
                     Refresh::Every { every, .. } => *every,
@@ -209,6 +233,9 @@ impl LayerPlan {
             {
                 return bad("adaptive refresh needs 0 < beta <= 1 and min <= max".into());
             }
+        }
+        if let Scorer::Blocks { .. } = &self.scorer {
+            return blocks::check(self).or_else(bad);
         }
         let forced = self.keep.sinks.checked_add(self.keep.recent);
         if self.keep.recent == 0 || forced.is_none_or(|n| n > self.budget.tokens) {
@@ -289,6 +316,22 @@ impl Plan {
                 _ => None,
             })
             .max()
+    }
+
+    /// Summaries of keys that some layer reads, each once.
+    pub fn summaries(&self) -> Vec<SummaryKind> {
+        let mut kinds = Vec::new();
+        for kind in self.layers.iter().filter_map(LayerPlan::summary) {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        kinds
+    }
+
+    /// Some layer is scored with a Forecast.
+    pub fn wants_forecast(&self) -> bool {
+        self.layers.iter().any(LayerPlan::wants_forecast)
     }
 
     /// Some layer reads key statistics.
