@@ -5,8 +5,8 @@ use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, PAGE, open};
 use crate::kv::{KvCache, KvShape, pages_for};
 use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, Forecast, KeyOrder, ModelConfig, ModelError,
-    Quant, Tokenizer, Weight, cache_dir, resolve,
+    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, Forecast, KeyOrder, ModelConfig,
+    ModelError, Quant, Tokenizer, Weight, cache_dir, resolve,
 };
 use crate::select::{MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;

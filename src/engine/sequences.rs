@@ -143,7 +143,7 @@ impl Engine {
             return Err(missing("summaries of the keys").into());
         }
         if plan.wants_forecast() && !self.decoder.has_forecast() {
-            return Err(SelectError::NoForecast { method: plan.method }.into());
+            return Err(crate::select::SelectError::NoForecast { method: plan.method }.into());
         }
         if plan.wants_key_order() && !self.key_order_settled {
             return Err(missing("energy-sorted keys").into());

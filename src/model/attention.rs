@@ -4,12 +4,13 @@ use super::audit::{LayerAudit, audit};
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, KvSummaries, Merge, Result, Tensor,
+    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, KvSummaries, Merge,
+    Result, Tensor,
 };
 use crate::kv::KvCache;
 use crate::select::{
-    LayerContext, LayerPlan, LayerShape, Plan, Role, Scorer, Scratch, SelectError, Selection, Selector,
-    SelectorFactory, build,
+    LayerContext, LayerPlan, LayerShape, Plan, Role, Scorer, Scratch, SelectError, Selection,
+    Selector, SelectorFactory, build,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.

@@ -100,8 +100,7 @@ impl Decoder {
     pub fn set_forecast(&mut self, file: Forecast) -> std::result::Result<(), LoadError> {
         let (b, c, dtype) = (&*self.backend, &self.config, self.weight_dtype());
         let types = [dtype, b.caps().activations(dtype)];
-        self.forecaster =
-            Some(Forecaster::new(b, file, c, &self.order, types, self.limits.seqs)?);
+        self.forecaster = Some(Forecaster::new(b, file, c, &self.order, types, self.limits.seqs)?);
         Ok(())
     }
 

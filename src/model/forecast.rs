@@ -3,20 +3,16 @@
 //! The matrix for layer `l >= 1` belongs to layer `l - 1`: `q_future_proj`; that for layer 0 to layer 0 itself:
 //! `q_curr_proj`. Each is `[kv_heads * head_dim, hidden]`, rows in the checkpoint's rotary order, without bias.
 
-use std::collections::HashMap;
 use std::path::Path;
-
-use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
 use super::mapped::Mapped;
 use super::weights::Place;
 use super::weights_hf::{place, read_header};
-use crate::files::write_cached;
 
 /// Key of the model's fingerprint in the file's metadata.
-const MODEL: &str = "longsight.model";
+const MODEL: &str = "model";
 
 /// The name of the matrix that forecasts the query of a layer.
 fn name_of(layer: usize) -> String {
@@ -84,37 +80,5 @@ impl Forecast {
         let mut values = vec![0.0; place.shape[0] * place.shape[1]];
         place.quant.dequantize(&self.file.bytes()[place.bytes.clone()], &mut values);
         Ok(values)
-    }
-
-    /// Writes a Forecast in F32; an interrupted write leaves no partial file. `matrices[l]`: the one for the query of
-    /// layer `l`, `[kv_heads * head_dim, hidden]` in the checkpoint's rotary order.
-    ///
-    /// # Errors
-    /// [`ModelError::Request`] when number or sizes are not the model's, [`ModelError::Io`].
-    pub fn save(
-        path: &Path,
-        config: &ModelConfig,
-        fingerprint: &str,
-        matrices: &[Vec<f32>],
-    ) -> Result<()> {
-        let shape = [config.n_kv_heads * config.head_dim, config.hidden];
-        let request = |what: String| ModelError::Request { name: "the Forecast".into(), what };
-        if matrices.len() != config.n_layers {
-            let (n, layers) = (matrices.len(), config.n_layers);
-            return Err(request(format!("{n} matrices for {layers} layers")));
-        }
-        let bytes: Vec<Vec<u8>> = matrices
-            .iter()
-            .map(|m| m.iter().flat_map(|x| x.to_le_bytes()).collect())
-            .collect();
-        let views = bytes.iter().enumerate().map(|(l, b)| {
-            let view = TensorView::new(Dtype::F32, shape.to_vec(), b);
-            Ok((name_of(l), view.map_err(|e| request(format!("layer {l}: {e}")))?))
-        });
-        let views = views.collect::<Result<Vec<_>>>()?;
-        let metadata = HashMap::from([(MODEL.to_owned(), fingerprint.to_owned())]);
-        let file =
-            serialize(views, Some(metadata)).map_err(|e| request(format!("it is no file: {e}")))?;
-        write_cached(path, &file).map_err(|e| ModelError::io(path, "write", e))
     }
 }

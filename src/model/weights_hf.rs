@@ -145,7 +145,13 @@ pub(super) fn read_header(shard: &Mapped) -> Result<Header> {
 }
 
 /// Where a tensor of the header lies, inside the file for certain.
-pub(super) fn place(shard: &Mapped, file: usize, data: usize, name: &str, info: &TensorInfo) -> Result<Place> {
+pub(super) fn place(
+    shard: &Mapped,
+    file: usize,
+    data: usize,
+    name: &str,
+    info: &TensorInfo,
+) -> Result<Place> {
     let path = shard.path();
     let quant = match info.dtype {
         Dtype::F32 => Quant::F32,

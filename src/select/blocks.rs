@@ -5,7 +5,8 @@ use super::{
     quest, sparda,
 };
 use crate::backend::{
-    Backend, DType, ExpandBlocks, PoolBlocks, ScoreSummaries, Summaries, SummaryKind, Tensor, TopK,
+    Backend, DType, ExpandBlocks, PoolBlocks, ScoreSummaries, Share, Summaries, SummaryKind,
+    Tensor, TopK,
 };
 use crate::select::{MethodSpec, Variant};
 use serde::{Deserialize, Serialize};
@@ -117,8 +118,11 @@ impl Selector for BlockSelector {
             .summaries
             .filter(|s| s.kind == self.summary)
             .ok_or_else(|| missing("summaries of the keys"))?;
-        let head_scores =
-            cx.scratch.head_scores.as_ref().ok_or_else(|| missing("a score buffer of all heads"))?;
+        let head_scores = cx
+            .scratch
+            .head_scores
+            .as_ref()
+            .ok_or_else(|| missing("a score buffer of all heads"))?;
         let (shape, seqs, unit) = (cx.shape, cx.seqs, self.unit);
         let (q, heads, scale) = match self.query {
             Query::Own => (q, shape.heads, 1.0 / (shape.head_dim as f32).sqrt()),
@@ -164,7 +168,7 @@ impl Selector for BlockSelector {
             stride: block_stride,
             k,
             unit,
-            share: None,
+            share: Share::ALL,
             among: None,
             indices: &self.blocks,
             counts: &self.counts,

@@ -1,7 +1,7 @@
 //! Methods by name: defaults per profile, options on top, turned into a plan for a model.
 
-use super::catalog::{METHODS, Variant};
 use super::blocks;
+use super::catalog::{METHODS, Variant};
 use super::{Budget, Keep, LayerPlan, Plan, Role, Scorer, SelectError};
 use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,7 @@
 //! Plans: a sparse method as data.
 
-use super::blocks::{self, Query};
 use super::SelectError;
+use super::blocks::{self, Query};
 use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh, SummaryKind};
 use serde::{Deserialize, Serialize};
 

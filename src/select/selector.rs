@@ -1,8 +1,8 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    BlockSelector, DimsSelector, ExactSelector, LayerPlan, Role, Scorer, SelectError, SortedSelector,
-    WindowSelector,
+    BlockSelector, DimsSelector, ExactSelector, LayerPlan, Role, Scorer, SelectError,
+    SortedSelector, WindowSelector,
 };
 use crate::backend::{
     Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Share,
