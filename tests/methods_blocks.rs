@@ -11,7 +11,7 @@ use longsight::backend::reference::floats;
 use longsight::backend::{DType, HeadPool, ScoreSummaries, Summaries, SummaryKind};
 use longsight::engine::{Engine, EngineError, WantLogits};
 use longsight::model::{Checkpoint, ModelError};
-use longsight::select::{KvReads, MethodSpec, SelectError, Variant};
+use longsight::select::{MethodSpec, SelectError, Variant};
 use std::ops::Range;
 
 const HEADS: Heads = Heads { query: 6, kv: 2, dim: 32 };
@@ -382,25 +382,5 @@ fn every_matrix_of_a_forecast_decides() {
         let mut changed = all.clone();
         changed[i].1.iter_mut().for_each(|x| *x = -*x);
         assert_eq!(run(&changed) != want, differs, "{}", all[i].0);
-    }
-}
-
-/// Llama-3.1-8B at 32K in bf16, budget 2048, every layer: Quest reads two vectors per 16 keys, windows one; and then
-/// the keys and values of the chosen tokens.
-#[test]
-fn bytes_read_follow_the_formulas() {
-    let windows = [None; 32];
-    let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
-    let read =
-        |spec: &MethodSpec| spec.plan("m", &windows, 128, 32768).unwrap().bytes_read(32768, &shape);
-    let row = 128 * 2;
-    let heads = 32 * 8;
-    let quest = spec(Variant::Quest, 2048);
-    assert_eq!(read(&quest), heads * (2 * 32768 / 16 * row + 2 * 2048 * row));
-    let per_head = MethodSpec { pool: Some(HeadPool::None), ..quest };
-    assert_eq!(read(&per_head), heads * (2 * 32768 / 16 * row + 4 * 2 * 2048 * row));
-    for variant in [Variant::Infllm2, Variant::Sparda] {
-        let blocks = heads * (32768 / 16 * row + 2 * 2048 * row);
-        assert_eq!(read(&spec(variant, 2048)), blocks, "{variant:?}");
     }
 }

@@ -185,3 +185,60 @@ impl Selector for BlockSelector {
         })?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::HeadPool;
+    use crate::select::KvReads;
+
+    fn spec(variant: Variant) -> MethodSpec {
+        let (budget, dense_layers) = (Some(2048), Some(0));
+        MethodSpec { budget, dense_layers, dense_below: Some(0), ..variant.into() }
+    }
+
+    /// Llama-3.1-8B at 32K in bf16, budget 2048, every layer: Quest reads two vectors per 16 keys, windows one; and then
+    /// the keys and values of the chosen tokens.
+    #[test]
+    fn bytes_read_follow_the_formulas() {
+        let windows = [None; 32];
+        let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
+        let read = |spec: &MethodSpec| {
+            spec.plan("m", &windows, 128, 32768).unwrap().bytes_read(32768, &shape)
+        };
+        let row = 128 * 2;
+        let heads = 32 * 8;
+        let quest = spec(Variant::Quest);
+        assert_eq!(read(&quest), heads * (2 * 32768 / 16 * row + 2 * 2048 * row));
+        let per_head = MethodSpec { pool: Some(HeadPool::None), ..quest };
+        assert_eq!(read(&per_head), heads * (2 * 32768 / 16 * row + 4 * 2 * 2048 * row));
+        for variant in [Variant::Infllm2, Variant::Sparda] {
+            let blocks = heads * (32768 / 16 * row + 2 * 2048 * row);
+            assert_eq!(read(&spec(variant)), blocks, "{variant:?}");
+        }
+    }
+
+    #[test]
+    fn plans_that_cannot_run_are_refused() {
+        let plan = layer(&spec(Variant::Sparda), 2048).unwrap();
+        check(&plan).unwrap();
+        let reason = |edit: &dyn Fn(&mut LayerPlan)| {
+            let mut plan = plan.clone();
+            edit(&mut plan);
+            check(&plan).unwrap_err()
+        };
+        assert!(reason(&|p| p.pool = HeadPool::None).contains("one vector per KV head"));
+        assert!(reason(&|p| p.budget.tokens = 2000).contains("no number of blocks of 64"));
+        assert!(reason(&|p| p.keep.recent = 0).contains("at least 1 recent"));
+        assert!(reason(&|p| p.keep.recent = 2048).contains("33 blocks of 64"));
+        assert!(reason(&|p| p.keep.sinks = usize::MAX).contains("more than a budget"));
+        let unit = |to| {
+            reason(&|p: &mut LayerPlan| {
+                if let Scorer::Blocks { unit, .. } = &mut p.scorer {
+                    *unit = to;
+                }
+            })
+        };
+        assert!(unit(0).contains("blocks of 0") && unit(40).contains("blocks of 40"));
+    }
+}

@@ -2,6 +2,7 @@
 
 mod attend;
 mod batch;
+mod block_errors;
 mod blocks;
 mod dense;
 mod dims;
@@ -85,6 +86,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             memory::cases(&mut c);
             top_k::cases(&mut c);
             errors::cases(&mut c);
+            block_errors::cases(&mut c);
         }
         all.append(&mut c.all);
         if act != DType::F32 {
