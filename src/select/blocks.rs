@@ -230,7 +230,8 @@ mod tests {
         assert!(reason(&|p| p.pool = HeadPool::None).contains("one vector per KV head"));
         assert!(reason(&|p| p.budget.tokens = 2000).contains("no number of blocks of 64"));
         assert!(reason(&|p| p.keep.recent = 0).contains("at least 1 recent"));
-        assert!(reason(&|p| p.keep.recent = 2048).contains("33 blocks of 64"));
+        // The first block, and 33 that 2,048 tokens may touch.
+        assert!(reason(&|p| p.keep.recent = 2048).contains("34 blocks of 64"));
         assert!(reason(&|p| p.keep.sinks = usize::MAX).contains("more than a budget"));
         let unit = |to| {
             reason(&|p: &mut LayerPlan| {

@@ -148,7 +148,8 @@ impl KvSummaries<'_> {
 /// windows: `scale * q . mean`; bounds and cuboids: `scale * sum_i max(q_i lo_i, q_i hi_i)`, which for bounds is at
 /// least every `scale * q . k` of the run.
 ///
-/// A summary that does not exist, and a logit that is not finite, gives -infinity. Row `h` of sequence `s` starts at
+/// A summary that does not exist, and a logit that is not finite, gives -infinity; one that holds a number that is
+/// not finite may give that too. Row `h` of sequence `s` starts at
 /// `(s * heads + h) * stride`; entries from [`SummaryKind::count`] of its `kv_len` on are left alone.
 #[derive(Debug)]
 pub struct ScoreSummaries<'a> {
