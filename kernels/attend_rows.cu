@@ -30,11 +30,11 @@ DEVICE u32 heads_per_block(const AttendArgs& a) {
 DEVICE Listed listed(const AttendArgs& a, const Part& p) {
     u32 own = a.head_map ? a.head_map[blockIdx.y] : blockIdx.y;
     bool there = own < a.lists;  // a list that is not there is empty
-    u64 list = (u64)blockIdx.z * a.lists + (there ? own : 0);
+    u32 list = blockIdx.z * a.lists + (there ? own : 0);
     u32 count = there ? min(a.counts[list], a.list_len) : 0;
     u32 per = ((count + p.parts - 1) / p.parts + 15) & ~15u;  // whole tiles of 16
     Listed keys;
-    keys.list = a.indices + list * a.list_len;
+    keys.list = a.indices + (u64)list * a.list_len;
     keys.b = min(p.part * per, count);
     keys.e = min(keys.b + per, count);
     return keys;

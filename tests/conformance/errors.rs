@@ -317,6 +317,11 @@ fn attend(rig: &mut Rig) -> Outcome {
         lse: None,
     };
     rig.refuses("3 lists", dev.attend_rows(&AttendRows { rows_per_seq: 3, ..p() }))?;
+    let mapped = |head_map, rows_per_seq| AttendRows { head_map, rows_per_seq, ..p() };
+    let one = index.slice(0, 1);
+    rig.refuses("a short map", dev.attend_rows(&mapped(Some(&one), 3)))?;
+    rig.refuses("a map of f32", dev.attend_rows(&mapped(Some(&lse), 3)))?;
+    rig.refuses("a map into no lists", dev.attend_rows(&mapped(Some(&index), 0)))?;
     rig.refuses("short indices", dev.attend_rows(&AttendRows { k: 9, ..p() }))?;
     rig.refuses("f32 counts", dev.attend_rows(&AttendRows { counts: &q, ..p() }))?;
     rig.refuses("k that wraps", dev.attend_rows(&AttendRows { k: WRAPS, ..p() }))?;

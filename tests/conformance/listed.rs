@@ -68,6 +68,7 @@ pub fn cases(c: &mut Cases) {
     if c.types.w != DType::F32 {
         return;
     }
+    c.add("score_rows", "bad_arguments", |rig, _| bad_arguments(rig));
     for (heads, kv_heads, scale) in [(9, 3, 1.0), (8, 2, 40.0), (16, 1, 200.0), (2, 2, 1.0)] {
         for pool in [MaxSoftmax, MeanSoftmax, AllSoftmax] {
             for (mix, kv) in [("edges", EDGES), ("long", LONG)] {
@@ -217,4 +218,73 @@ fn force(rig: &mut Rig, kv: &[usize], rows: usize, sinks: usize, recent: usize) 
     let p = Force { scores: &scores, seqs, rows_per_seq: rows, stride, sinks, recent, among };
     let outs = reference::force(&p, &*rig.dev)?;
     rig.check(DType::F32, &outs, &|dev| dev.force(&p))
+}
+
+fn bad_arguments(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let c = Cache::new(rig, &b, Shape { kv_heads: 2, d: 64, lead: 32 }, DType::F32, |s| s.kv_len)?;
+    let (heads, stride, k) = (6, b.stride(), 16);
+    let q = rig.zeros(DType::F32, b.rows * heads * 64)?;
+    let scores = rig.output(DType::F32, b.n() * heads * stride)?;
+    let indices = rig.words(&vec![0; b.n() * 2 * k])?;
+    let counts = rig.words(&vec![0; b.n() * 2])?;
+    let among = Among { indices: &indices, counts: &counts, k };
+    let p = || ScoreRows {
+        q: &q,
+        seqs: b.seqs(),
+        cache: c.pool(),
+        source: ScoreSource::Lead { n: 32 },
+        heads,
+        pool: HeadPool::SumLogit,
+        scale: LogitScale::InvSqrtDim,
+        among,
+        lists: 2,
+        scores: &scores,
+        stride,
+    };
+    for n in [0, 12, 72] {
+        let source = ScoreSource::Lead { n };
+        rig.refuses(&format!("{n} dimensions"), dev.score_rows(&ScoreRows { source, ..p() }))?;
+    }
+    let source = ScoreSource::Gather { dims: &q, n: 8 };
+    rig.refuses("f32 dimension list", dev.score_rows(&ScoreRows { source, ..p() }))?;
+    let (data, scale) = (rig.zeros(DType::I8, 8)?, rig.zeros(DType::F32, 8)?);
+    let keys = longsight::backend::Int8Keys { data: &data, scale: &scale, dims: 8 };
+    let source = ScoreSource::Int8 { keys, n: 8 };
+    rig.refuses("the int8 copy", dev.score_rows(&ScoreRows { source, ..p() }))?;
+    let own = ScoreRows { lists: heads, ..p() };
+    rig.refuses("a list per head for pooled scores", dev.score_rows(&own))?;
+    rig.refuses("3 lists", dev.score_rows(&ScoreRows { lists: 3, ..p() }))?;
+    rig.refuses("no lists", dev.score_rows(&ScoreRows { lists: 0, ..p() }))?;
+    let with = |among| ScoreRows { among, ..p() };
+    rig.refuses("k beyond indices", dev.score_rows(&with(Among { k: 17, ..among })))?;
+    rig.refuses("k beyond stride", dev.score_rows(&with(Among { k: stride + 1, ..among })))?;
+    rig.refuses("k of 0", dev.score_rows(&with(Among { k: 0, ..among })))?;
+    let short = counts.slice(0, 3);
+    rig.refuses("short counts", dev.score_rows(&with(Among { counts: &short, ..among })))?;
+    rig.refuses("f32 indices", dev.score_rows(&with(Among { indices: &q, ..among })))?;
+    rig.refuses("odd stride", dev.score_rows(&ScoreRows { stride: stride + 1, ..p() }))?;
+    rig.refuses("short q", dev.score_rows(&ScoreRows { q: &scale, ..p() }))?;
+    rig.refuses("scores over keys", dev.score_rows(&ScoreRows { scores: &c.k, ..p() }))?;
+    let seqs = longsight::backend::Seqs { max_q: 2, ..b.seqs() };
+    rig.refuses("prefill", dev.score_rows(&ScoreRows { seqs, ..p() }))?;
+    let out = rig.output(DType::F32, b.n() * stride)?;
+    let pooled = PoolScores {
+        scores: &scores,
+        out: &out,
+        seqs: b.seqs(),
+        heads,
+        kv_heads: 2,
+        stride,
+        pool: HeadPool::AllSoftmax,
+        lengths: Some(&scale),
+    };
+    rig.refuses("lengths in f32", dev.pool_scores(&pooled))?;
+    let one = counts.slice(0, 1);
+    rig.refuses("short lengths", dev.pool_scores(&PoolScores { lengths: Some(&one), ..pooled }))?;
+    let (scores, seqs) = (&scores, b.seqs());
+    let among = Some(Among { counts: &one, ..among });
+    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 0, recent: 1, among };
+    rig.refuses("short counts to force", dev.force(&p))
 }
