@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod bench;
+pub mod calibrate;
 pub mod cli;
 pub mod engine;
 pub mod eval;

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod devices;
 mod eval;
@@ -12,6 +13,7 @@ mod plan;
 mod run;
 mod sweep;
 mod table;
+mod texts;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -27,6 +29,7 @@ Examples:
   longsight plan --method sparcas --budget 1024
   longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
   longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
+  longsight calibrate --text a.txt --text b.txt --prompts 16 -o kascade.plan.json
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]
@@ -48,6 +51,8 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure prefill and decode speed, dense and sparse; `bench kernels` measures single ops
     Bench(bench::BenchArgs),
+    /// Find the layers whose token lists other layers can use (Kascade)
+    Calibrate(calibrate::CalibrateArgs),
     /// Measure what sparsity costs: prose, copying, pass keys, every method against dense
     Eval(eval::EvalArgs),
 }
@@ -60,6 +65,7 @@ pub fn main() -> ExitCode {
         Command::Chat(a) => chat::chat(a),
         Command::Devices(a) => devices::devices(a),
         Command::Plan(a) => plan::plan(a),
+        Command::Calibrate(a) => calibrate::calibrate(a),
         Command::Eval(a) => eval::eval(a),
         Command::Bench(a) => bench::bench(a),
     };

@@ -12,6 +12,7 @@ mod embed;
 mod force;
 mod gather_rows;
 mod gemm_ceiling;
+pub(crate) mod host;
 mod key_stats;
 mod kv_append;
 mod linear;
