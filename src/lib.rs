@@ -14,6 +14,7 @@ pub mod cli;
 pub mod engine;
 pub mod eval;
 mod files;
+pub mod forecast;
 pub mod kv;
 pub mod model;
 pub mod select;

@@ -39,17 +39,30 @@ pub(crate) fn largest(values: &[f32], k: usize) -> Vec<u32> {
     order
 }
 
-/// Probabilities of the query rows `rows` of one KV head's group over the keys `0..end`, `[group, rows.len(), end]`
-/// into `out`: softmax of `q . k / sqrt(head_dim)` over the keys that a row sees.
+/// Keys that queries are compared with: key `j` of KV head `h` starts at `(j * kv_heads + h) * head_dim`.
+#[derive(Clone, Copy)]
+pub(crate) struct Keys<'a> {
+    pub data: &'a [f32],
+    /// Keys compared with, from the first.
+    pub count: usize,
+}
+
+/// Probabilities of the query rows `rows` of one KV head's group, `[group, rows.len(), keys.count]` into `out`:
+/// softmax of `q . k / sqrt(head_dim)` over the keys `seen(row)`, 0 elsewhere.
 pub(crate) fn probabilities(
     text: &TracedText,
-    layer: usize,
-    head: usize,
+    (layer, head): (usize, usize),
     rows: &[usize],
-    end: usize,
+    keys: Keys<'_>,
+    seen: impl Fn(usize) -> Range<usize>,
     out: &mut Vec<f32>,
 ) {
-    let (d, group, n) = (text.head_dim, text.group(), rows.len());
+    let (d, group, n, end) = (text.head_dim, text.group(), rows.len(), keys.count);
+    out.clear();
+    out.resize(group * n * end, 0.0);
+    if end == 0 {
+        return;
+    }
     let traced = &text.layers[layer];
     let scale = 1.0 / (d as f32).sqrt();
     let mut q = Vec::with_capacity(group * n * d);
@@ -59,19 +72,21 @@ pub(crate) fn probabilities(
             q.extend(traced.q[at..at + d].iter().map(|x| x * scale));
         }
     }
-    out.clear();
-    out.resize(group * n * end, 0.0);
-    let keys = Matrix::columns(&traced.k[head * d..], text.kv_heads * d);
-    product((group * n, end, d), out, end, false, Matrix::rows(&q, d), keys);
-    let window = text.windows[layer];
-    for (i, p) in out.chunks_exact_mut(end.max(1)).enumerate() {
-        let position = rows[i % n];
-        let first = window.map_or(0, |w| (position + 1).saturating_sub(w)).min(end);
-        let last = (position + 1).min(end);
+    let columns = Matrix::columns(&keys.data[head * d..], text.kv_heads * d);
+    product((group * n, end, d), out, end, false, Matrix::rows(&q, d), columns);
+    for (i, p) in out.chunks_exact_mut(end).enumerate() {
+        let range = seen(rows[i % n]);
+        let last = range.end.min(end);
+        let first = range.start.min(last);
         p[..first].fill(0.0);
         softmax(&mut p[first..last]);
         p[last..].fill(0.0);
     }
+}
+
+/// The tokens that the query at `position` sees.
+pub(crate) fn causal(window: Option<usize>, position: usize) -> Range<usize> {
+    window.map_or(0, |w| (position + 1).saturating_sub(w))..position + 1
 }
 
 /// What the queries `tile` of a text attend to in a layer, and the `k` keys that each KV head would keep.
@@ -81,7 +96,9 @@ pub fn tile_of(text: &TracedText, layer: usize, tile: Range<usize>, k: usize) ->
     let mut out = LayerTile { earlier: vec![0.0; text.kv_heads * start], ..LayerTile::default() };
     let mut p = Vec::new();
     for head in 0..text.kv_heads {
-        probabilities(text, layer, head, &rows, end, &mut p);
+        let keys = Keys { data: &text.layers[layer].k, count: end };
+        let seen = |row| causal(text.windows[layer], row);
+        probabilities(text, (layer, head), &rows, keys, seen, &mut p);
         let mass = &mut out.earlier[head * start..][..start];
         let mut own = 0.0;
         for row in p.chunks_exact(end.max(1)) {

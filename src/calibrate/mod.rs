@@ -11,15 +11,15 @@
 
 mod anchors;
 mod error;
-mod mass;
+pub(crate) mod mass;
 mod outcome;
 mod run;
 mod similarity;
-mod state;
+pub(crate) mod state;
 mod statistics;
 pub(crate) mod tensor_file;
 mod text;
-mod traced;
+pub(crate) mod traced;
 
 pub use anchors::{Placement, least_anchors, place_anchors, placements};
 pub use error::CalibrateError;

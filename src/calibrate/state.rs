@@ -16,7 +16,11 @@ pub(crate) fn text_name(tokens: &[u32]) -> String {
     hex(&Sha256::digest(bytemuck::cast_slice::<u32, u8>(tokens))[..8])
 }
 
-fn failed(doing: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> CalibrateError {
+/// An error of a file.
+pub(crate) fn failed(
+    doing: &'static str,
+    path: &Path,
+) -> impl FnOnce(std::io::Error) -> CalibrateError {
     move |source| CalibrateError::File { doing, path: path.into(), source }
 }
 

@@ -33,7 +33,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "M")]
     anchors: Option<usize>,
     /// Without --anchors: the fewest that keep this share of what every layer for itself would have
-    #[arg(long, default_value_t = 0.98, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.95, value_name = "SHARE")]
     within: f64,
     /// How the tiles of a piece become one number: min (as published), mean, low (fifth percentile)
     #[arg(long, default_value = "low", value_parser = parse_name::<Objective>, value_name = "OBJECTIVE")]

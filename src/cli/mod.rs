@@ -14,6 +14,7 @@ mod run;
 mod sweep;
 mod table;
 mod texts;
+mod train_forecast;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -53,6 +54,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Find the layers whose token lists other layers can use (Kascade)
     Calibrate(calibrate::CalibrateArgs),
+    /// Train the matrices that predict which blocks the next layer reads (SparDA's Forecast)
+    TrainForecast(train_forecast::TrainForecastArgs),
     /// Measure what sparsity costs: prose, copying, pass keys, every method against dense
     Eval(eval::EvalArgs),
 }
@@ -66,6 +69,7 @@ pub fn main() -> ExitCode {
         Command::Devices(a) => devices::devices(a),
         Command::Plan(a) => plan::plan(a),
         Command::Calibrate(a) => calibrate::calibrate(a),
+        Command::TrainForecast(a) => train_forecast::train_forecast(a),
         Command::Eval(a) => eval::eval(a),
         Command::Bench(a) => bench::bench(a),
     };
