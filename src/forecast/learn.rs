@@ -112,7 +112,7 @@ impl Lesson<'_> {
                 }
                 let of_block = |&b: &u32| grid.of_block(b as usize, seen).map(|j| j as u32);
                 let selected: Vec<u32> = picks.iter().flat_map(of_block).collect();
-                tally.loss += restricted_kl(&truth[..seen], &mut scores[..seen], &selected);
+                tally.loss += restricted_kl(truth, &mut scores[..seen], &selected);
                 scores[seen..].fill(0.0);
             }
             let Some(gradient) = gradient.as_deref_mut() else { continue };

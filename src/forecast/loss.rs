@@ -5,8 +5,8 @@ const FLOOR: f64 = 1e-8;
 
 /// KL(teacher || prediction) over the entries `selected` and one bucket for all others; `scores` becomes its gradient.
 ///
-/// `scores`: logits (already scaled) of what the query may see; the prediction is their softmax. `teacher`: as many
-/// probabilities. With p the softmax, t the teacher restricted to the same entries, and R the bucket, the gradient is
+/// `scores`: logits (already scaled) of what the query may see; the prediction is their softmax. `teacher`:
+/// probabilities, of more than that where its grid reaches further (that much goes to the bucket). With p the softmax, t the teacher restricted to the same entries, and R the bucket, the gradient is
 /// `p_j - t_j` on a selected entry and `p_j - t_R p_j / p_R` on the others: the softmax divergence with the
 /// teacher's rest spread as the prediction spreads it. (Where [`FLOOR`] lifts an entry, its own gradient is left out.)
 pub(super) fn restricted_kl(teacher: &[f32], scores: &mut [f32], selected: &[u32]) -> f64 {
