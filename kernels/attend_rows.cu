@@ -1,6 +1,6 @@
 // attend_rows: decode attention over listed tokens; see attend_dense for the formula.
 //
-// Plan: one CTA = (part of a split, list, sequence); the list's range of the part is gathered row by row, each K
+// Plan: one CTA = (part of a split, query heads that share a list, sequence); the list's range of the part is gathered row by row, each K
 // row as two pieces (leading dimensions, rest), by the decode core (16-bit) or the generic core.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
 #include "decode.cuh"
@@ -22,9 +22,16 @@ struct RowVectors {
     DEVICE u32 high(u32) const { return ~0u; }
 };
 
+// Query heads of a block: those of a KV head where a map names its list, else those of list `blockIdx.y`.
+DEVICE u32 heads_per_block(const AttendArgs& a) {
+    return a.heads / (a.head_map ? a.pool.kv_heads : a.lists);
+}
+
 DEVICE Listed listed(const AttendArgs& a, const Part& p) {
-    u64 list = (u64)blockIdx.z * a.lists + blockIdx.y;
-    u32 count = min(a.counts[list], a.list_len);
+    u32 own = a.head_map ? a.head_map[blockIdx.y] : blockIdx.y;
+    bool there = own < a.lists;  // a list that is not there is empty
+    u64 list = (u64)blockIdx.z * a.lists + (there ? own : 0);
+    u32 count = there ? min(a.counts[list], a.list_len) : 0;
     u32 per = ((count + p.parts - 1) / p.parts + 15) & ~15u;  // whole tiles of 16
     Listed keys;
     keys.list = a.indices + list * a.list_len;
@@ -38,14 +45,14 @@ template <class T, int D> DEVICE void rows_mma(const AttendArgs& a) {
     Part p = part_of(a.splits);
     Listed keys = listed(a, p);  // its loads go along with the record's
     if (seq.q_len == 0) return;
-    u32 per = a.heads / a.lists, head0 = blockIdx.y * per;
+    u32 per = heads_per_block(a), head0 = blockIdx.y * per;
     decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, keys);
 }
 
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
     if (seq.q_len == 0) return;
-    u32 per = a.heads / a.lists, head0 = blockIdx.y * per;
+    u32 per = heads_per_block(a), head0 = blockIdx.y * per;
     RowVectors vec = {(u64)seq.q_start * a.heads + head0};
     Part p = part_of(a.splits);
     generic<A, T>(a, seq, head0 / (a.heads / a.pool.kv_heads), per, p.split, vec, listed(a, p));

@@ -26,18 +26,16 @@ DEVICE u32 remote(const void* p, u32 rank) {
         : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank));
     return at;
 }
-// A word, or four, of block `rank`'s shared memory at this block's address `p`. Volatile keeps them behind the
+// A word, or two, of block `rank`'s shared memory at this block's address `p`. Volatile keeps them behind the
 // barriers; loops over blocks are unrolled up to MAX_CLUSTER, so that the reads are under way together.
 DEVICE u32 remote_word(const u32* p, u32 rank) {
     u32 x;
     asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(remote(p, rank)));
     return x;
 }
-DEVICE uint4 remote_words4(const u32* p, u32 rank) {
-    uint4 x;
-    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(remote(p, rank)));
+DEVICE uint2 remote_words2(const u32* p, u32 rank) {
+    uint2 x;
+    asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(remote(p, rank)));
     return x;
 }
 #else
@@ -46,7 +44,7 @@ DEVICE u32 cluster_size() { return 1; }
 DEVICE void cluster_arrive() { __syncthreads(); }
 DEVICE void cluster_wait() {}
 DEVICE u32 remote_word(const u32* p, u32) { return *p; }
-DEVICE uint4 remote_words4(const u32* p, u32) { return *(const uint4*)p; }
+DEVICE uint2 remote_words2(const u32* p, u32) { return *(const uint2*)p; }
 #endif
 
 DEVICE float remote_float(const float* p, u32 rank) {

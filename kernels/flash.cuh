@@ -110,6 +110,7 @@ struct AttendArgs {
     float* lse;           // or null
     const u32* indices;   // attend_rows: [n, lists, k]
     const u32* counts;    // attend_rows: [n, lists]
+    const u32* head_map;  // attend_rows: [kv_heads], list of each KV head, or null
     float scale;
     u32 out_f32, heads, rows, splits;
     u32 window;           // attend_dense: tokens, 0 = none

@@ -1,23 +1,31 @@
-// pool_scores: pools per-query-head logits over a GQA group after a softmax per head, in the log domain:
-//   MaxSoftmax: out_j = max_h (s_{h,j} - lse_h), MeanSoftmax: out_j = log sum_h exp(s_{h,j} - lse_h).
+// pool_scores: pools per-query-head logits over a GQA group (or all heads) after a softmax per head, in the log
+// domain: MaxSoftmax: out_j = max_h (s_{h,j} - lse_h), MeanSoftmax and AllSoftmax:
+// out_j = log sum_h exp(s_{h,j} - lse_h).
 //
 // Plan: two kernels. `pool_lse`: one CTA per (head, sequence) takes the row's log-sum-exp; `pool_scores`: grid
-// (token blocks, KV heads, sequences) pools. Bytes: 2 * heads * kv_len * 4 + kv_heads * kv_len * 4.
+// (token blocks, output rows, sequences) pools. Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
 #include "paged.cuh"
 
-extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride) {
+// Scores of output row `row` of `rows`: those of all tokens, or of listed ones.
+DEVICE u32 row_length(const Seq& seq, const u32* lengths, u64 stride, u32 s, u32 rows, u32 row) {
+    return lengths ? (u32)min((u64)lengths[s * rows + row], stride) : seq.kv_len;
+}
+
+extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride,
+                                    const u32* lengths, u32 rows) {
     __shared__ float maxes[33], scratch[33];
     Seq seq = seqs.get(blockIdx.y);
+    u32 n = row_length(seq, lengths, stride, blockIdx.y, rows, blockIdx.x / (heads / rows));
     const float* row = scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride;
     u32 lane = threadIdx.x & 31;
     float m = NEG_INF, sum = 0.0f;
-    for (u32 j = threadIdx.x; j < seq.kv_len; j += blockDim.x) m = fmaxf(m, row[j]);
+    for (u32 j = threadIdx.x; j < n; j += blockDim.x) m = fmaxf(m, row[j]);
     m = warp_max(m);
     if (lane == 0) maxes[threadIdx.x >> 5] = m;
     __syncthreads();
     m = warp_max(lane < (blockDim.x >> 5) ? maxes[lane] : NEG_INF);
     float shift = m == NEG_INF ? 0.0f : m;
-    for (u32 j = threadIdx.x; j < seq.kv_len; j += blockDim.x) sum += expf(row[j] - shift);
+    for (u32 j = threadIdx.x; j < n; j += blockDim.x) sum += expf(row[j] - shift);
     sum = block_sum(sum, scratch);
     // A row of -infinity throughout stays so in every head's difference.
     if (threadIdx.x == 0)
@@ -25,15 +33,16 @@ extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, 
 }
 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,
-                                       u32 heads, u32 kv_heads, u64 stride, u32 mean) {
+                                       u32 heads, u32 rows, u64 stride, u32 sums, const u32* lengths) {
     Seq seq = seqs.get(blockIdx.z);
-    u32 kvh = blockIdx.y, g = heads / kv_heads;
-    u64 first = (u64)blockIdx.z * heads + kvh * g;
-    float* dst = out + ((u64)blockIdx.z * kv_heads + kvh) * stride;
-    for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < seq.kv_len; j += gridDim.x * blockDim.x) {
+    u32 row = blockIdx.y, g = heads / rows;
+    u32 n = row_length(seq, lengths, stride, blockIdx.z, rows, row);
+    u64 first = (u64)blockIdx.z * heads + row * g;
+    float* dst = out + ((u64)blockIdx.z * rows + row) * stride;
+    for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {
         float top = NEG_INF, sum = 0.0f;
         for (u32 h = 0; h < g; h++) top = fmaxf(top, scores[(first + h) * stride + j] - lse[first + h]);
-        if (mean && top != NEG_INF) {
+        if (sums && top != NEG_INF) {
             for (u32 h = 0; h < g; h++)
                 sum += expf(scores[(first + h) * stride + j] - lse[first + h] - top);
             top += logf(sum);

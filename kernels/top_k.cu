@@ -1,65 +1,111 @@
-// top_k: the k largest of kv_len scores per row as ascending token indices; exact and deterministic.
+// top_k: the k largest scores per row as ascending indices; exact and deterministic.
 //
-// Scores become u32 keys of the same order (-0 as +0; NaN and -infinity get key 0 and are never
-// chosen). A radix select over 11 + 11 + 10 bits finds the k-th largest key; a compaction in index order
-// then takes every larger key and the first few equal ones, so ties go to the smaller index.
+// A radix select over 11 + 11 + 10 bits of an order-preserving u32 image. The first digit is counted on the floats
+// as they are; comparing them with the edges of the bin in which the k-th largest lies then gives two bit masks of
+// the row: chosen for sure, and candidates. Later digits look at candidates only, a 32-bit word a thread. Equal
+// scores are kept from the smallest index on; positions in the list are prefix sums of the masks' bit counts.
 //
-// Plan: few rows (row_in_registers): a cluster of blocks per (row, sequence), their keys in registers.
-// Many or very long rows (row_in_shared): one block each, keys in shared memory as far as they fit. Either way
-// device memory is read once, with many loads under way together. A digit's histogram is counted in shared memory
-// (the hardware joins increments by one that meet in a word); the blocks of a cluster add up each other's.
-// A warp owns neighbouring keys, so one count per warp is enough to place them in order.
-// Bytes: kv_len * 4 read, k * 4 written.
+// Plan: a block, or a cluster of them, per row. What a block scores it reads once into shared memory where it fits
+// (top_k_cached), else it reads device memory twice (top_k_streamed: the second time mostly L2).
+// A digit's histogram is counted in shared memory; the blocks of a cluster add up each other's.
+// Bytes: row length * 4 read, k * 4 written.
 #include "cluster.cuh"
 #include "paged.cuh"
 
+#define THREADS 1024u
+#define WARPS (THREADS / 32)
 #define BINS 2048u
-#define LOWEST 0x007fffffu  // key of -infinity
+#define PER (BINS / THREADS)
 
-DEVICE u32 key_of(float x) {
-    u32 b = __float_as_uint(x + 0.0f);  // -0 + 0 = +0
-    if (x != x) return 0;
-    b = (b >> 31) ? ~b : (b | 0x80000000u);
-    return b <= LOWEST ? 0 : b;
+// Order-preserving image of a score; both zeros have the same.
+DEVICE u32 image(float x) {
+    u32 b = __float_as_uint(x + 0.0f);
+    return (b >> 31) ? ~b : (b | 0x80000000u);
 }
 
-struct Digit {
-    u32 mask, shift, bins;  // bits above the digit, and the digit itself
-    DEVICE u32 of(u32 key) const { return key >> shift & (bins - 1); }
+// What one score row holds (src/backend/ops/score.rs, `TopK`).
+struct TopKArgs {
+    const float* scores;
+    Seqs seqs;
+    u32* indices;
+    u32* counts;
+    const u32* among;         // candidates' numbers, or null
+    const u32* among_counts;
+    u32* masks;               // device memory for them, or null: shared
+    u64 stride;
+    u32 rows_per_seq, k, unit, permille, at_least, among_k;
+    u32 span;                 // scores of a block, a multiple of 32
+    u32 pad;
 };
-DEVICE Digit digit_of(int i) {
-    if (i == 0) return {0, 21, 2048};
-    if (i == 1) return {0xffe00000u, 10, 2048};
-    return {0xfffffc00u, 0, 1024};
+
+// A block's share of a row.
+struct Part {
+    const float* x;
+    u32 first, n;  // number of its first score, and how many it has
+    DEVICE u32 words() const { return (n + 31) / 32; }
+};
+
+// Scores [i, i + 4) of a part, -infinity from its end on.
+DEVICE float4 four(const Part& p, u32 i) {
+    float4 x = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
+    if (i + 3 < p.n && ((u64)p.x & 15) == 0) return *(const float4*)(p.x + i);
+    if (i < p.n) x.x = p.x[i];
+    if (i + 1 < p.n) x.y = p.x[i + 1];
+    if (i + 2 < p.n) x.z = p.x[i + 2];
+    if (i + 3 < p.n) x.w = p.x[i + 3];
+    return x;
 }
 
-DEVICE void clear(u32* hist, u32 words) {
-    for (u32 i = threadIdx.x; i < words / 4; i += blockDim.x) ((uint4*)hist)[i] = make_uint4(0, 0, 0, 0);
+// The first digit of a float: its upper 11 bits, that is 1023 .. 0 for falling positive values, then 1024 .. 2043
+// for falling negative ones. NaN and -infinity count in a bin behind all others.
+DEVICE void count_first(u32* hist, float x) {
+    x = fmaxf(x, NEG_INF) + 0.0f;  // NaN becomes -infinity, -0 becomes +0
+    atomicAdd(&hist[__float_as_uint(x) >> 21], 1);
 }
-DEVICE void count(u32* hist, const Digit& d, u32 key, u32 prefix) {
-    if (key != 0 && (key & d.mask) == prefix) atomicAdd(&hist[d.of(key)], 1);
+// Smallest float of bin `d`, and the smallest one above the bin (NaN, above which nothing is, behind +infinity).
+DEVICE float bin_low(u32 d) { return __uint_as_float(d < 1024 ? d << 21 : ((d + 1) << 21) - 1); }
+DEVICE float bin_above(u32 d) {
+    return __uint_as_float(d < 1024 ? (d + 1) << 21 : d == 1024 ? 0 : (d << 21) - 1);
 }
 
-// Where the threshold lies: its bits so far, how many of the keys with these bits are still wanted, and how many
-// keys there are.
-template <int THREADS> struct Search {
-    u32 threshold, want, total;
-    u32* shared;  // a word per warp, and two
+template <bool CLUSTER> struct Select {
+    u32 *hist, *larger, *candidates;  // [3][BINS] zeros; [words] each
+    u32 want, total, found, in_bin;   // still wanted of the last bin found; scores that may be chosen
+    u32* shared;                      // [WARPS + 3]
 
-    // Thread t brings the counts of PER bins from BINS - 1 - PER * t down. No barrier is needed before the next
-    // call as long as there is one before its counts are read.
-    template <int PER> DEVICE void step(const Digit& d, const u32 (&bins)[PER], bool first) {
-        const u32 warps = THREADS / 32;
-        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, mine = 0;
-        u32* found = shared + warps;
+    DEVICE void sync() const {
+        if (CLUSTER) cluster_sync();
+        else __syncthreads();
+    }
+
+    // Finds the bin of a counted digit in which the want-th largest lies. Bins of the first digit are in its order.
+    DEVICE void search(u32 round) {
+        const u32* counted = hist + round * BINS;
+        u32 t = threadIdx.x, warp = t >> 5, lane = t & 31;
+        // Position PER * t from the largest bin on.
+        bool falling = round > 0 || t < THREADS / 2;
+        u32 at = round > 0 ? BINS - PER * (t + 1) : t < THREADS / 2 ? 1024 - PER * (t + 1) : PER * t;
+        u32 lo = 0, hi = 0;
+        if (CLUSTER) {
 #pragma unroll
-        for (int i = 0; i < PER; i++) mine += bins[i];
+            for (u32 r = 0; r < MAX_CLUSTER; r++)
+                if (r < cluster_size()) {
+                    uint2 c = remote_words2(counted + at, r);
+                    lo += c.x, hi += c.y;
+                }
+        } else {
+            uint2 c = *(const uint2*)(counted + at);
+            lo = c.x, hi = c.y;
+        }
+        u32 bins[PER] = {falling ? hi : lo, falling ? lo : hi};
+        if (round == 0 && t * PER >= 2044) bins[0] = bins[1] = 0;
+        u32 mine = bins[0] + bins[1];
         u32 of_warp = __reduce_add_sync(~0u, mine);
         if (lane == 0) shared[warp] = of_warp;
         __syncthreads();
-        u32 w = lane < warps ? shared[lane] : 0;
+        u32 w = shared[lane];
         u32 before = __reduce_add_sync(~0u, lane < warp ? w : 0);
-        if (first) total = __reduce_add_sync(~0u, w), want = min(want, total);
+        if (round == 0) total = __reduce_add_sync(~0u, w), want = min(want, total);
         if (before < want && want <= before + of_warp) {
             u32 incl = mine;
 #pragma unroll
@@ -69,219 +115,167 @@ template <int THREADS> struct Search {
             }
             before += incl - mine;
 #pragma unroll
-            for (int i = 0; i < PER; i++) {
+            for (u32 i = 0; i < PER; i++) {
                 if (before < want && want <= before + bins[i])
-                    found[0] = BINS - 1 - PER * threadIdx.x - i, found[1] = before;
+                    shared[WARPS] = falling ? at + PER - 1 - i : at + i, shared[WARPS + 1] = before,
+                    shared[WARPS + 2] = bins[i];
                 before += bins[i];
             }
         }
         __syncthreads();
-        if (want > 0) threshold |= found[0] << d.shift, want -= found[1];
+        if (want > 0) found = shared[WARPS], want -= shared[WARPS + 1], in_bin = shared[WARPS + 2];
     }
-};
+    // Every candidate is wanted: no further digit is needed.
+    DEVICE bool settled() const { return want == 0 || in_bin == want; }
 
-// Writes the larger keys and the first `ties` equal ones of a run of tokens, in order. `g` and `e` count those of
-// either kind before the run.
-struct Chosen {
-    u32* out;
-    u32 threshold, ties, g, e;
-    DEVICE void put(u32 key, u32 token) {
-        if (key > threshold) {
-            out[g + min(e, ties)] = token, g++;
-        } else if (key == threshold) {
-            if (e < ties) out[g + e] = token;
-            e++;
-        }
+    template <class F> DEVICE void each_word(const Part& p, F f) {
+        for (u32 w = threadIdx.x; w < p.words(); w += THREADS) f(w);
     }
-};
-
-// Scores i .. i + 3, -infinity from n on.
-DEVICE float4 four(const float* row, u32 i, u32 n, bool vectors) {
-    float4 x = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
-    if (vectors && i + 3 < n) return *(const float4*)(row + i);
-    if (i < n) x.x = row[i];
-    if (i + 1 < n) x.y = row[i + 1];
-    if (i + 2 < n) x.z = row[i + 2];
-    if (i + 3 < n) x.w = row[i + 3];
-    return x;
-}
-
-// A warp's keys come in chunks of 128, four neighbours a thread; chunk j of the warp starts at `first` + 128 j.
-template <int CHUNKS> struct InRegisters {
-    static const u32 chunks = CHUNKS;
-    u32 first;
-    u32 keys[4 * CHUNKS];
-    DEVICE uint4 chunk(u32 j) const {
-        return make_uint4(keys[4 * j], keys[4 * j + 1], keys[4 * j + 2], keys[4 * j + 3]);
-    }
-};
-struct InShared {
-    u32 first, chunks, n, cached;
-    const u32* keys;  // the first `cached`, a multiple of 4
-    const float* row;
-    DEVICE uint4 chunk(u32 j) const {
-        u32 i = first + j * 128;
-        if (i < cached) return *(const uint4*)(keys + i);
-        if (i >= n) return make_uint4(0, 0, 0, 0);
-        float4 x = four(row, i, n, false);
-        return make_uint4(key_of(x.x), key_of(x.y), key_of(x.z), key_of(x.w));
-    }
-};
-
-// Selects from this block's keys and those of its cluster. `hist`: [3][BINS] zeros, a histogram a digit, so that no
-// block waits before it counts the next.
-template <int THREADS, bool CLUSTER, class Keys>
-DEVICE void choose(const Keys& keys, u32* hist, u32* out, u32* counts, u32 k) {
-    const u32 WARPS = THREADS / 32, PER = BINS / THREADS;
-    __shared__ u32 shared[WARPS + 2], warps[WARPS], block_total;
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const u32 rank = CLUSTER ? cluster_rank() : 0, blocks = CLUSTER ? cluster_size() : 1;
-    auto sync = [] {
-        if (CLUSTER) cluster_sync();
-        else __syncthreads();
-    };
-
-    Search<THREADS> s = {0, k, 0, shared};
-    bool all = false;  // no more keys than wanted
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        Digit d = digit_of(i);
-        if (all) continue;
-        u32* mine = hist + i * BINS;
-#pragma unroll
-        for (u32 j = 0; j < keys.chunks; j++) {
-            uint4 key = keys.chunk(j);
-            count(mine, d, key.x, s.threshold), count(mine, d, key.y, s.threshold);
-            count(mine, d, key.z, s.threshold), count(mine, d, key.w, s.threshold);
-        }
-        sync();
-        u32 bins[PER];
-#pragma unroll
-        for (u32 p = 0; p < PER; p++) bins[p] = 0;
-        const u32* top = mine + BINS - PER * (threadIdx.x + 1);
-        if constexpr (CLUSTER) {
-#pragma unroll
-            for (u32 r = 0; r < MAX_CLUSTER; r++) {
-                if (r >= blocks) continue;
-                uint4 h = remote_words4(top, r);
-                bins[0] += h.w, bins[1] += h.z, bins[2] += h.y, bins[3] += h.x;
+    // Candidates in a bin above the found one are chosen, those below are out; `digit` of the rest goes to `f`.
+    template <class F> DEVICE void refine(const Part& p, u32 shift, u32 mask, F f) {
+        each_word(p, [&](u32 w) {
+            u32 bits = candidates[w], up = 0, stay = 0;
+            while (bits) {
+                u32 bit = bits & (0u - bits);
+                bits ^= bit;
+                u32 key = image(p.x[w * 32 + __ffs(bit) - 1]), d = key >> shift & mask;
+                if (d > found) up |= bit;
+                if (d == found) stay |= bit, f(key);
             }
-        } else {
-#pragma unroll
-            for (u32 p = 0; p < PER; p++) bins[p] = top[PER - 1 - p];
-        }
-        s.step(d, bins, i == 0);
-        if (i == 0) all = s.total <= k;
+            larger[w] |= up, candidates[w] = stay;
+        });
     }
-    if (rank == 0 && threadIdx.x == 0) *counts = min(k, s.total);
 
-    Chosen c = {out, all ? LOWEST : s.threshold, all ? 0 : s.want, 0, 0};
-    u32 larger = 0, equal = 0;
-#pragma unroll
-    for (u32 j = 0; j < keys.chunks; j++) {
-        uint4 key = keys.chunk(j);
-        larger += (key.x > c.threshold) + (key.y > c.threshold) + (key.z > c.threshold) + (key.w > c.threshold);
-        equal += (key.x == c.threshold) + (key.y == c.threshold) + (key.z == c.threshold) + (key.w == c.threshold);
-    }
-    // The larger ones are fewer than k, the equal ones as many as there are keys: two sums.
-    larger = __reduce_add_sync(~0u, larger), equal = __reduce_add_sync(~0u, equal);
-    __shared__ u32 warps_equal[WARPS], block_equal;
-    if (lane == 0) warps[warp] = larger, warps_equal[warp] = equal;
-    __syncthreads();
-    u32 l = lane < WARPS ? warps[lane] : 0, q = lane < WARPS ? warps_equal[lane] : 0;
-    c.g = __reduce_add_sync(~0u, lane < warp ? l : 0), c.e = __reduce_add_sync(~0u, lane < warp ? q : 0);
-    if constexpr (CLUSTER) {
-        l = __reduce_add_sync(~0u, l), q = __reduce_add_sync(~0u, q);
-        if (threadIdx.x == 0) block_total = l, block_equal = q;
-        cluster_sync();
-        l = lane < rank ? remote_word(&block_total, lane) : 0, q = lane < rank ? remote_word(&block_equal, lane) : 0;
-        c.g += __reduce_add_sync(~0u, l), c.e += __reduce_add_sync(~0u, q);
-        cluster_arrive();  // no block leaves before the others have read its memory
-    }
-    u32 below = (1u << lane) - 1;
-#pragma unroll
-    for (u32 j = 0; j < keys.chunks; j++) {
-        u32 larger = 0, equal = 0, before_larger = 0, before_equal = 0;
-        uint4 four_keys = keys.chunk(j);
-        u32 key[4] = {four_keys.x, four_keys.y, four_keys.z, four_keys.w};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            u32 g = __ballot_sync(~0u, key[e] > c.threshold), q = __ballot_sync(~0u, key[e] == c.threshold);
-            larger += __popc(g), before_larger += __popc(g & below);
-            equal += __popc(q), before_equal += __popc(q & below);
+    template <class Emit> DEVICE void run(const Part& p, u32 k, Emit emit) {
+        u32 t = threadIdx.x, warp = t >> 5, lane = t & 31;
+        want = k, total = 0, found = 0, in_bin = 0;
+        sync();
+        search(0);
+        // Fewer than k: all that may be chosen are candidates, and all are wanted.
+        float low = total <= k ? -3.402823466e38f : bin_low(found);
+        float above = total <= k ? __int_as_float(0x7fffffff) : bin_above(found);
+        if (total <= k) want = in_bin = total;
+        if (k == 0) low = above = __int_as_float(0x7fffffff);
+        // A warp makes 32 words at a time, of 32 scores each; its lane j keeps word j.
+        for (u32 base = warp * 32; base < p.words(); base += THREADS) {
+            u32 my_larger = 0, my_candidates = 0;
+#pragma unroll 8
+            for (u32 j = 0; j < 32; j++) {
+                u32 i = (base + j) * 32 + lane;
+                float x = i < p.n ? p.x[i] : NEG_INF;
+                u32 a = __ballot_sync(~0u, x >= above), c = __ballot_sync(~0u, x >= low);
+                if (lane == j) my_larger = a, my_candidates = c & ~a;
+            }
+            if (base + lane < p.words()) larger[base + lane] = my_larger, candidates[base + lane] = my_candidates;
         }
-        if (larger + equal == 0) continue;
-        Chosen part = c;
-        part.g += before_larger, part.e += before_equal;
-#pragma unroll
-        for (int e = 0; e < 4; e++) part.put(key[e], keys.first + j * 128 + e);
-        c.g += larger, c.e += equal;
+        __syncthreads();
+        if (!settled()) {
+            u32* second = hist + BINS;
+            each_word(p, [&](u32 w) {
+                for (u32 bits = candidates[w]; bits; bits &= bits - 1)
+                    atomicAdd(&second[image(p.x[w * 32 + __ffs(bits) - 1]) >> 10 & 2047], 1);
+            });
+            sync();
+            search(1);
+            u32* third = hist + 2 * BINS;
+            refine(p, 10, 2047, [&](u32 key) { atomicAdd(&third[key & 1023], 1); });
+            if (!settled()) {
+                sync();
+                search(2);
+                refine(p, 0, 1023, [](u32) {});
+            }
+        }
+        write(p, emit);
     }
-    if (CLUSTER) cluster_wait();
-}
 
-template <int CHUNKS>
-DEVICE void row_in_registers(const float* row, u32 n, u32* out, u32* counts, u32 k) {
+    // Chosen are the larger ones and the first `want` candidates of the row.
+    template <class Emit> DEVICE void write(const Part& p, Emit emit) {
+        __shared__ uint2 warps[WARPS], block;
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        u32 g0 = 0, e0 = 0;  // before this block, then before this round of words
+        if (CLUSTER) {
+            u32 g = 0, e = 0;
+            each_word(p, [&](u32 w) { g += __popc(larger[w]), e += __popc(candidates[w]); });
+            g = __reduce_add_sync(~0u, g), e = __reduce_add_sync(~0u, e);
+            if (lane == 0) warps[warp] = make_uint2(g, e);
+            __syncthreads();
+            uint2 c = warps[lane];
+            c.x = __reduce_add_sync(~0u, c.x), c.y = __reduce_add_sync(~0u, c.y);
+            if (threadIdx.x == 0) block = c;
+            cluster_sync();
+            g0 = lane < cluster_rank() ? remote_word(&block.x, lane) : 0;
+            e0 = lane < cluster_rank() ? remote_word(&block.y, lane) : 0;
+            g0 = __reduce_add_sync(~0u, g0), e0 = __reduce_add_sync(~0u, e0);
+            cluster_arrive();  // no block leaves before the others have read its memory
+        }
+        for (u32 base = 0; base < p.words(); base += THREADS) {
+            u32 w = base + threadIdx.x;
+            u32 g = w < p.words() ? larger[w] : 0, e = w < p.words() ? candidates[w] : 0;
+            u32 gi = __popc(g), ei = __popc(e);
+#pragma unroll
+            for (int s = 1; s < 32; s <<= 1) {
+                u32 a = __shfl_up_sync(~0u, gi, s), b = __shfl_up_sync(~0u, ei, s);
+                if (lane >= s) gi += a, ei += b;
+            }
+            __syncthreads();
+            if (lane == 31) warps[warp] = make_uint2(gi, ei);
+            __syncthreads();
+            uint2 c = warps[lane];
+            u32 gb = g0 + __reduce_add_sync(~0u, lane < warp ? c.x : 0) + gi - __popc(g);
+            u32 eb = e0 + __reduce_add_sync(~0u, lane < warp ? c.y : 0) + ei - __popc(e);
+            g0 += __reduce_add_sync(~0u, c.x), e0 += __reduce_add_sync(~0u, c.y);
+            for (u32 bits = g | e; bits; bits &= bits - 1) {
+                u32 bit = bits & (0u - bits), i = p.first + w * 32 + __ffs(bits) - 1;
+                if (g & bit) emit(gb++ + min(eb, want), i);
+                else if (eb < want) emit(gb + eb, i), eb++;
+            }
+        }
+        if (CLUSTER) cluster_wait();
+    }
+};
+
+// Row `blockIdx.y` of sequence `blockIdx.z`; the blocks in x share it.
+template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     extern __shared__ uint4 shared4[];
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    InRegisters<CHUNKS> keys;
-    keys.first = (cluster_rank() * 16 + warp) * CHUNKS * 128 + lane * 4;
-    bool vectors = ((u64)row & 15) == 0;
-    float4 x[CHUNKS];
-#pragma unroll
-    for (int j = 0; j < CHUNKS; j++) x[j] = four(row, keys.first + j * 128, n, vectors);
-    clear((u32*)shared4, 3 * BINS);
-    __syncthreads();
-#pragma unroll
-    for (int j = 0; j < CHUNKS; j++) {
-        keys.keys[4 * j] = key_of(x[j].x), keys.keys[4 * j + 1] = key_of(x[j].y);
-        keys.keys[4 * j + 2] = key_of(x[j].z), keys.keys[4 * j + 3] = key_of(x[j].w);
-    }
-    choose<512, true>(keys, (u32*)shared4, out, counts, k);
-}
+    __shared__ u32 found[WARPS + 3];
+    u64 r = (u64)blockIdx.z * a.rows_per_seq + blockIdx.y;
+    u32 rank = CLUSTER ? cluster_rank() : 0, len = a.seqs.get(blockIdx.z).kv_len, t = threadIdx.x;
+    u32 n = a.among ? min(a.among_counts[r], a.among_k) : (len + a.unit - 1) / a.unit;
+    u32 k = min(a.k, max(a.at_least, (u32)((u64)len * a.permille / 1000)));
 
-DEVICE void row_in_shared(const float* row, u32 n, u32* out, u32* counts, u32 k, u32 capacity) {
-    extern __shared__ uint4 shared4[];
-    u32 *hist = (u32*)shared4, *kept = hist + 3 * BINS;
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    u32 chunks = (n + 32 * 128 - 1) / (32 * 128), first = warp * chunks * 128 + lane * 4;
-    u32 cached = min((n + 3) & ~3u, capacity & ~3u);
-    clear(hist, 3 * BINS);
-    bool vectors = ((u64)row & 15) == 0;
-    for (u32 j = 0; j < chunks; j += 4) {
-        float4 x[4];
+    Part p = {a.scores + r * a.stride + (u64)rank * a.span, rank * a.span, 0};
+    p.n = n > p.first ? min(n - p.first, a.span) : 0;
+    Select<CLUSTER> s;
+    s.hist = (u32*)shared4, s.shared = found;
+    u32* masks = s.hist + 3 * BINS;
+    if (a.masks) masks = a.masks + (r * gridDim.x + rank) * (a.span / 16);
+    s.larger = masks, s.candidates = masks + a.span / 32;
+
+    for (u32 i = t; i < 3 * BINS / 4; i += THREADS) shared4[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    float4* kept = (float4*)(s.hist + 3 * BINS + a.span / 16);
+    for (u32 i = t * 4; i < p.n; i += THREADS * 32) {
+        float4 x[8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) x[i] = four(row, first + (j + i) * 128, j + i < chunks ? n : 0, vectors);
+        for (u32 j = 0; j < 8; j++) x[j] = four(p, i + j * THREADS * 4);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            u32 at = first + (j + i) * 128;
-            uint4 key = make_uint4(key_of(x[i].x), key_of(x[i].y), key_of(x[i].z), key_of(x[i].w));
-            if (j + i < chunks && at < cached) *(uint4*)(kept + at) = key;
+        for (u32 j = 0; j < 8; j++) {
+            if (i + j * THREADS * 4 >= p.n) continue;
+            if (CACHED) kept[i / 4 + j * THREADS] = x[j];
+            count_first(s.hist, x[j].x), count_first(s.hist, x[j].y);
+            count_first(s.hist, x[j].z), count_first(s.hist, x[j].w);
         }
     }
-    __syncthreads();
-    InShared keys = {first, chunks, n, cached, kept, row};
-    choose<1024, false>(keys, hist, out, counts, k);
+    if (CACHED) p.x = (const float*)kept;
+    u32* out = a.indices + r * a.k;
+    const u32* among = a.among ? a.among + r * a.among_k : nullptr;
+    s.run(p, k, [&](u32 at, u32 i) { out[at] = among ? among[i] : i; });
+    if (rank == 0 && t == 0) a.counts[r] = min(k, s.total);
 }
 
-DEVICE u64 row_number(u32 rows_per_seq) { return (u64)blockIdx.z * rows_per_seq + blockIdx.y; }
-
-#define KERNEL(KEYS, CHUNKS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(512)                                               \
-        top_k_##KEYS(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq,   \
-                     u32 k, u64 stride, u32) {                                                      \
-        u64 r = row_number(rows_per_seq);                                                           \
-        row_in_registers<CHUNKS>(scores + r * stride, seqs.get(blockIdx.z).kv_len, indices + r * k, \
-                                 counts + r, k);                                                    \
-    }
-KERNEL(8, 2)
-KERNEL(16, 4)
-KERNEL(32, 8)
-KERNEL(48, 12)
-
-extern "C" __global__ void __launch_bounds__(1024)
-top_k_shared(const float* scores, Seqs seqs, u32* indices, u32* counts, u32 rows_per_seq, u32 k, u64 stride,
-             u32 capacity) {
-    u64 r = row_number(rows_per_seq);
-    row_in_shared(scores + r * stride, seqs.get(blockIdx.z).kv_len, indices + r * k, counts + r, k, capacity);
-}
+#define KERNEL(NAME, CLUSTER, CACHED)                                                               \
+    extern "C" __global__ void __launch_bounds__(1024) NAME(TopKArgs a) { top_k<CLUSTER, CACHED>(a); }
+KERNEL(top_k_cached, false, true)
+KERNEL(top_k_streamed, false, false)
+KERNEL(top_k_cached_cluster, true, true)
+KERNEL(top_k_streamed_cluster, true, false)

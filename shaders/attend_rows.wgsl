@@ -1,4 +1,4 @@
-// Decode attention over listed tokens; workgroups of (split, heads of one list, sequence).
+// Decode attention over listed tokens; workgroups of (split, heads that share a list, sequence).
 
 struct Params {
     rows: u32,
@@ -11,11 +11,14 @@ struct Params {
     scale: f32,
     // HEAD_DIM, for loops that are not to be unrolled.
     head_dim: u32,
+    // 1 where `head_map` names the list of each KV head.
+    mapped: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
 @group(0) @binding(8) var<storage, read> indices: array<u32>;
 @group(0) @binding(9) var<storage, read> counts: array<u32>;
+@group(0) @binding(10) var<storage, read> head_map: array<u32>;
 
 var<private> list_base: u32;
 var<private> list_tokens: u32;
@@ -35,11 +38,19 @@ fn main(
         return;
     }
     let head = group.y * HEADS;
-    let list = sequence * p.lists + head / (p.heads / p.lists);
+    var own = 0u;
+    if p.mapped == 1u {
+        own = head_map[head / GROUP];
+    } else {
+        own = head / (p.heads / p.lists);
+    }
+    // A list that is not there is empty.
+    let there = own < p.lists;
+    let list = sequence * p.lists + select(0u, own, there);
     let row = record(sequence, META_Q_START);
     list_base = list * p.k;
     list_tokens = record(sequence, META_KV_LEN);
-    let count = min(counts[list], p.k);
+    let count = select(0u, min(counts[list], p.k), there);
     let piece = (count + p.splits - 1u) / p.splits;
     let first = min(group.x * piece, count);
     let last = min(first + piece, count);

@@ -1,9 +1,9 @@
 // Pools per-query-head logits over a GQA group after a softmax per head, in the log domain. `partials` leaves
 // (largest, sum of exponentials) of every chunk of CHUNK tokens in `parts`; `pool` joins them and writes.
 
-// Query heads per KV head.
+// Query heads of an output row.
 override GROUP: u32 = 1u;
-// Mean of the probabilities instead of the largest.
+// Sum of the probabilities instead of the largest.
 override MEAN: bool = false;
 
 // Tokens of one partial log-sum-exp.
@@ -11,10 +11,13 @@ const CHUNK: u32 = 4096u;
 
 struct Params {
     heads: u32,
-    kv_heads: u32,
+    // Output rows of a sequence.
+    rows: u32,
     stride: u32,
     // Chunks of a row in `parts`.
     chunks: u32,
+    // 1 where `lengths` says how many scores an output row holds.
+    listed: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -22,6 +25,15 @@ struct Params {
 @group(0) @binding(2) var<storage, read> scores: array<f32>;
 @group(0) @binding(3) var<storage, read_write> parts: array<vec2<f32>>;
 @group(0) @binding(4) var<storage, read_write> out: array<u32>;
+@group(0) @binding(5) var<storage, read> lengths: array<u32>;
+
+// Scores of an output row.
+fn length(sequence: u32, row: u32) -> u32 {
+    if p.listed == 1u {
+        return min(lengths[sequence * p.rows + row], p.stride);
+    }
+    return sequences[sequence * META_WORDS + META_KV_LEN];
+}
 
 // Joins two (largest, sum) pairs.
 fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
@@ -36,10 +48,9 @@ fn partials(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let kv_len = sequences[group.z * META_WORDS + META_KV_LEN];
     let row = group.z * p.heads + group.y;
     let first = group.x * CHUNK;
-    let last = min(first + CHUNK, kv_len);
+    let last = min(first + CHUNK, length(group.z, group.y / GROUP));
     var part = vec2<f32>(LOWEST, 0.0);
     for (var t = first + lane; t < last; t += 64u) {
         let s = scores[row * p.stride + t];
@@ -59,7 +70,7 @@ fn partials(
     }
 }
 
-var<workgroup> head_lse: array<f32, 16>;
+var<workgroup> head_lse: array<f32, GROUP>;
 
 @compute @workgroup_size(64)
 fn pool(
@@ -67,19 +78,19 @@ fn pool(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let kv_len = sequences[group.z * META_WORDS + META_KV_LEN];
+    let count = length(group.z, group.y);
     let head0 = group.z * p.heads + group.y * GROUP;
-    if lane < GROUP {
+    for (var h = lane; h < GROUP; h += 64u) {
         var part = vec2<f32>(LOWEST, 0.0);
-        for (var c = 0u; c * CHUNK < kv_len; c += 1u) {
-            part = join(part, parts[(head0 + lane) * p.chunks + c]);
+        for (var c = 0u; c * CHUNK < count; c += 1u) {
+            part = join(part, parts[(head0 + h) * p.chunks + c]);
         }
         // A head whose scores are all -infinity leaves them as they are.
-        head_lse[lane] = select(0.0, part.x + log(part.y), part.y > 0.0);
+        head_lse[h] = select(0.0, part.x + log(part.y), part.y > 0.0);
     }
     workgroupBarrier();
-    let base = (group.z * p.kv_heads + group.y) * p.stride;
-    for (var t = group.x * 64u + lane; t < kv_len; t += groups.x * 64u) {
+    let base = (group.z * p.rows + group.y) * p.stride;
+    for (var t = group.x * 64u + lane; t < count; t += groups.x * 64u) {
         var largest = LOWEST;
         for (var h = 0u; h < GROUP; h += 1u) {
             largest = max(largest, scores[(head0 + h) * p.stride + t] - head_lse[h]);

@@ -1,22 +1,6 @@
 // Partial logits of one decode query per sequence on few key dimensions. Workgroups of (page, KV head,
 // sequence), one thread per token; the group's queries sit in workgroup memory, scaled and gathered.
 
-// 0 leading dimensions of the K tiles, 1 int8 copy, 2 compact slice, 3 listed dimensions of the K tiles.
-override SOURCE: u32 = 0u;
-// 0 sum over the group, 1 maximum, 2 one row per query head.
-override POOL: u32 = 2u;
-override COVERAGE: bool = false;
-override HEAD_DIM: u32 = 64u;
-override LEAD: u32 = 64u;
-// Query heads per KV head, and query rows held (1 for the sum, which is linear).
-override GROUP: u32 = 1u;
-override ROWS: u32 = 1u;
-// Dimensions read, and how many of them the query tile holds at a time.
-override N: u32 = 64u;
-override CHUNK: u32 = 64u;
-// ROWS * CHUNK / 4.
-override TILE: u32 = 16u;
-
 struct Params {
     heads: u32,
     kv_heads: u32,
@@ -32,96 +16,7 @@ struct Params {
     head_dim: u32,
 }
 
-@group(0) @binding(0) var<uniform> p: Params;
-@group(0) @binding(1) var<storage, read> q: array<f32>;
-@group(0) @binding(2) var<storage, read> sequences: array<u32>;
-@group(0) @binding(3) var<storage, read> pages: array<u32>;
-// K pages, int8 copy or compact slice.
-@group(0) @binding(4) var<storage, read> keys: array<vec4<u32>>;
-@group(0) @binding(5) var<storage, read> dims: array<u32>;
 @group(0) @binding(6) var<storage, read> key_scale: array<f32>;
-@group(0) @binding(7) var<storage, read_write> scores: array<u32>;
-
-var<workgroup> q_tile: array<vec4<f32>, TILE>;
-var<workgroup> q_scale: array<f32, 16>;
-
-// The i-th dimension read.
-fn dim_at(slot_head: u32, i: u32) -> u32 {
-    if SOURCE < 2u {
-        return i;
-    }
-    return min(dims[slot_head * N + i], HEAD_DIM - 1u);
-}
-
-// Logit scale of the query head whose vector starts at `base`.
-fn logit_scale(base: u32, slot_head: u32) -> f32 {
-    let plain = 1.0 / sqrt(f32(HEAD_DIM));
-    if !COVERAGE {
-        return plain;
-    }
-    var part = 0.0;
-    var all = 0.0;
-    for (var i = 0u; i < p.n; i += 1u) {
-        part += abs(q[base + dim_at(slot_head, i)]);
-    }
-    for (var i = 0u; i < p.head_dim; i += 1u) {
-        all += abs(q[base + i]);
-    }
-    // Where the query has nothing on the chosen dimensions every logit is zero.
-    if part <= 0.0 {
-        return 0.0;
-    }
-    return plain * sqrt(all / part);
-}
-
-// Query value of held row `r` at the i-th dimension.
-fn q_value(base: u32, slot_head: u32, r: u32, i: u32) -> f32 {
-    let dim = dim_at(slot_head, i);
-    if POOL != 0u {
-        return q_scale[r] * q[base + r * HEAD_DIM + dim];
-    }
-    var sum = 0.0;
-    for (var h = 0u; h < GROUP; h += 1u) {
-        sum += q_scale[h] * q[base + h * HEAD_DIM + dim];
-    }
-    return sum;
-}
-
-fn load_queries(base: u32, slot_head: u32, first: u32, lane: u32) {
-    for (var e = lane; e < TILE; e += 64u) {
-        let r = e / (CHUNK / 4u);
-        let i = first + (e % (CHUNK / 4u)) * 4u;
-        if i < N {
-            q_tile[e] = vec4<f32>(
-                q_value(base, slot_head, r, i),
-                q_value(base, slot_head, r, i + 1u),
-                q_value(base, slot_head, r, i + 2u),
-                q_value(base, slot_head, r, i + 3u),
-            );
-        }
-    }
-}
-
-// LOWEST for what is not finite; tested by bits, because drivers may assume that there is no NaN.
-fn finite(x: f32) -> f32 {
-    return select(x, LOWEST, (bitcast<u32>(x) & PLUS_INF) == PLUS_INF);
-}
-
-// Bits of a score; -infinity, which top_k never takes, for LOWEST.
-fn score_bits(x: f32) -> u32 {
-    return select(MINUS_INF, bitcast<u32>(x), x > LOWEST);
-}
-
-struct Eight {
-    a: vec4<f32>,
-    b: vec4<f32>,
-}
-
-// One element of the K pages.
-fn key_element(at: u32) -> f32 {
-    let word = word_of(at);
-    return element(keys[word / 4u][word % 4u], at);
-}
 
 // Eight key values from dimension `i` on (a multiple of 8); `base` is the offset of the token's tile (K pages)
 // or of its row (copies).
@@ -133,22 +28,13 @@ fn key8(base: u32, row: u32, slot_head: u32, i: u32) -> Eight {
         return Eight(vec4<f32>(unpack4xI8(words.x)), vec4<f32>(unpack4xI8(words.y)));
     }
     if SOURCE == 3u {
-        var v: Eight;
-        for (var j = 0u; j < 4u; j += 1u) {
-            v.a[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(slot_head, i + j)));
-            v.b[j] = key_element(base + k_offset(LEAD, HEAD_DIM, row, dim_at(slot_head, i + 4u + j)));
-        }
-        return v;
+        return gathered8(base, row, slot_head, i);
     }
     var at = base + i;
     if SOURCE == 0u {
         at = base + k_offset(LEAD, HEAD_DIM, row, i);
     }
-    if DTYPE == 0u {
-        return Eight(bitcast<vec4<f32>>(keys[at / 4u]), bitcast<vec4<f32>>(keys[at / 4u + 1u]));
-    }
-    let v = keys[at / 8u];
-    return Eight(unpack4(v.x, v.y), unpack4(v.z, v.w));
+    return keys8(at);
 }
 
 @compute @workgroup_size(64)
@@ -207,18 +93,10 @@ fn main(
         }
         let t = first + lane;
         if t < kv_len {
-            if POOL == 2u {
-                for (var r = 0u; r < ROWS; r += 1u) {
-                    scores[(sequence * p.heads + head * GROUP + r) * p.stride + t] =
-                        score_bits(finite(acc[r] * scale));
-                }
-            } else {
-                var pooled = LOWEST;
-                for (var r = 0u; r < ROWS; r += 1u) {
-                    pooled = max(pooled, finite(acc[r] * scale));
-                }
-                scores[(sequence * p.kv_heads + head) * p.stride + t] = score_bits(pooled);
+            for (var r = 0u; r < ROWS; r += 1u) {
+                acc[r] *= scale;
             }
+            write_scores(acc, sequence * p.heads + head * GROUP, sequence * p.kv_heads + head, t);
         }
     }
 }

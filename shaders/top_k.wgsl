@@ -5,6 +5,11 @@ struct Params {
     rows_per_seq: u32,
     stride: u32,
     k: u32,
+    unit: u32,
+    permille: u32,
+    at_least: u32,
+    // Room of a candidate list, 0 without candidates.
+    among: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -12,6 +17,8 @@ struct Params {
 @group(0) @binding(2) var<storage, read> scores: array<u32>;
 @group(0) @binding(3) var<storage, read_write> indices: array<u32>;
 @group(0) @binding(4) var<storage, read_write> counts: array<u32>;
+@group(0) @binding(5) var<storage, read> candidates: array<u32>;
+@group(0) @binding(6) var<storage, read> candidate_counts: array<u32>;
 
 var<workgroup> histogram: array<atomic<u32>, 256>;
 var<workgroup> sums: array<u32, 16>;
@@ -34,6 +41,14 @@ fn image(bits: u32) -> u32 {
     return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
 }
 
+// What score `i` of a row belongs to.
+fn number(row: u32, i: u32) -> u32 {
+    if p.among > 0u {
+        return candidates[row * p.among + i];
+    }
+    return i;
+}
+
 @compute @workgroup_size(256)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
@@ -42,11 +57,17 @@ fn main(
 ) {
     let sequence = group.y;
     let row = sequence * p.rows_per_seq + group.x;
-    let kv_len = sequences[sequence * META_WORDS + META_KV_LEN];
+    let tokens = sequences[sequence * META_WORDS + META_KV_LEN];
+    var n = (tokens + p.unit - 1u) / p.unit;
+    if p.among > 0u {
+        n = min(candidate_counts[row], p.among);
+    }
     let base = row * p.stride;
     if lane == 0u {
         prefix = 0u;
-        wanted = p.k;
+        // permille * tokens / 1000 without leaving 32 bits.
+        let share = tokens / 1000u * p.permille + tokens % 1000u * p.permille / 1000u;
+        wanted = min(p.k, max(p.at_least, share));
     }
     for (var shift = 24i; shift >= 0i; shift -= 8i) {
         atomicStore(&histogram[lane], 0u);
@@ -54,7 +75,7 @@ fn main(
         // Bits above the digit; a shift by 32 is undefined.
         let high = select(0xffffffffu << (u32(shift) + 8u), 0u, shift == 24i);
         let chosen = prefix;
-        for (var t = lane; t < kv_len; t += 256u) {
+        for (var t = lane; t < n; t += 256u) {
             let key = image(scores[base + t]);
             if key != 0u && (key & high) == chosen {
                 atomicAdd(&histogram[(key >> u32(shift)) & 255u], 1u);
@@ -94,9 +115,9 @@ fn main(
     let ties = select(wanted, 0u, threshold == 0u);
 
     // Each thread owns a contiguous piece, so that its output is contiguous too.
-    let piece = (kv_len + 255u) / 256u;
-    let first = min(lane * piece, kv_len);
-    let last = min(first + piece, kv_len);
+    let piece = (n + 255u) / 256u;
+    let first = min(lane * piece, n);
+    let last = min(first + piece, n);
     var n_above = 0u;
     var n_equal = 0u;
     for (var t = first; t < last; t += 1u) {
@@ -131,11 +152,11 @@ fn main(
     for (var t = first; t < last; t += 1u) {
         let key = image(scores[base + t]);
         if key > threshold {
-            indices[row * p.k + a + min(e, ties)] = t;
+            indices[row * p.k + a + min(e, ties)] = number(row, t);
             a += 1u;
         } else if key == threshold {
             if e < ties {
-                indices[row * p.k + a + e] = t;
+                indices[row * p.k + a + e] = number(row, t);
             }
             e += 1u;
         }

@@ -138,6 +138,8 @@ pub trait Backend: Send + Sync {
 
     /// Partial logits on few key dimensions; see [`ScoreDims`].
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
+    /// Partial logits of listed tokens; see [`ScoreRows`].
+    fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()>;
     /// Pools per-query-head logits over a GQA group after a softmax; see [`PoolScores`].
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
     /// Forces sink and recent tokens into the selection; see [`Force`].

@@ -4,7 +4,7 @@ use super::arithmetic;
 use super::report::{EndToEndReport, ModelFacts, Row, Traffic};
 use super::{Environment, Result, Summary, bad};
 use crate::engine::{Engine, EngineError, SeqId, WantLogits};
-use crate::select::{MethodSpec, Plan, Role, Variant};
+use crate::select::{MethodSpec, Plan, Variant};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -192,9 +192,8 @@ impl Run<'_, '_> {
     }
 
     fn plan(&self, spec: &MethodSpec, tokens: usize) -> Result<Plan> {
-        let c = self.engine.decoder().config();
-        let print = self.engine.fingerprint();
-        Ok(spec.plan(print, &c.windows, c.head_dim, tokens).map_err(EngineError::from)?)
+        let model = self.engine.decoder().config().plan_shape(self.engine.fingerprint());
+        Ok(spec.plan(&model, tokens).map_err(EngineError::from)?)
     }
 
     fn fill(&mut self, seq: SeqId, depth: usize) -> Result<()> {
@@ -264,7 +263,7 @@ impl Run<'_, '_> {
             };
             for budget in budgets {
                 let plan = self.plan(&MethodSpec { budget, ..spec.clone() }, tokens)?;
-                let sparse = plan.layers.iter().filter(|l| l.role != Role::Dense);
+                let sparse = plan.layers.iter().filter(|l| l.sparse());
                 let dense_until = sparse.clone().map(|l| l.budget.dense_until()).min();
                 let budget = sparse.map(|l| l.budget.tokens).max();
                 match dense_until {

@@ -4,9 +4,10 @@ use super::ui;
 use crate::backend::{DType, DimMetric, HeadPool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
-use crate::select::{METHODS, MethodSpec, Plan, Variant, parse_name};
+use crate::select::{Anchors, METHODS, MethodSpec, Plan, Variant, parse_name};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Which model, and what it takes in memory.
@@ -85,7 +86,7 @@ fn method_help() -> String {
 }
 
 /// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 12] = [
+const PLANNED: [&str; 16] = [
     "method",
     "budget",
     "dims",
@@ -98,6 +99,10 @@ const PLANNED: [&str; 12] = [
     "recent",
     "dense_layers",
     "dense_below",
+    "percent",
+    "budget_min",
+    "anchors",
+    "candidates",
 ];
 
 /// Which tokens are attended to.
@@ -144,7 +149,7 @@ pub struct OtherOptions {
     /// Dimensions chosen together: 1, 2, 8 or 16
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
-    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none
+    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, all-softmax, none
     #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
     pub pool: Option<HeadPool>,
     /// First tokens that are always attended to
@@ -159,6 +164,18 @@ pub struct OtherOptions {
     /// Stay dense up to this many tokens [default: 2048; sparcas-paper: 0]
     #[arg(long, value_name = "TOKENS")]
     pub dense_below: Option<usize>,
+    /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
+    #[arg(long, value_name = "PERCENT")]
+    pub percent: Option<f32>,
+    /// Least tokens of such a share [default: 128]
+    #[arg(long, value_name = "TOKENS")]
+    pub budget_min: Option<usize>,
+    /// Layers whose choice the layers after them reuse: how many, or which (0+2+8) [default: one in seven]
+    #[arg(long, value_name = "LAYERS")]
+    pub anchors: Option<Anchors>,
+    /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
+    #[arg(long, value_name = "TOKENS")]
+    pub candidates: Option<usize>,
 }
 
 /// Refuses an option that none of the methods, called `names`, reads.
@@ -197,6 +214,10 @@ impl MethodOptions {
         spec.recent = o.recent.or(spec.recent);
         spec.dense_layers = o.dense_layers.or(spec.dense_layers);
         spec.dense_below = o.dense_below.or(spec.dense_below);
+        spec.percent = o.percent.or(spec.percent);
+        spec.budget_min = o.budget_min.or(spec.budget_min);
+        spec.anchors = o.anchors.clone().or(spec.anchors);
+        spec.candidates = o.candidates.or(spec.candidates);
         spec
     }
 }
@@ -224,12 +245,29 @@ impl MethodArgs {
 }
 
 /// Reads a plan file.
+///
+/// # Errors
+/// A file that cannot be read, is too large for a plan, or is none.
 pub fn read_plan(path: &Path) -> Result<Plan> {
-    let bytes =
-        std::fs::read(path).with_context(|| format!("cannot read the plan {}", path.display()))?;
-    serde_json::from_slice(&bytes).with_context(|| {
+    serde_json::from_slice(&read_file(path, "the plan")?).with_context(|| {
         format!("{} is not a plan; make one with `longsight plan --save`", path.display())
     })
+}
+
+/// Reads a small file; `what` names it in errors.
+///
+/// # Errors
+/// A file that cannot be read or is larger than any plan (a plan has some hundred bytes a layer).
+pub fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
+    const MOST: u64 = 16 << 20;
+    let cannot = || format!("cannot read {what} {}", path.display());
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).with_context(cannot)?;
+    file.take(MOST + 1).read_to_end(&mut bytes).with_context(cannot)?;
+    if bytes.len() as u64 > MOST {
+        bail!("{} has more than {MOST} bytes, too many for {what}", path.display());
+    }
+    Ok(bytes)
 }
 
 /// How an answer is drawn and shown.

@@ -103,7 +103,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     let plans = specs
         .iter()
         .map(|(name, spec)| {
-            let plan = spec.plan(engine.fingerprint(), &c.windows, c.head_dim, context)?;
+            let plan = spec.plan(&c.plan_shape(engine.fingerprint()), context)?;
             Ok((name.clone(), plan))
         })
         .collect::<Result<Vec<_>>>()?;

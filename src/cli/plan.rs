@@ -1,9 +1,9 @@
 //! `longsight plan`: a method as data.
 
-use super::args::{Format, MethodArgs, SizeArgs, read_plan};
+use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
 use super::output::OutputFile;
 use super::ui;
-use crate::select::{LayerPlan, Plan, Role, Scorer};
+use crate::select::{Budget, LayerPlan, Plan, Role, Scorer, read_head_maps};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -17,6 +17,9 @@ pub struct PlanArgs {
     /// How to print
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
+    /// Head maps in the format of Kascade's authors (.npy); takes --method kascade --anchors 0+2+8+...
+    #[arg(long, value_name = "FILE", conflicts_with = "plan")]
+    head_maps: Option<PathBuf>,
     #[command(flatten)]
     model: SizeArgs,
     #[command(flatten)]
@@ -28,11 +31,16 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let c = checkpoint.config();
     let context = a.model.ctx.unwrap_or(c.max_context);
     let print = checkpoint.fingerprint();
-    let plan = match &a.method.plan {
-        Some(path) => read_plan(path)?,
-        None => a.method.spec()?.plan(&print, &c.windows, c.head_dim, context)?,
+    let shape = c.plan_shape(&print);
+    let plan = match (&a.method.plan, &a.head_maps) {
+        (Some(path), _) => read_plan(path)?,
+        (None, None) => a.method.spec()?.plan(&shape, context)?,
+        (None, Some(path)) => {
+            let maps = read_head_maps(&read_file(path, "the head maps")?)?;
+            Plan::with_head_maps(&a.method.spec()?, &maps, &shape, context)?
+        }
     };
-    plan.check(&print, &c.windows, c.head_dim)?;
+    plan.check(&shape)?;
     if let Some(path) = &a.save {
         OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
     }
@@ -68,10 +76,49 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
 }
 
 fn describe(l: &LayerPlan) -> String {
-    if l.role == Role::Dense {
-        return "dense".into();
+    let tokens = tokens(&l.budget);
+    let forced = format!("with {} sinks and {} recent", l.keep.sinks, l.keep.recent);
+    let until = l.budget.dense_until();
+    match &l.role {
+        Role::Dense => "dense".into(),
+        Role::Select => format!(
+            "{}; {:?}; {tokens} {forced}; dense up to {until} tokens",
+            scores(&l.scorer),
+            l.pool
+        ),
+        Role::DenseAnchor => format!(
+            "dense; lists for later layers: {}; {:?}; {tokens} {forced}; from {until} tokens on",
+            scores(&l.scorer),
+            l.pool
+        ),
+        Role::Reuse { from, head_map, refine } => {
+            let map: Vec<String> = head_map.iter().map(u8::to_string).collect();
+            let again = refine.as_ref().map_or(String::new(), |r| {
+                let pool = l.pool;
+                format!("; of {} candidates by {}; {pool:?}; {forced}", r.candidates, scores(&r.scorer))
+            });
+            format!(
+                "tokens of layer {from}, heads {}{again}; {tokens}; dense up to {until} tokens",
+                map.join(" ")
+            )
+        }
     }
-    let scorer = match &l.scorer {
+}
+
+fn tokens(b: &Budget) -> String {
+    match b.share {
+        None => format!("top {}", b.tokens),
+        Some(s) => format!(
+            "top {} % (at least {}, at most {})",
+            f64::from(s.permille) / 10.0,
+            s.at_least,
+            b.tokens
+        ),
+    }
+}
+
+fn scores(scorer: &Scorer) -> String {
+    match scorer {
         Scorer::None => "no scores".into(),
         Scorer::Exact => "exact logits".into(),
         Scorer::Sorted { dims, int8 } => {
@@ -97,13 +144,5 @@ fn describe(l: &LayerPlan) -> String {
             format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
         }
         Scorer::Custom { name } => format!("custom scorer {name}"),
-    };
-    format!(
-        "{scorer}; {:?}; top {} with {} sinks and {} recent; dense up to {} tokens",
-        l.pool,
-        l.budget.tokens,
-        l.keep.sinks,
-        l.keep.recent,
-        l.budget.dense_until()
-    )
+    }
 }

@@ -206,14 +206,13 @@ impl<'a> EngineBuilder<'a> {
         let config = checkpoint.config().clone();
         let fingerprint = checkpoint.fingerprint();
         let (limits, n_pages) = self.limits(&config)?;
-        let plan_of = |spec: &MethodSpec| {
-            spec.plan(&fingerprint, &config.windows, config.head_dim, limits.context)
-        };
+        let model = config.plan_shape(&fingerprint);
+        let plan_of = |spec: &MethodSpec| spec.plan(&model, limits.context);
         let plan = match &self.method {
             MethodChoice::Spec(spec) => plan_of(spec)?,
             MethodChoice::Plan(plan) => plan.clone(),
         };
-        plan.check(&fingerprint, &config.windows, config.head_dim)?;
+        plan.check(&model)?;
         let mut plans = vec![plan.clone()];
         for spec in &self.summaries_for {
             plans.push(plan_of(spec)?);

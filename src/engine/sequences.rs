@@ -129,7 +129,7 @@ impl Engine {
     /// built with.
     pub fn set_plan(&mut self, plan: Plan) -> Result<(), EngineError> {
         let c = self.decoder.config();
-        plan.check(&self.fingerprint, &c.windows, c.head_dim)?;
+        plan.check(&c.plan_shape(&self.fingerprint))?;
         let s = *self.cache.shape();
         let missing =
             |what| crate::select::SelectError::MissingSummary { method: plan.method.clone(), what };

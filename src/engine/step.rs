@@ -3,7 +3,6 @@
 use super::{Engine, EngineError, SeqId};
 use crate::backend::Backend;
 use crate::model::{Observer, StepSeq};
-use crate::select::Role;
 
 /// One sequence's share of a step.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +58,7 @@ impl Engine {
             Some(a) if work.iter().any(|w| w.decode) => {
                 let layers = &self.attention.plan().layers;
                 let sparse: Vec<usize> =
-                    (0..layers.len()).filter(|&l| layers[l].role != Role::Dense).collect();
+                    (0..layers.len()).filter(|&l| layers[l].sparse()).collect();
                 a.layers_at(self.decode_steps, &sparse)
             }
             _ => Vec::new(),

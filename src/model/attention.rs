@@ -1,15 +1,15 @@
 //! One layer's attention: where selection and cache meet.
 
+use super::attend::{Dense, Partials};
 use super::audit::{LayerAudit, audit};
-use super::step::{Group, GroupSeqs, Step};
+use super::lists::{LayerLists, layer_lists};
+use super::step::{GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, HeadPool, KeyStats, KvAppend, Merge, Result, Tensor,
-};
+use crate::backend::{AttendRows, Backend, DType, KeyStats, KvAppend, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
-    LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection, Selector,
-    SelectorFactory, build,
+    LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector,
+    SelectorFactory, build, hand_down, refine,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
@@ -17,7 +17,7 @@ pub struct Attention {
     plan: Plan,
     thresholds: Vec<usize>,
     selectors: Vec<Option<Box<dyn Selector>>>,
-    selections: Vec<Selection>,
+    lists: Vec<Option<LayerLists>>,
     scratch: Option<Scratch>,
     partials: Partials,
     audit_out: Growing,
@@ -28,19 +28,10 @@ pub struct Attention {
     pub audits: Vec<LayerAudit>,
 }
 
-struct Partials {
-    out: Growing,
-    lse: Growing,
-}
-
 impl std::fmt::Debug for Attention {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Attention").field("method", &self.plan.method).finish_non_exhaustive()
     }
-}
-
-fn lists_per_seq(p: &LayerPlan, s: &LayerShape) -> usize {
-    p.lists(s.heads, s.kv_heads)
 }
 
 impl Attention {
@@ -55,32 +46,17 @@ impl Attention {
         custom: Option<&SelectorFactory>,
     ) -> std::result::Result<Self, SelectError> {
         let mut selectors = Vec::with_capacity(plan.layers.len());
-        let mut selections: Vec<Selection> = Vec::new();
-        let (mut rows, mut softmax) = (0, false);
+        let not_dense = || plan.layers.iter().filter(|p| p.role != Role::Dense);
         for (layer, p) in plan.layers.iter().enumerate() {
-            let shape = LayerShape { layer, ..shape };
-            let selector = build(b, &shape, p, custom);
+            let selector = build(b, &LayerShape { layer, ..shape }, p, custom);
             selectors.push(selector.map_err(|e| e.of_method(&plan.method))?);
-            if p.role == Role::Dense {
-                continue;
-            }
-            let per_seq = lists_per_seq(p, &shape);
-            rows = rows.max(per_seq);
-            softmax |= matches!(p.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax);
-            let k = p.budget.tokens;
-            if !selections.iter().any(|s| (s.k, s.rows_per_seq) == (k, per_seq)) {
-                let n = shape.slots * per_seq;
-                selections.push(Selection {
-                    indices: b.alloc(DType::U32, n * k, "token lists")?,
-                    counts: b.alloc(DType::U32, n, "token counts")?,
-                    k,
-                    rows_per_seq: per_seq,
-                });
-            }
         }
+        let stride = shape.capacity.next_multiple_of(64);
+        let lists = layer_lists(b, &plan, &shape, stride)?;
+        let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
+        let softmax = not_dense().any(|p| p.pool.softmax());
         let scratch = (rows > 0)
             .then(|| -> Result<Scratch> {
-                let stride = shape.capacity.next_multiple_of(64);
                 let scores =
                     |rows: usize| b.alloc(DType::F32, shape.slots * rows * stride, "token scores");
                 Ok(Scratch {
@@ -90,24 +66,16 @@ impl Attention {
                 })
             })
             .transpose()?;
-        let mut thresholds: Vec<usize> = plan
-            .layers
-            .iter()
-            .filter(|p| p.role != Role::Dense)
-            .map(|p| p.budget.dense_until())
-            .collect();
+        let mut thresholds: Vec<usize> = not_dense().map(|p| p.budget.dense_until()).collect();
         thresholds.sort_unstable();
         thresholds.dedup();
         Ok(Attention {
             plan,
             thresholds,
             selectors,
-            selections,
+            lists,
             scratch,
-            partials: Partials {
-                out: Growing::new(DType::F32, "attention splits"),
-                lse: Growing::new(DType::F32, "attention splits"),
-            },
+            partials: Partials::new(),
             audit_out: Growing::new(DType::F32, "audit"),
             audit_lse: Growing::new(DType::F32, "audit"),
             audit_layers: Vec::new(),
@@ -176,7 +144,7 @@ impl Attention {
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
         dense.attend(step.prefill, 1, &ws.attn, None)?;
         let p = &self.plan.layers[l];
-        let Some(selector) = self.selectors[l].as_mut() else {
+        let Some(lists) = &self.lists[l] else {
             return Ok(dense.decode(step.decode, &mut self.partials, &ws.attn, &ws.lse)?);
         };
         let missing = |what: &str| SelectError::BadPlan {
@@ -185,19 +153,14 @@ impl Attention {
         };
         let threshold = p.budget.dense_until();
         let split = step.split(threshold).ok_or_else(|| missing("split of the step"))?;
-        dense.decode(split.dense, &mut self.partials, &ws.attn, &ws.lse)?;
+        let densely = if p.sparse() { split.dense } else { step.decode };
+        dense.decode(densely, &mut self.partials, &ws.attn, &ws.lse)?;
         if split.sparse.n == 0 {
             return Ok(());
         }
 
         let group = GroupSeqs::new(step, split.sparse);
         let seqs = group.seqs();
-        let per_seq = lists_per_seq(p, &shape);
-        let out = self
-            .selections
-            .iter()
-            .find(|s| (s.k, s.rows_per_seq) == (p.budget.tokens, per_seq))
-            .ok_or_else(|| missing("token list"))?;
         let scratch = self.scratch.as_ref().ok_or_else(|| missing("score buffer"))?;
         let cx = LayerContext {
             backend: b,
@@ -208,7 +171,12 @@ impl Attention {
             shape,
             scratch,
         };
-        selector.select(&cx, &ws.q, out).map_err(|e| e.of_method(&self.plan.method))?;
+        choose(&cx, p, lists, self.selectors[l].as_deref_mut(), &ws.q)
+            .map_err(|e| e.of_method(&self.plan.method))?;
+        if !p.sparse() {
+            return Ok(());
+        }
+        let out = &*lists.attend;
         let splits = b.splits(seqs.n * shape.kv_heads, out.k);
         let attend = |o: &Tensor, lse: &Tensor, splits: usize| {
             b.attend_rows(&AttendRows {
@@ -220,7 +188,8 @@ impl Attention {
                 indices: &out.indices,
                 counts: &out.counts,
                 k: out.k,
-                rows_per_seq: per_seq,
+                rows_per_seq: out.rows_per_seq,
+                head_map: lists.head_map.as_ref(),
                 splits,
                 out: o,
                 lse: Some(lse),
@@ -241,82 +210,23 @@ impl Attention {
     }
 }
 
-impl Partials {
-    /// Runs a decode attention with `splits` key ranges and merges them into `out` and `lse`.
-    #[allow(clippy::too_many_arguments)]
-    fn run(
-        &mut self,
-        b: &dyn Backend,
-        group: &GroupSeqs,
-        splits: usize,
-        shape: LayerShape,
-        out: &Tensor,
-        lse: &Tensor,
-        attend: impl Fn(&Tensor, &Tensor, usize) -> Result<()>,
-    ) -> Result<()> {
-        if splits <= 1 {
-            return attend(out, lse, 1);
+/// Records what fills the layer's lists: its own choice, and what it hands down; or its choice among an anchor's
+/// candidates; nothing where the anchor's lists are taken as they are.
+fn choose(
+    cx: &LayerContext<'_>,
+    plan: &LayerPlan,
+    lists: &LayerLists,
+    selector: Option<&mut (dyn Selector + 'static)>,
+    q: &Tensor,
+) -> std::result::Result<(), SelectError> {
+    if let Some(selector) = selector {
+        selector.select(cx, q, &lists.attend)?;
+        if let Some(candidates) = &lists.candidates {
+            hand_down(cx, candidates)?;
         }
-        let seqs = group.seqs();
-        let n = splits * seqs.rows * shape.heads;
-        let part = self.out.at_least(b, n * shape.head_dim)?;
-        let part_lse = self.lse.at_least(b, n)?;
-        attend(&part, &part_lse, splits)?;
-        b.merge(&Merge {
-            part: &part,
-            part_lse: &part_lse,
-            seqs,
-            splits,
-            heads: shape.heads,
-            head_dim: shape.head_dim,
-            out,
-            lse: Some(lse),
-        })
+    } else if let Some(handed) = &lists.handed {
+        let candidates = handed.arrange(cx.backend, cx.seqs)?;
+        refine(cx, plan, &handed.refine, q, candidates, &lists.attend)?;
     }
-}
-
-/// Dense attention of one layer of one step.
-struct Dense<'a> {
-    b: &'a dyn Backend,
-    step: &'a Step,
-    cache: &'a KvCache,
-    shape: LayerShape,
-    window: Option<usize>,
-    q: &'a Tensor,
-}
-
-impl Dense<'_> {
-    fn scale(&self) -> f32 {
-        1.0 / (self.shape.head_dim as f32).sqrt()
-    }
-
-    fn attend(&self, g: Group, splits: usize, out: &Tensor, lse: Option<&Tensor>) -> Result<()> {
-        if g.n == 0 {
-            return Ok(());
-        }
-        let group = GroupSeqs::new(self.step, g);
-        self.b.attend_dense(&AttendDense {
-            q: self.q,
-            seqs: group.seqs(),
-            cache: self.cache.pool(self.shape.layer),
-            heads: self.shape.heads,
-            scale: self.scale(),
-            window: self.window,
-            splits,
-            out,
-            lse,
-        })
-    }
-
-    fn decode(&self, g: Group, partials: &mut Partials, out: &Tensor, lse: &Tensor) -> Result<()> {
-        if g.n == 0 {
-            return Ok(());
-        }
-        let group = GroupSeqs::new(self.step, g);
-        let keys = self.window.map_or(g.max_kv, |w| w.min(g.max_kv));
-        let splits = self.b.splits(g.n * self.shape.kv_heads, keys);
-        partials.run(self.b, &group, splits, self.shape, out, lse, |o, l, splits| {
-            self.attend(g, splits, o, Some(l))
-        })
-    }
+    Ok(())
 }

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ModelError, Result};
 use crate::backend::{MAX_GROUP, MAX_HEAD_DIM};
-use crate::select::KvReads;
 
 /// Architectures the decoder computes. They share one block (pre-norm, rotary GQA attention,
 /// gated SiLU); what differs is in [`ModelConfig`]'s flags.
@@ -190,17 +189,6 @@ impl ModelConfig {
         let layer = self.hidden * (width + 3 * self.ffn);
         let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
         (self.n_layers * layer + embed) as u64
-    }
-
-    /// What attention over a cache of `elem` bytes a number reads.
-    pub fn kv_reads(&self, elem: usize) -> KvReads<'_> {
-        KvReads {
-            windows: &self.windows,
-            heads: self.n_heads,
-            kv_heads: self.n_kv_heads,
-            head_dim: self.head_dim,
-            elem,
-        }
     }
 
     /// Rotary frequencies, one per pair: `inv_freq[i]` radians per position for the dimensions

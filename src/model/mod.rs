@@ -1,5 +1,6 @@
 //! From a model's name to its weights: files, configuration, tokenizer, chat template.
 
+mod attend;
 pub mod attention;
 mod audit;
 pub mod chat;
@@ -12,8 +13,10 @@ pub mod fetch;
 pub mod gguf;
 mod gguf_cursor;
 mod key_order;
+mod lists;
 mod load;
 pub mod mapped;
+mod plan_shape;
 pub mod quant;
 mod step;
 pub mod tokenizer;

@@ -35,12 +35,23 @@ pub enum Variant {
     SparcasRecommended,
     /// Query-chosen groups of 8 sorted dimensions.
     SparcasGroups,
+    /// Kascade: layers reuse the tokens of anchor layers.
+    Kascade,
+    /// The same with one list for all heads.
+    KascadePooled,
+    /// Anchors hand down candidates, every layer scores them once more.
+    Refined,
 }
 
 impl Variant {
     /// Whether the variant reads an option of [`MethodSpec`], by its name on the command line.
     pub fn takes(self, option: &str) -> bool {
         METHODS.iter().any(|m| m.variant == self && m.options.contains(&option))
+    }
+
+    /// Some layers reuse the tokens of others.
+    pub(super) fn anchored(self) -> bool {
+        matches!(self, Variant::Kascade | Variant::KascadePooled | Variant::Refined)
     }
 }
 
@@ -61,6 +72,30 @@ const QUERY_CHOSEN: &[&str] = &[
     "dense-layers",
     "dense-below",
 ];
+
+const SHARED: &[&str] = &[
+    "budget",
+    "percent",
+    "budget-min",
+    "anchors",
+    "candidates",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-below",
+];
+const SHARED_BY_ALL: &[&str] = &[
+    "budget",
+    "percent",
+    "budget-min",
+    "anchors",
+    "candidates",
+    "sinks",
+    "recent",
+    "dense-below",
+];
+const REFINED: &[&str] =
+    &["budget", "dims", "anchors", "candidates", "pool", "sinks", "recent", "dense-below"];
 
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
@@ -111,5 +146,24 @@ pub const METHODS: &[MethodInfo] = &[
         about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
         variant: Variant::SparcasGroups,
         options: QUERY_CHOSEN,
+    },
+    MethodInfo {
+        name: "kascade",
+        about: "Kascade: anchor layers choose 10 % of the tokens by exact scores, the layers after them reuse the choice \
+                (a plan of `longsight calibrate` brings anchors and head maps; without one: even spacing, no map)",
+        variant: Variant::Kascade,
+        options: SHARED,
+    },
+    MethodInfo {
+        name: "kascade-pooled",
+        about: "the same with one choice for all heads",
+        variant: Variant::KascadePooled,
+        options: SHARED_BY_ALL,
+    },
+    MethodInfo {
+        name: "refined",
+        about: "anchors hand down four times the budget, every layer scores that again on its leading dimensions",
+        variant: Variant::Refined,
+        options: REFINED,
     },
 ];

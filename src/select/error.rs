@@ -58,6 +58,12 @@ pub enum SelectError {
         /// Attention mass on the selected tokens over that on all.
         recall: f32,
     },
+    /// A file of head maps that cannot be used.
+    #[error("head maps: {reason}")]
+    BadHeadMaps {
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The device failed.
     #[error(transparent)]
     Backend(#[from] BackendError),

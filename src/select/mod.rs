@@ -4,24 +4,35 @@
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
+mod anchors;
 mod catalog;
+mod check;
 mod dims;
 mod error;
 mod method;
+mod npy;
 mod oracle;
 mod plan;
+mod profile;
+mod refine;
+mod role;
 mod selector;
 mod sorted;
 mod window;
 
+pub use anchors::Anchors;
 pub use catalog::{METHODS, MethodInfo, Variant};
 pub use dims::DimsSelector;
 pub use error::SelectError;
 pub use method::{MethodSpec, parse_name};
+pub use npy::read_head_maps;
 pub use oracle::ExactSelector;
-pub use plan::{Budget, Keep, KvReads, LayerPlan, Plan, Role, Scorer};
+pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
+pub use refine::refine;
+pub use role::{Budget, Keep, Refine, Role, Scorer};
 pub use selector::{
-    LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build, pool_and_pick,
+    LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build, hand_down,
+    pool_and_pick,
 };
 pub use sorted::SortedSelector;
 pub use window::WindowSelector;

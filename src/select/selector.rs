@@ -1,11 +1,12 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    DimsSelector, ExactSelector, LayerPlan, Role, Scorer, SelectError, SortedSelector,
+    DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector,
     WindowSelector,
 };
 use crate::backend::{
-    Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Tensor, TopK,
+    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Share,
+    Tensor, TopK,
 };
 use std::sync::Arc;
 
@@ -39,7 +40,8 @@ pub struct Scratch {
     pub stride: usize,
 }
 
-/// Where a selection goes: ascending token lists per (sequence, KV head) or (sequence, query head).
+/// Where a selection goes: ascending token lists per (sequence, KV head) or (sequence, query head), or one per
+/// sequence.
 #[derive(Debug)]
 pub struct Selection {
     /// u32 `[n, rows_per_seq, k]`.
@@ -48,7 +50,7 @@ pub struct Selection {
     pub counts: Tensor,
     /// Room of a list, in tokens.
     pub k: usize,
-    /// Lists of a sequence: one per KV head, or one per query head.
+    /// Lists of a sequence: one per KV head, one per query head, or one for all.
     pub rows_per_seq: usize,
 }
 
@@ -123,7 +125,7 @@ pub type SelectorFactory = Arc<
         + Sync,
 >;
 
-/// Makes the selector of a layer; `None` for dense layers.
+/// Makes the selector of a layer; `None` for layers that are dense or reuse another's tokens.
 ///
 /// # Errors
 /// [`SelectError::BadPlan`] for a custom scorer without a factory, [`SelectError::Backend`] when its state does
@@ -134,7 +136,7 @@ pub fn build(
     plan: &LayerPlan,
     custom: Option<&SelectorFactory>,
 ) -> Result<Option<Box<dyn Selector>>, SelectError> {
-    if plan.role == Role::Dense {
+    if !plan.selects() {
         return Ok(None);
     }
     Ok(Some(match &plan.scorer {
@@ -165,21 +167,30 @@ pub fn pool_and_pick(
     out: &Selection,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if matches!(plan.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
-        let heads = s.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
-            method: "pool".into(),
-            reason: "softmax pooling without a per-head score buffer".into(),
-        })?;
+    if plan.pool.softmax() {
         cx.backend.pool_scores(&PoolScores {
-            scores: heads,
+            scores: score_target(cx, plan.pool)?,
             out: &s.scores,
             seqs: cx.seqs,
             heads: cx.shape.heads,
             kv_heads: cx.shape.kv_heads,
             stride: s.stride,
             pool: plan.pool,
+            lengths: None,
         })?;
     }
+    pick(cx, plan, out, None)
+}
+
+/// Forces sinks and recent tokens and takes the best of the pooled scores, which belong to all tokens or to listed
+/// ones.
+pub(super) fn pick(
+    cx: &LayerContext<'_>,
+    plan: &LayerPlan,
+    out: &Selection,
+    among: Option<Among<'_>>,
+) -> Result<(), SelectError> {
+    let s = cx.scratch;
     cx.backend.force(&Force {
         scores: &s.scores,
         seqs: cx.seqs,
@@ -187,24 +198,52 @@ pub fn pool_and_pick(
         stride: s.stride,
         sinks: plan.keep.sinks,
         recent: plan.keep.recent,
+        among,
     })?;
+    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+}
+
+/// As many tokens as `out` has room for, by the scores that the selector of this layer has just left in the shared
+/// buffer: what an anchor hands down to layers that refine.
+///
+/// # Errors
+/// [`SelectError::Backend`].
+pub fn hand_down(cx: &LayerContext<'_>, out: &Selection) -> Result<(), SelectError> {
+    take(cx, Share::ALL, out, None)
+}
+
+fn take(
+    cx: &LayerContext<'_>,
+    share: Share,
+    out: &Selection,
+    among: Option<Among<'_>>,
+) -> Result<(), SelectError> {
     Ok(cx.backend.top_k(&TopK {
-        scores: &s.scores,
+        scores: &cx.scratch.scores,
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
-        stride: s.stride,
+        stride: cx.scratch.stride,
+        unit: 1,
         k: out.k,
+        share,
+        among,
         indices: &out.indices,
         counts: &out.counts,
     })?)
 }
 
-/// The buffer that `score_dims` writes for a plan's pool.
-pub(super) fn score_target<'a>(cx: &LayerContext<'a>, pool: HeadPool) -> &'a Tensor {
-    match (pool, &cx.scratch.head_scores) {
-        (HeadPool::MaxSoftmax | HeadPool::MeanSoftmax, Some(t)) => t,
-        _ => &cx.scratch.scores,
+/// The buffer that scores are written to for a plan's pool.
+pub(super) fn score_target<'a>(
+    cx: &LayerContext<'a>,
+    pool: HeadPool,
+) -> Result<&'a Tensor, SelectError> {
+    if !pool.softmax() {
+        return Ok(&cx.scratch.scores);
     }
+    cx.scratch.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
+        method: "pool".into(),
+        reason: "softmax pooling without a per-head score buffer".into(),
+    })
 }
 
 /// Scores the keys from `source` and picks tokens: the body of every dimension-pruning selector.
@@ -223,7 +262,7 @@ pub(super) fn score_and_pick(
         heads: cx.shape.heads,
         pool: plan.pool,
         scale: plan.scale,
-        scores: score_target(cx, plan.pool),
+        scores: score_target(cx, plan.pool)?,
         stride: cx.scratch.stride,
     })?;
     pool_and_pick(cx, plan, out)

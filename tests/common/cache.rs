@@ -7,7 +7,7 @@ use longsight::backend::reference::{floats, words};
 use longsight::backend::{
     AttendDense, AttendRows, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KeyStats,
     KvAppend, KvPool, LogitScale, META_WORDS, Meta, PAGE, PoolScores, ScoreDims, ScoreSource, Seqs,
-    Tensor, TopK, key_stats_len, open,
+    Share, Tensor, TopK, key_stats_len, open,
 };
 use longsight::select::LayerShape;
 use rand::{RngExt, SeedableRng};
@@ -249,7 +249,7 @@ impl Layer {
 
     /// Lists of a sequence.
     pub fn rows(&self, pool: HeadPool) -> usize {
-        if pool == HeadPool::None { self.heads.query } else { self.heads.kv }
+        pool.lists(self.heads.query, self.heads.kv)
     }
 
     /// Scores `[rows, capacity]`, pooled as `rule` says.
@@ -269,10 +269,10 @@ impl Layer {
             stride,
         };
         self.dev.score_dims(&p).unwrap();
-        if !matches!(pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) {
+        if !pool.softmax() {
             return scores;
         }
-        let out = self.alloc(DType::F32, heads.kv * stride);
+        let out = self.alloc(DType::F32, self.rows(pool) * stride);
         let p = PoolScores {
             scores: &scores,
             out: &out,
@@ -281,6 +281,7 @@ impl Layer {
             kv_heads: heads.kv,
             stride,
             pool,
+            lengths: None,
         };
         self.dev.pool_scores(&p).unwrap();
         out
@@ -292,12 +293,23 @@ impl Layer {
         let (scores, seqs, stride) = (&pooled, self.seqs(), self.capacity);
         let (rows_per_seq, k) = (self.rows(rule.pool), rule.k);
         if let Some((sinks, recent)) = rule.forced {
-            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent };
+            let p = Force { scores, seqs, rows_per_seq, stride, sinks, recent, among: None };
             self.dev.force(&p).unwrap();
         }
         let indices = self.alloc(DType::U32, rows_per_seq * k);
         let counts = self.alloc(DType::U32, rows_per_seq);
-        let p = TopK { scores, seqs, rows_per_seq, stride, k, indices: &indices, counts: &counts };
+        let p = TopK {
+            scores,
+            seqs,
+            rows_per_seq,
+            stride,
+            k,
+            unit: 1,
+            share: Share::ALL,
+            among: None,
+            indices: &indices,
+            counts: &counts,
+        };
         self.dev.top_k(&p).unwrap();
         Picked::read(&*self.dev, indices, counts, k)
     }
@@ -315,6 +327,7 @@ impl Layer {
             counts: &picked.counts,
             k: picked.k,
             rows_per_seq: picked.lists.len(),
+            head_map: None,
             splits: 1,
             out: &out,
             lse: None,

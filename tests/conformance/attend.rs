@@ -1,6 +1,7 @@
 //! attend_dense, attend_rows, merge.
 
 use super::batch::{Batch, Cache, Shape};
+use super::listed::token_lists;
 use super::rig::{Outcome, Rig};
 use super::{Cases, Types};
 use longsight::backend::reference::{self, Cell, Output};
@@ -80,7 +81,8 @@ pub fn cases(c: &mut Cases) {
                         continue;
                     }
                     let name = format!("{}_{mix}_k{k}_{lists}lists_s{splits}", h.name());
-                    let r = Rows { h, per_head, k, splits, lse: true };
+                    let lists = if per_head { Lists::PerHead } else { Lists::PerKvHead };
+                    let r = Rows { h, lists, k, splits, lse: true };
                     c.add("attend_rows", &name, move |rig, t| rows(rig, t, seqs, r));
                     if splits == 1 && *mix == "edges" {
                         let r = Rows { lse: false, ..r };
@@ -88,6 +90,17 @@ pub fn cases(c: &mut Cases) {
                         c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
                     }
                 }
+            }
+        }
+    }
+    // Lists by a map: one for all, as many as KV heads, more than heads.
+    for (h, lists) in [(set[0], 1), (set[0], 3), (set[1], 5), (set[2], 2), (set[3], 4), (set[6], 1)]
+    {
+        for (mix, seqs) in DECODE {
+            for (k, splits) in [(64, 1), (40, 7)] {
+                let name = format!("{}_{mix}_k{k}_map{lists}_s{splits}", h.name());
+                let r = Rows { h, lists: Lists::Mapped(lists), k, splits, lse: true };
+                c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
             }
         }
     }
@@ -139,10 +152,20 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     rig.expect(t.act, &outs)
 }
 
+/// Lists of a sequence.
+#[derive(Clone, Copy)]
+enum Lists {
+    PerKvHead,
+    PerHead,
+    /// So many, of which each KV head takes one by a random map, the last entry of which names none where there is
+    /// more than one list.
+    Mapped(usize),
+}
+
 #[derive(Clone, Copy)]
 struct Rows {
     h: Heads,
-    per_head: bool,
+    lists: Lists,
     k: usize,
     splits: usize,
     /// With `lse`, which splits need.
@@ -155,24 +178,22 @@ fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
     let b = Batch::new(rig, seqs)?;
     let cache = Cache::new(rig, &b, c.h.shape, t.w, |s| s.kv_len)?;
     let q = b.queries(rig, t.act, heads * d)?;
-    let rows_per_seq = if c.per_head { heads } else { kv_heads };
-    let (mut indices, mut counts) = (vec![u32::MAX; b.n() * rows_per_seq * c.k], Vec::new());
-    for (n, s) in b.seqs.iter().enumerate() {
-        for r in 0..rows_per_seq {
-            let mut list = rig.shuffled(s.kv_len);
-            // Full lists, an empty one, one token, some; and indices that are not cached yet.
-            let want = [c.k, 0, 1, c.k / 2 + 1][(n + r) % 4].min(c.k).min(s.kv_len);
-            list.truncate(want);
-            list.sort_unstable();
-            if want < c.k && r % 2 == 0 {
-                list.push(s.kv_len + 3);
+    let rows_per_seq = match c.lists {
+        Lists::PerKvHead => kv_heads,
+        Lists::PerHead => heads,
+        Lists::Mapped(n) => n,
+    };
+    let head_map = match c.lists {
+        Lists::Mapped(n) => {
+            let mut map: Vec<u32> = (0..kv_heads).map(|_| rig.below(n) as u32).collect();
+            if n > 1 && kv_heads > 1 {
+                map[kv_heads - 1] = if c.k == 64 { n as u32 } else { u32::MAX };
             }
-            let at = (n * rows_per_seq + r) * c.k;
-            indices[at..].iter_mut().zip(&list).for_each(|(i, j)| *i = *j as u32);
-            counts.push(list.len() as u32);
+            Some(rig.words(&map)?)
         }
-    }
-    let (indices, counts) = (rig.words(&indices)?, rig.words(&counts)?);
+        _ => None,
+    };
+    let (indices, counts) = token_lists(rig, &b, rows_per_seq, c.k)?;
     let room = c.splits * b.rows * heads;
     let out = rig.output(if c.splits > 1 { DType::F32 } else { t.act }, room * d)?;
     let lse = rig.output(DType::F32, room)?;
@@ -186,6 +207,7 @@ fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
         counts: &counts,
         k: c.k,
         rows_per_seq,
+        head_map: head_map.as_ref(),
         splits: c.splits,
         out: &out,
         lse: c.lse.then_some(&lse),

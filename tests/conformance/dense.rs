@@ -13,7 +13,11 @@ pub fn cases(c: &mut Cases) {
     }
     for (n, x_rows, cols) in [(1, 1, 64), (3, 7, 576), (17, 200, 96)] {
         let name = format!("n{n}_of{x_rows}_cols{cols}");
-        c.add("gather_rows", name, move |rig, t| gather_rows(rig, t, n, x_rows, cols));
+        c.add("gather_rows", &name, move |rig, t| gather_rows(rig, t.act, n, x_rows, cols));
+        if c.types.w == DType::F32 {
+            let name = format!("words_{name}");
+            c.add("gather_rows", name, move |rig, _| gather_rows(rig, DType::U32, n, x_rows, cols));
+        }
     }
     for (rows, cols, scale) in
         [(1, 576, 1.0), (3, 64, 1e-3), (17, 2048, 1.0), (130, 96, 100.0), (2, 4099, 1.0)]
@@ -83,16 +87,19 @@ fn embed(rig: &mut Rig, t: Types, rows: usize, cols: usize, vocab: usize) -> Out
     rig.check(t.act, &outs, &|dev| dev.embed(&p))
 }
 
-fn gather_rows(rig: &mut Rig, t: Types, n: usize, x_rows: usize, cols: usize) -> Outcome {
-    let values = rig.normal(x_rows * cols, 1.0);
-    let x = rig.input(t.act, &values)?;
+fn gather_rows(rig: &mut Rig, dtype: DType, n: usize, x_rows: usize, cols: usize) -> Outcome {
+    let values = match dtype {
+        DType::U32 => (0..x_rows * cols).map(|_| rig.below(1 << 32) as f64).collect(),
+        _ => rig.normal(x_rows * cols, 1.0),
+    };
+    let x = rig.input(dtype, &values)?;
     let mut list: Vec<u32> = (0..n).map(|_| rig.below(x_rows) as u32).collect();
     list[n - 1] = x_rows as u32 - 1;
     let rows = rig.words(&list)?;
-    let out = rig.output(t.act, n * cols)?;
+    let out = rig.output(dtype, n * cols)?;
     let p = GatherRows { x: &x, rows: &rows, out: &out, n, x_rows, cols };
     let outs = reference::gather_rows(&p, &*rig.dev)?;
-    rig.check(t.act, &outs, &|dev| dev.gather_rows(&p))
+    rig.check(dtype, &outs, &|dev| dev.gather_rows(&p))
 }
 
 fn rms_norm(rig: &mut Rig, t: Types, rows: usize, cols: usize, scale: f64) -> Outcome {

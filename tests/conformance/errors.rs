@@ -11,16 +11,15 @@ pub fn cases(c: &mut Cases) {
     c.add("rms_norm", "bad_arguments", |rig, _| norm_rope_swiglu(rig));
     c.add("kv_append", "bad_arguments", |rig, _| kv(rig));
     c.add("score_dims", "bad_arguments", |rig, _| score(rig));
-    c.add("top_k", "bad_arguments", |rig, _| select(rig));
     c.add("attend_dense", "bad_arguments", |rig, _| attend(rig));
     c.add("select_dims", "bad_arguments", |rig, _| dims(rig));
 }
 
 /// A size whose products wrap around to something small.
-const WRAPS: usize = 1 << 62;
+pub const WRAPS: usize = 1 << 62;
 
 /// `t` without its last element.
-fn short(t: &Tensor) -> Tensor {
+pub fn short(t: &Tensor) -> Tensor {
     t.slice(0, t.len() - 1)
 }
 
@@ -250,6 +249,7 @@ fn score(rig: &mut Rig) -> Outcome {
         kv_heads: 1,
         stride,
         pool: HeadPool::MaxSoftmax,
+        lengths: None,
     };
     rig.refuses(
         "pool of logits",
@@ -259,37 +259,10 @@ fn score(rig: &mut Rig) -> Outcome {
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
     rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;
     let (scores, seqs) = (&scores, b.seqs());
-    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0 };
+    let p = Force { scores, seqs, rows_per_seq: 2, stride, sinks: 4, recent: 0, among: None };
     rig.refuses("newest token not forced", dev.force(&p))?;
     rig.refuses("rows", dev.force(&Force { recent: 1, rows_per_seq: 3, ..p }))?;
     rig.refuses("rows that wrap", dev.force(&Force { recent: 1, rows_per_seq: WRAPS, ..p }))
-}
-
-fn select(rig: &mut Rig) -> Outcome {
-    let dev = rig.dev.clone();
-    let b = Batch::decode(rig, &[65, 3])?;
-    let (stride, k, rows_per_seq) = (b.stride(), 16, 2);
-    let scores = rig.zeros(DType::F32, b.n() * rows_per_seq * stride)?;
-    let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
-    let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
-    let p = || TopK {
-        scores: &scores,
-        seqs: b.seqs(),
-        rows_per_seq,
-        stride,
-        k,
-        indices: &indices,
-        counts: &counts,
-    };
-    rig.refuses("k of 0", dev.top_k(&TopK { k: 0, ..p() }))?;
-    rig.refuses("k beyond indices", dev.top_k(&TopK { k: 17, ..p() }))?;
-    rig.refuses("short counts", dev.top_k(&TopK { counts: &short(&counts), ..p() }))?;
-    rig.refuses("f32 indices", dev.top_k(&TopK { indices: &scores, ..p() }))?;
-    rig.refuses("u32 scores", dev.top_k(&TopK { scores: &indices, ..p() }))?;
-    rig.refuses("stride", dev.top_k(&TopK { stride: 64, ..p() }))?;
-    rig.refuses("rows", dev.top_k(&TopK { rows_per_seq: 3, ..p() }))?;
-    rig.refuses("k that wraps", dev.top_k(&TopK { k: WRAPS, ..p() }))?;
-    rig.refuses("counts in indices", dev.top_k(&TopK { counts: &indices, ..p() }))
 }
 
 fn attend(rig: &mut Rig) -> Outcome {
@@ -338,6 +311,7 @@ fn attend(rig: &mut Rig) -> Outcome {
         counts: &index,
         k: 8,
         rows_per_seq: 6,
+        head_map: None,
         splits: 1,
         out: &out,
         lse: None,

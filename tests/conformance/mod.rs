@@ -6,6 +6,7 @@ mod dense;
 mod dims;
 mod errors;
 mod kv;
+mod listed;
 mod memory;
 pub mod oracle;
 #[path = "../common/readme.rs"]
@@ -48,7 +49,7 @@ pub struct Cases {
 }
 
 /// Ops that take f32 activations over a narrower KV cache on every backend.
-const MIXED: &[&str] = &["score_dims", "attend_dense", "attend_rows"];
+const MIXED: &[&str] = &["score_dims", "score_rows", "attend_dense", "attend_rows"];
 
 impl Cases {
     /// Adds a case; its name gets the dtype.
@@ -78,6 +79,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         kv::cases(&mut c);
         dims::cases(&mut c);
         score::cases(&mut c);
+        listed::cases(&mut c);
         attend::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
@@ -90,6 +92,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             let types = Types { w, act: DType::F32 };
             let mut c = Cases { types, ops: MIXED, suffix: "_f32_act", all: Vec::new() };
             score::cases(&mut c);
+            listed::cases(&mut c);
             attend::cases(&mut c);
             all.append(&mut c.all);
         }

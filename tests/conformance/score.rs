@@ -30,7 +30,7 @@ const EDGES: &[usize] = &[1, 63, 64, 65];
 const LONG: &[usize] = &[1000, 200, 5000];
 
 pub fn cases(c: &mut Cases) {
-    use HeadPool::{MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
+    use HeadPool::{AllSoftmax, MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
     use Kind::{Gather, Int8, Lead, Slice};
     use LogitScale::{Coverage, InvSqrtDim};
     for (d, kv_heads, group, lead, from, n, pool, scale) in [
@@ -81,7 +81,9 @@ pub fn cases(c: &mut Cases) {
     for (heads, kv_heads, scale) in
         [(9, 3, 1.0), (8, 2, 40.0), (8, 1, 3.0), (16, 1, 200.0), (2, 2, 1.0)]
     {
-        for (pool, kv) in [(MaxSoftmax, EDGES), (MeanSoftmax, LONG), (MaxSoftmax, LONG)] {
+        let all = [(AllSoftmax, EDGES), (AllSoftmax, LONG)];
+        let group = [(MaxSoftmax, EDGES), (MeanSoftmax, LONG), (MaxSoftmax, LONG)];
+        for (pool, kv) in group.into_iter().chain(all) {
             let mix = if kv == EDGES { "edges" } else { "long" };
             let name = format!("h{heads}_kv{kv_heads}_scale{scale}_{pool:?}_{mix}").to_lowercase();
             c.add("pool_scores", name, move |rig, _| {
@@ -181,7 +183,7 @@ fn score(
 }
 
 /// NaN, +Inf and -Inf in one dimension of a few keys, and in all of them for one.
-fn spoil(keys: &mut [f64], shape: Shape, b: &Batch) {
+pub fn spoil(keys: &mut [f64], shape: Shape, b: &Batch) {
     for s in &b.seqs {
         for h in 0..shape.kv_heads {
             for (j, x) in [(3, f64::NAN), (64, f64::INFINITY), (70, f64::NEG_INFINITY)] {
@@ -241,9 +243,17 @@ fn pool_scores(
         }
     }
     let scores = rig.input(DType::F32, &values)?;
-    let out = rig.output(DType::F32, b.n() * kv_heads * stride)?;
-    let p =
-        PoolScores { scores: &scores, out: &out, seqs: b.seqs(), heads, kv_heads, stride, pool };
+    let out = rig.output(DType::F32, b.n() * pool.lists(heads, kv_heads) * stride)?;
+    let p = PoolScores {
+        scores: &scores,
+        out: &out,
+        seqs: b.seqs(),
+        heads,
+        kv_heads,
+        stride,
+        pool,
+        lengths: None,
+    };
     let outs = reference::pool_scores(&p, &*rig.dev)?;
     rig.check(DType::F32, &outs, &|dev| dev.pool_scores(&p))
 }
@@ -253,7 +263,8 @@ fn force(rig: &mut Rig, kv: &[usize], rows: usize, sinks: usize, recent: usize) 
     let stride = b.stride();
     let values = b.scores(rig, rows, 1.0);
     let scores = rig.input(DType::F32, &values)?;
-    let p = Force { scores: &scores, seqs: b.seqs(), rows_per_seq: rows, stride, sinks, recent };
+    let (scores, seqs, among) = (&scores, b.seqs(), None);
+    let p = Force { scores, seqs, rows_per_seq: rows, stride, sinks, recent, among };
     let outs = reference::force(&p, &*rig.dev)?;
     // In place: restoring the buffers between the two runs is part of the check.
     rig.check(DType::F32, &outs, &|dev| dev.force(&p))

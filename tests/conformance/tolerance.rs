@@ -43,6 +43,7 @@ const TABLE: &[(&str, f64, f64, f64)] = &[
     ("key_stats", F32, F16, BF16),
     ("select_dims", F32, F16, BF16),
     ("score_dims", F32, F16, BF16),
+    ("score_rows", F32, F16, BF16),
     ("pool_scores", F32, F16, BF16),
     ("attend_dense", F32, F16, BF16),
     ("attend_rows", F32, F16, BF16),

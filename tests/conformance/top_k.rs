@@ -2,8 +2,9 @@
 
 use super::Cases;
 use super::batch::Batch;
+use super::errors::{WRAPS, short};
 use super::rig::{Outcome, Rig};
-use longsight::backend::{DType, Force, TopK, reference};
+use longsight::backend::{Among, DType, Force, Share, TopK, reference};
 
 /// Changes the scores of one row.
 type Edit = fn(&mut [f64]);
@@ -63,6 +64,7 @@ fn huge(v: &mut [f64]) {
 fn none(_: &mut [f64]) {}
 
 pub fn cases(c: &mut Cases) {
+    c.add("top_k", "bad_arguments", |rig, _| bad_arguments(rig));
     let edges: &[usize] = &[1, 63, 64, 65, 200];
     let long: &[usize] = &[1000, 5000];
     let far: &[usize] = &[40_000, 3];
@@ -94,6 +96,18 @@ pub fn cases(c: &mut Cases) {
             c.add("top_k", name, move |rig, _| top_k(rig, kv, rows, k, edit));
         }
     }
+    // Blocks of tokens, shares of the length, candidates; the batch's stride leaves room behind every row.
+    let ragged: &[usize] = &[1, 64, 1000, 40_000];
+    for (unit, permille, at_least, k) in
+        [(1, 100, 128, 4000), (1, 25, 0, 300), (64, 0, 96, 96), (16, 1000, 0, 3), (3, 0, 7, 40)]
+    {
+        let name = format!("unit{unit}_permille{permille}_least{at_least}_k{k}");
+        let share = Share { permille, at_least };
+        c.add("top_k", name, move |rig, _| pick(rig, ragged, 2, k, share, unit, quantise));
+    }
+    for (room, k) in [(1, 1), (500, 100), (500, 600), (3000, 256)] {
+        c.add("top_k", format!("among_{room}_k{k}"), move |rig, _| among(rig, ragged, room, k));
+    }
     c.add("top_k", "forced_then_smallest", |rig, _| {
         let b = Batch::decode(rig, &[300, 64, 5])?;
         let (stride, rows_per_seq, k) = (b.stride(), 2, 100);
@@ -101,10 +115,21 @@ pub fn cases(c: &mut Cases) {
         let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
         let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
         let (seqs, scores) = (b.seqs(), &scores);
-        let p = Force { scores, seqs, rows_per_seq, stride, sinks: 4, recent: 16 };
+        let p = Force { scores, seqs, rows_per_seq, stride, sinks: 4, recent: 16, among: None };
         let outs = reference::force(&p, &*rig.dev)?;
         rig.check(DType::F32, &outs, &|dev| dev.force(&p))?;
-        let p = TopK { scores, seqs, rows_per_seq, stride, k, indices: &indices, counts: &counts };
+        let p = TopK {
+            scores,
+            seqs,
+            rows_per_seq,
+            stride,
+            k,
+            unit: 1,
+            share: Share::ALL,
+            among: None,
+            indices: &indices,
+            counts: &counts,
+        };
         let mut outs = reference::top_k(&p, &*rig.dev)?;
         // Written out once by hand: sinks and the smallest indices, then the recent ones.
         let want: Vec<f64> = (0..84).chain(284..300).map(f64::from).collect();
@@ -114,6 +139,19 @@ pub fn cases(c: &mut Cases) {
 }
 
 fn top_k(rig: &mut Rig, kv: &[usize], rows: usize, k: usize, edit: Edit) -> Outcome {
+    pick(rig, kv, rows, k, Share::ALL, 1, edit)
+}
+
+/// Rows with a score for every `unit` tokens.
+fn pick(
+    rig: &mut Rig,
+    kv: &[usize],
+    rows: usize,
+    k: usize,
+    share: Share,
+    unit: usize,
+    edit: Edit,
+) -> Outcome {
     let b = Batch::decode(rig, kv)?;
     let stride = b.stride();
     let mut values = b.scores(rig, rows, 1.0);
@@ -128,10 +166,85 @@ fn top_k(rig: &mut Rig, kv: &[usize], rows: usize, k: usize, edit: Edit) -> Outc
         seqs: b.seqs(),
         rows_per_seq: rows,
         stride,
+        unit,
         k,
+        share,
+        among: None,
         indices: &indices,
         counts: &counts,
     };
     let outs = reference::top_k(&p, &*rig.dev)?;
     rig.check(DType::F32, &outs, &|dev| dev.top_k(&p))
+}
+
+/// The best `k` of lists of up to `room` candidates; some lists are empty, some claim to be longer than they are.
+fn among(rig: &mut Rig, kv: &[usize], room: usize, k: usize) -> Outcome {
+    const ROWS: usize = 2;
+    let b = Batch::decode(rig, kv)?;
+    let stride = room.next_multiple_of(64);
+    let (mut listed, mut lengths) = (Vec::new(), Vec::new());
+    for row in 0..b.n() * ROWS {
+        let gap = row as u32 + 1;
+        listed.extend((0..room as u32).map(|i| i * gap + gap));
+        lengths.push([room, 0, room / 2 + 1, room + 7][row % 4] as u32);
+    }
+    let values = rig.normal(b.n() * ROWS * stride, 1.0);
+    let (listed, lengths) = (rig.words(&listed)?, rig.words(&lengths)?);
+    let scores = rig.input(DType::F32, &values)?;
+    let indices = rig.output(DType::U32, b.n() * ROWS * k)?;
+    let counts = rig.output(DType::U32, b.n() * ROWS)?;
+    let p = TopK {
+        scores: &scores,
+        seqs: b.seqs(),
+        rows_per_seq: ROWS,
+        stride,
+        unit: 1,
+        k,
+        share: Share { permille: 500, at_least: 64 },
+        among: Some(Among { indices: &listed, counts: &lengths, k: room }),
+        indices: &indices,
+        counts: &counts,
+    };
+    let outs = reference::top_k(&p, &*rig.dev)?;
+    rig.check(DType::F32, &outs, &|dev| dev.top_k(&p))
+}
+
+fn bad_arguments(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let (stride, k, rows_per_seq) = (b.stride(), 16, 2);
+    let scores = rig.zeros(DType::F32, b.n() * rows_per_seq * stride)?;
+    let indices = rig.output(DType::U32, b.n() * rows_per_seq * k)?;
+    let counts = rig.output(DType::U32, b.n() * rows_per_seq)?;
+    let p = || TopK {
+        scores: &scores,
+        seqs: b.seqs(),
+        rows_per_seq,
+        stride,
+        unit: 1,
+        k,
+        share: Share::ALL,
+        among: None,
+        indices: &indices,
+        counts: &counts,
+    };
+    let (listed, lengths) = (&rig.zeros(DType::U32, 4 * 64)?, &rig.zeros(DType::U32, 4)?);
+    let among = |k| Some(Among { indices: listed, counts: lengths, k });
+    rig.refuses("unit of 0", dev.top_k(&TopK { unit: 0, ..p() }))?;
+    rig.refuses("more than all", {
+        let share = Share { permille: 1001, at_least: 0 };
+        dev.top_k(&TopK { share, ..p() })
+    })?;
+    rig.refuses("units of candidates", dev.top_k(&TopK { unit: 2, among: among(64), ..p() }))?;
+    rig.refuses("short candidates", dev.top_k(&TopK { among: among(65), ..p() }))?;
+    rig.refuses("no candidates", dev.top_k(&TopK { among: among(0), ..p() }))?;
+    rig.refuses("k of 0", dev.top_k(&TopK { k: 0, ..p() }))?;
+    rig.refuses("k beyond indices", dev.top_k(&TopK { k: 17, ..p() }))?;
+    rig.refuses("short counts", dev.top_k(&TopK { counts: &short(&counts), ..p() }))?;
+    rig.refuses("f32 indices", dev.top_k(&TopK { indices: &scores, ..p() }))?;
+    rig.refuses("u32 scores", dev.top_k(&TopK { scores: &indices, ..p() }))?;
+    rig.refuses("stride", dev.top_k(&TopK { stride: 64, ..p() }))?;
+    rig.refuses("rows", dev.top_k(&TopK { rows_per_seq: 3, ..p() }))?;
+    rig.refuses("k that wraps", dev.top_k(&TopK { k: WRAPS, ..p() }))?;
+    rig.refuses("counts in indices", dev.top_k(&TopK { counts: &indices, ..p() }))
 }

@@ -7,11 +7,12 @@ use super::seqs::sequences;
 use crate::backend::{AttendRows, PAGE, Result};
 
 pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
-    let (hkv, lists) = (p.cache.kv_heads, p.rows_per_seq);
+    let (hkv, lists, parts) = (p.cache.kv_heads, p.rows_per_seq, p.parts_per_seq());
     let q = io.read::<f32>(p.q)?;
     let page_lists = io.read::<u32>(p.seqs.pages)?;
     let indices = io.read::<u32>(p.indices)?;
     let counts = io.read::<u32>(p.counts)?;
+    let map = p.head_map.map(|m| io.read::<u32>(m)).transpose()?;
     let out = io.write::<f32>(p.out)?;
     let lse = p.lse.map(|l| io.write::<f32>(l)).transpose()?;
     let seqs = sequences(io, &p.seqs)?;
@@ -24,11 +25,13 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
         if seq.q_len == 0 {
             continue;
         }
-        for r in 0..lists {
-            let heads = p.heads / lists;
-            let count = p.k.min(counts[s * lists + r] as usize);
+        for r in 0..parts {
+            let heads = p.heads / parts;
+            // A list that is not there is empty.
+            let list_no = Some(list_of(map, r)).filter(|l| *l < lists).map(|l| s * lists + l);
+            let count = list_no.map_or(0, |l| p.k.min(counts[l] as usize));
             // Only pages of listed tokens need to be there.
-            let tokens = &indices[(s * lists + r) * p.k..][..count];
+            let tokens = &indices[list_no.unwrap_or(0) * p.k..][..count];
             let resident = |&&j: &&u32| {
                 j as usize >= seq.kv_len || (list[j as usize / PAGE] as usize) < p.cache.n_pages
             };
@@ -38,7 +41,7 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
             let per = count.div_ceil(p.splits);
             for split in 0..p.splits {
                 let keys = count.min(split * per)..count.min((split + 1) * per);
-                let kv_head = r * hkv / lists;
+                let kv_head = r * hkv / parts;
                 jobs.push(Job {
                     seq: s,
                     row: seq.q_start,
@@ -54,7 +57,7 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
 
     let queries = Queries { q, rows: p.seqs.rows, heads: p.heads, scale: p.scale };
     let token = |job: &Job, i: usize| {
-        let list = job.head / job.heads;
+        let list = list_of(map, job.head / job.heads);
         let j = indices[(job.seq * lists + list) * p.k + i] as usize;
         (j < seqs[job.seq].kv_len).then_some(j)
     };
@@ -63,4 +66,9 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
         run_jobs(&cache, &queries, &pages, &jobs, token, out, lse);
         Ok(())
     })
+}
+
+/// The list of part `r` of a sequence.
+fn list_of(map: Option<&[u32]>, r: usize) -> usize {
+    map.map_or(r, |m| m[r] as usize)
 }

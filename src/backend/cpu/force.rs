@@ -1,4 +1,4 @@
-//! Sets the scores of the first `sinks` and the last `recent` tokens to +infinity.
+//! Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, all tokens' or listed ones'.
 
 use super::memory::Io;
 use super::seqs::sequences;
@@ -6,9 +6,25 @@ use crate::backend::{Force, Result};
 
 pub(super) fn run(io: &Io<'_>, p: &Force<'_>) -> Result<()> {
     let scores = io.write::<f32>(p.scores)?;
+    let listed = match &p.among {
+        Some(a) => Some((io.read::<u32>(a.indices)?, io.read::<u32>(a.counts)?, a.k)),
+        None => None,
+    };
     for (s, seq) in sequences(io, &p.seqs)?.iter().enumerate() {
-        for r in 0..p.rows_per_seq {
-            let row = &mut scores[(s * p.rows_per_seq + r) * p.stride..][..seq.kv_len];
+        for r in s * p.rows_per_seq..(s + 1) * p.rows_per_seq {
+            let row = &mut scores[r * p.stride..][..p.stride];
+            if let Some((indices, counts, k)) = listed {
+                let first_recent = seq.kv_len.saturating_sub(p.recent);
+                let n = k.min(counts[r] as usize);
+                for (score, &j) in row.iter_mut().zip(&indices[r * k..][..n]) {
+                    let j = j as usize;
+                    if j < p.sinks.min(seq.kv_len) || (first_recent..seq.kv_len).contains(&j) {
+                        *score = f32::INFINITY;
+                    }
+                }
+                continue;
+            }
+            let row = &mut row[..seq.kv_len];
             row[..p.sinks.min(seq.kv_len)].fill(f32::INFINITY);
             row[seq.kv_len.saturating_sub(p.recent)..].fill(f32::INFINITY);
         }

@@ -26,6 +26,7 @@ mod rebuild_slice;
 mod rms_norm;
 mod rope;
 mod score_dims;
+mod score_rows;
 mod select_dims;
 mod seqs;
 mod simd;
@@ -174,6 +175,7 @@ impl Backend for CpuBackend {
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
         score_dims: ScoreDims,
+        score_rows: ScoreRows,
         pool_scores: PoolScores,
         force: Force,
         top_k: TopK,

@@ -1,4 +1,4 @@
-//! Pools per-query-head logits over a GQA group after a softmax per head, in the log domain:
+//! Pools per-query-head logits over a GQA group, or over all heads, after a softmax per head, in the log domain:
 //! `max_h (s_{h,j} - lse_h)`, or `log sum_h exp(s_{h,j} - lse_h)`.
 
 use super::attention::log_sum;
@@ -14,17 +14,23 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     let scores = io.read::<f32>(p.scores)?;
     let out = io.write::<f32>(p.out)?;
     let seqs = sequences(io, &p.seqs)?;
-    let group = p.heads / p.kv_heads;
+    let lengths = p.lengths.map(|l| io.read::<u32>(l)).transpose()?;
+    let rows = p.rows_per_seq();
+    let group = p.heads / rows;
     let work = seqs.iter().map(|s| 2 * s.kv_len * p.heads).sum();
-    let row = |i: usize| &scores[i * p.stride..][..seqs[i / p.heads].kv_len];
+    // Scores of output row `i`.
+    let length = |i: usize| {
+        lengths.map_or(seqs[i / rows].kv_len, |l| p.stride.min(l[i] as usize))
+    };
+    let row = |i: usize| &scores[i * p.stride..][..length(i / group)];
     let mut lse = vec![0.0; seqs.len() * p.heads];
     par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));
 
-    let per_row = p.seqs.max_kv.div_ceil(CHUNK);
+    let per_row = p.longest().div_ceil(CHUNK);
     let out = Parts::new(out);
-    par::tasks(seqs.len() * p.kv_heads * per_row, work, |i| {
+    par::tasks(seqs.len() * rows * per_row, work, |i| {
         let (i, chunk) = (i / per_row, i % per_row);
-        let n = seqs[i / p.kv_heads].kv_len;
+        let n = length(i);
         let tokens = n.min(chunk * CHUNK)..n.min((chunk + 1) * CHUNK);
         let heads = i * group..(i + 1) * group;
         // SAFETY: tasks differ in row or tokens.
@@ -33,7 +39,7 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
         for h in heads.clone() {
             simd::max_sub(&row(h)[tokens.clone()], lse[h], out);
         }
-        if p.pool == HeadPool::MeanSoftmax {
+        if p.pool != HeadPool::MaxSoftmax {
             for (out, j) in out.iter_mut().zip(tokens).filter(|(max, _)| **max > f32::NEG_INFINITY)
             {
                 // -infinity stays: its head may have nothing else, and no sum to divide by.

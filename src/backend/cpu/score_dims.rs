@@ -135,7 +135,7 @@ fn score(c: &Call<'_>, keys: &impl Keys, scores: &mut [f32]) {
 }
 
 /// The chosen coordinates of one head's query, times `c_h`.
-fn chosen(q: &[f32], list: Option<&[u32]>, n: usize, scale: LogitScale) -> Vec<f32> {
+pub(super) fn chosen(q: &[f32], list: Option<&[u32]>, n: usize, scale: LogitScale) -> Vec<f32> {
     let mut kept: Vec<f32> = match list {
         Some(list) => list.iter().map(|&i| q[i as usize]).collect(),
         None => q[..n].to_vec(),
@@ -153,12 +153,12 @@ fn chosen(q: &[f32], list: Option<&[u32]>, n: usize, scale: LogitScale) -> Vec<f
 }
 
 /// A score that is not finite is never chosen.
-fn finite(score: f32) -> f32 {
+pub(super) fn finite(score: f32) -> f32 {
     if score.is_finite() { score } else { f32::NEG_INFINITY }
 }
 
 /// Sum or maximum over the heads of the group; `logits` is `[group, PAGE]`.
-fn pool(pool: HeadPool, logits: &[f32], out: &mut [f32]) {
+pub(super) fn pool(pool: HeadPool, logits: &[f32], out: &mut [f32]) {
     for (j, out) in out.iter_mut().enumerate() {
         let heads = logits[j..].iter().step_by(PAGE);
         *out = match pool {

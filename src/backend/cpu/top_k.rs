@@ -17,13 +17,25 @@ pub(super) fn run(io: &Io<'_>, p: &TopK<'_>) -> Result<()> {
     let indices = Parts::new(io.write::<u32>(p.indices)?);
     let counts = Parts::new(io.write::<u32>(p.counts)?);
     let seqs = sequences(io, &p.seqs)?;
+    let among = p.among.map(|a| Ok((io.read::<u32>(a.indices)?, io.read::<u32>(a.counts)?, a.k)));
+    let among = among.transpose()?;
     // A score is looked at some twenty times, by vectors.
-    let work = seqs.iter().map(|s| 4 * s.kv_len * p.rows_per_seq).sum();
+    let work = seqs.iter().map(|s| 4 * s.kv_len / p.unit * p.rows_per_seq).sum();
     par::tasks(seqs.len() * p.rows_per_seq, work, |row| {
-        let scores = &scores[row * p.stride..][..seqs[row / p.rows_per_seq].kv_len];
+        let kv_len = seqs[row / p.rows_per_seq].kv_len;
+        let candidates = among
+            .as_ref()
+            .map(|(indices, counts, k)| &indices[row * k..][..(counts[row] as usize).min(*k)]);
+        let n = candidates.map_or(kv_len.div_ceil(p.unit), <[u32]>::len);
         // SAFETY: one row a task.
         let (indices, count) = unsafe { (indices.part(row * p.k, p.k), counts.part(row, 1)) };
-        count[0] = IMAGES.with_borrow_mut(|images| select(scores, images, indices)) as u32;
+        let indices = &mut indices[..p.k.min(p.share.of(kv_len))];
+        let scores = &scores[row * p.stride..][..n];
+        let n = IMAGES.with_borrow_mut(|images| select(scores, images, indices));
+        count[0] = n as u32;
+        if let Some(candidates) = candidates {
+            indices[..n].iter_mut().for_each(|i| *i = candidates[*i as usize]);
+        }
     });
     Ok(())
 }

@@ -20,6 +20,7 @@ struct AttendArgs {
     lse: u64,
     indices: u64,
     counts: u64,
+    head_map: u64,
     scale: f32,
     out_f32: u32,
     heads: u32,
@@ -152,6 +153,7 @@ impl CudaBackend {
         let args = AttendArgs {
             indices: self.ptr(OP, p.indices)?,
             counts: self.ptr(OP, p.counts)?,
+            head_map: p.head_map.map_or(Ok(0), |t| self.ptr(OP, t))?,
             scale: p.scale,
             heads: word(OP, "heads", p.heads)?,
             splits: word(OP, "splits", p.splits)?,
@@ -159,10 +161,10 @@ impl CudaBackend {
             list_len: word(OP, "k", p.k)?,
             ..self.attend_args(OP, p.q, &p.seqs, &p.cache, (p.out, p.lse))?
         };
-        let grid = [p.splits, p.rows_per_seq, p.seqs.n];
+        let grid = [p.splits, p.parts_per_seq(), p.seqs.n];
         let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
         let (entry, shape) = if mma {
-            let pairs = p.rows_per_seq * p.seqs.n;
+            let pairs = p.parts_per_seq() * p.seqs.n;
             (format!("attend_rows_{kv}_d{d}"), self.decode_grid(grid, d, pairs, p.k))
         } else {
             let shape = Shape::new(grid, 128).shared(generic_shared(d));

@@ -22,7 +22,7 @@ mod score;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
     GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    ScoreDims, ScoreRows, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -253,6 +253,9 @@ impl Backend for CudaBackend {
     }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         self.score_dims_op(p)
+    }
+    fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
+        self.score_rows_op(p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         self.pool_scores_op(p)

@@ -57,6 +57,9 @@ impl AttendDense<'_> {
 /// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index from `kv_len` on
 /// is skipped. An empty list gives zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
 /// pieces, which ones is the backend's choice.
+///
+/// With a `head_map` the query heads of KV head `h` share list `head_map[h]`, so that one layer can attend with the
+/// lists of another. The map is data on the device: an entry from `rows_per_seq` on stands for an empty list.
 #[derive(Debug)]
 pub struct AttendRows<'a> {
     /// act `[rows, heads, head_dim]`.
@@ -75,8 +78,10 @@ pub struct AttendRows<'a> {
     pub counts: &'a Tensor,
     /// Room of a list, in tokens.
     pub k: usize,
-    /// `kv_heads` (one list for a GQA group) or `heads`.
+    /// Lists of a sequence: `kv_heads` (one list for a GQA group) or `heads`; any number of them with a `head_map`.
     pub rows_per_seq: usize,
+    /// u32 `[kv_heads]`, the list of each KV head. None: lists are in head order.
+    pub head_map: Option<&'a Tensor>,
     /// Pieces that each list is cut into, at least 1.
     pub splits: usize,
     /// act or f32 `[rows, heads, head_dim]`, or f32 partials `[splits, rows, heads, head_dim]`.
@@ -94,9 +99,16 @@ impl AttendRows<'_> {
         let d = self.cache.head_dim;
         check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
         let r = self.rows_per_seq;
-        ensure(OP, r == self.cache.kv_heads || r == self.heads, || {
-            format!("{r} lists a sequence: one per KV head or one per query head")
-        })?;
+        match self.head_map {
+            None => ensure(OP, r == self.cache.kv_heads || r == self.heads, || {
+                format!("{r} lists a sequence: one per KV head or one per query head")
+            })?,
+            Some(map) => {
+                ensure(OP, r > 0, || "a map into no lists".into())?;
+                is(OP, "head_map", map, DType::U32)?;
+                holds(OP, "head_map", map, &[self.cache.kv_heads])?;
+            }
+        }
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
         holds(OP, "indices", self.indices, &[self.seqs.n, r, self.k])?;
@@ -104,8 +116,15 @@ impl AttendRows<'_> {
         let shape = [self.splits, self.seqs.rows, self.heads, d];
         let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
         let lists = [("indices", self.indices), ("counts", self.counts)];
-        let ins = [("q", self.q), k, v, lists[0], lists[1], meta, pages];
+        // Without a map this names the counts twice, which changes nothing.
+        let map = ("head_map", self.head_map.unwrap_or(self.counts));
+        let ins = [("q", self.q), k, v, lists[0], lists[1], map, meta, pages];
         check_out(OP, self.out, self.lse, shape, &ins)
+    }
+
+    /// Parts of a sequence that have a list each: KV heads, or query heads with lists of their own.
+    pub fn parts_per_seq(&self) -> usize {
+        if self.head_map.is_some() { self.cache.kv_heads } else { self.rows_per_seq }
     }
 }
 

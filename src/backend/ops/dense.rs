@@ -34,7 +34,7 @@ impl Embed<'_> {
     }
 }
 
-/// `out[i, :] = x[rows[i], :]`; same dtype. Every index must be below `x_rows`.
+/// `out[i, :] = x[rows[i], :]`; same dtype, a float or u32. Every index must be below `x_rows`.
 #[derive(Debug)]
 pub struct GatherRows<'a> {
     /// `[x_rows, cols]`.
@@ -56,7 +56,7 @@ impl GatherRows<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "gather_rows";
         is(OP, "rows", self.rows, DType::U32)?;
-        float(OP, "x", self.x)?;
+        ensure(OP, self.x.dtype() != DType::I8, || "x is i8, must be a float or u32".into())?;
         is(OP, "out", self.out, self.x.dtype())?;
         holds(OP, "x", self.x, &[self.x_rows, self.cols])?;
         holds(OP, "rows", self.rows, &[self.n])?;

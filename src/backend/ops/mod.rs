@@ -9,6 +9,7 @@ mod dense;
 mod dims;
 mod kv;
 mod score;
+mod score_rows;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
@@ -16,7 +17,10 @@ pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh,
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
-pub use score::{Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, TopK};
+pub use score::{
+    Among, Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, Share, TopK,
+};
+pub use score_rows::ScoreRows;
 
 use super::{BackendError, DType, Result, Tensor};
 

@@ -1,7 +1,7 @@
 //! Scoring tokens on key dimensions, and exact top-k.
 
 use super::kv::{check_dims, check_int8};
-use super::{CompactSlice, Int8Keys, KvPool, Seqs, apart, ensure, float, holds, is};
+use super::{CompactSlice, Int8Keys, KvPool, Named, Seqs, apart, ensure, float, holds, is};
 use crate::backend::{DType, MAX_GROUP, PAGE, Result, Tensor};
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
@@ -42,6 +42,8 @@ pub enum HeadPool {
     MaxSoftmax,
     /// Mean probability of the group.
     MeanSoftmax,
+    /// One selection for all heads: probabilities summed over every query head, softmax per query head.
+    AllSoftmax,
     /// One selection per query head.
     None,
 }
@@ -50,6 +52,20 @@ impl HeadPool {
     /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
     pub const fn in_score(self) -> bool {
         matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
+    }
+
+    /// Pooled by [`PoolScores`], after a softmax per query head.
+    pub const fn softmax(self) -> bool {
+        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax | HeadPool::AllSoftmax)
+    }
+
+    /// Token lists of a sequence: one per KV head, one per query head, or one for all.
+    pub const fn lists(self, heads: usize, kv_heads: usize) -> usize {
+        match self {
+            HeadPool::None => heads,
+            HeadPool::AllSoftmax => 1,
+            _ => kv_heads,
+        }
     }
 }
 
@@ -130,15 +146,17 @@ impl ScoreDims<'_> {
 }
 
 /// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
-/// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`.
+/// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`;
+/// `AllSoftmax`: the same sum over all query heads, one row per sequence.
 /// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
 /// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
-/// from `kv_len` on are neither read nor written.
+/// from `kv_len` on are neither read nor written; with `lengths`, those from `lengths[s, row]` on, `row` being the
+/// output row (more than `stride` counts as `stride`).
 #[derive(Debug)]
 pub struct PoolScores<'a> {
     /// f32 `[n, heads, stride]`.
     pub scores: &'a Tensor,
-    /// f32 `[n, kv_heads, stride]`, out.
+    /// f32 `[n, rows, stride]`, out; `rows` = `kv_heads`, or 1 for `AllSoftmax`.
     pub out: &'a Tensor,
     /// The sequences.
     pub seqs: Seqs<'a>,
@@ -148,8 +166,12 @@ pub struct PoolScores<'a> {
     pub kv_heads: usize,
     /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
-    /// `MaxSoftmax` or `MeanSoftmax`.
+    /// `MaxSoftmax`, `MeanSoftmax` or `AllSoftmax`.
     pub pool: HeadPool,
+    /// u32 `[n, rows]`: how many scores a row holds, where they are those of listed tokens ([`ScoreRows`]).
+    ///
+    /// [`ScoreRows`]: super::ScoreRows
+    pub lengths: Option<&'a Tensor>,
 }
 
 impl PoolScores<'_> {
@@ -157,20 +179,34 @@ impl PoolScores<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
-        ensure(OP, matches!(self.pool, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax), || {
-            "only the softmax modes are pooled here".into()
-        })?;
+        ensure(OP, self.pool.softmax(), || "only the softmax modes are pooled here".into())?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)
         })?;
         check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
         apart(OP, &[("out", self.out)], &[("scores", self.scores)])?;
-        check_scores(OP, self.out, self.seqs, self.kv_heads, self.stride)
+        if let Some(lengths) = self.lengths {
+            is(OP, "lengths", lengths, DType::U32)?;
+            holds(OP, "lengths", lengths, &[self.seqs.n, self.rows_per_seq()])?;
+            apart(OP, &[("out", self.out)], &[("lengths", lengths)])?;
+        }
+        check_scores(OP, self.out, self.seqs, self.rows_per_seq(), self.stride)
+    }
+
+    /// Output rows of a sequence.
+    pub fn rows_per_seq(&self) -> usize {
+        self.pool.lists(self.heads, self.kv_heads)
+    }
+
+    /// Most scores of a row.
+    pub fn longest(&self) -> usize {
+        if self.lengths.is_some() { self.stride } else { self.seqs.max_kv }
     }
 }
 
 /// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
-/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`.
+/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`. With `among` the scores are
+/// those of listed tokens, in list order; a forced token that is not on the list stays off it.
 #[derive(Debug)]
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.
@@ -185,6 +221,8 @@ pub struct Force<'a> {
     pub sinks: usize,
     /// Last tokens to force, the newest included; at least 1.
     pub recent: usize,
+    /// The tokens that the scores belong to; None: tokens `0..kv_len`.
+    pub among: Option<Among<'a>>,
 }
 
 impl Force<'_> {
@@ -193,14 +231,76 @@ impl Force<'_> {
         const OP: &str = "force";
         self.seqs.check_decode(OP)?;
         ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
+        if let Some(among) = &self.among {
+            among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
+            apart(OP, &[("scores", self.scores)], &among.named())?;
+        }
         check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
     }
 }
 
-/// The `k` largest of `kv_len` scores per row, as ascending token indices.
+/// A share of a sequence's tokens: `max(at_least, floor(permille * kv_len / 1000))` (Kascade's k: 100 and 128).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+pub struct Share {
+    /// Tokens of each thousand.
+    pub permille: u32,
+    /// Least tokens.
+    pub at_least: u32,
+}
+
+impl Share {
+    /// Every token.
+    pub const ALL: Share = Share { permille: 0, at_least: u32::MAX };
+
+    /// Tokens of a sequence of `kv_len`; may be more than there are.
+    pub fn of(self, kv_len: usize) -> usize {
+        let share = kv_len as u64 * u64::from(self.permille) / 1000;
+        (self.at_least as usize).max(usize::try_from(share).unwrap_or(usize::MAX))
+    }
+}
+
+/// Candidate lists whose scores a row of [`TopK`] holds, in list order.
+#[derive(Clone, Copy, Debug)]
+pub struct Among<'a> {
+    /// u32 `[n, rows_per_seq, k]`, ascending without duplicates.
+    pub indices: &'a Tensor,
+    /// u32 `[n, rows_per_seq]`; more than `k` counts as `k`.
+    pub counts: &'a Tensor,
+    /// Room of a list, at least 1.
+    pub k: usize,
+}
+
+impl Among<'_> {
+    /// Shapes and dtypes fit `rows` lists of each of `n` sequences, and score rows of `stride`.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        n: usize,
+        rows: usize,
+        stride: usize,
+    ) -> Result<()> {
+        ensure(op, stride >= self.k, || format!("stride {stride} for lists of {}", self.k))?;
+        is(op, "listed indices", self.indices, DType::U32)?;
+        is(op, "listed counts", self.counts, DType::U32)?;
+        ensure(op, self.k > 0, || "lists without room".into())?;
+        holds(op, "listed indices", self.indices, &[n, rows, self.k])?;
+        holds(op, "listed counts", self.counts, &[n, rows])
+    }
+
+    /// The tensors, for [`apart`].
+    pub(crate) fn named(&self) -> [Named<'_>; 2] {
+        [("listed indices", self.indices), ("listed counts", self.counts)]
+    }
+}
+
+/// The `k` largest scores per row, as ascending indices of tokens, blocks or candidates.
+///
+/// A row holds a score for each run of `unit` tokens, `ceil(kv_len / unit)` in all, and the results are their
+/// numbers; or one for each candidate of `among`, and the results are the candidates themselves. Of a row
+/// `min(k, share of its sequence)` are chosen.
 ///
 /// Exact and deterministic: the order is by (score descending, index ascending); -0 equals +0; NaN and
-/// -infinity are never chosen. `counts` = chosen tokens = min(k, scores that may be chosen); entries of
+/// -infinity are never chosen. `counts` = chosen ones = min(that k, scores that may be chosen); entries of
 /// `indices` from `counts` on are unspecified.
 #[derive(Debug)]
 pub struct TopK<'a> {
@@ -210,10 +310,16 @@ pub struct TopK<'a> {
     pub seqs: Seqs<'a>,
     /// Score rows of a sequence.
     pub rows_per_seq: usize,
-    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
+    /// Elements between score rows; at least the scores of the longest row, a multiple of 64.
     pub stride: usize,
-    /// Most tokens of a list; at least 1.
+    /// Tokens that a score stands for, at least 1; 1 with `among`.
+    pub unit: usize,
+    /// Most entries of a list; at least 1.
     pub k: usize,
+    /// A row's own limit below `k`.
+    pub share: Share,
+    /// What the scores belong to, where it is not the sequence's tokens.
+    pub among: Option<Among<'a>>,
     /// u32 `[n, rows_per_seq, k]`, out.
     pub indices: &'a Tensor,
     /// u32 `[n, rows_per_seq]`, out.
@@ -225,8 +331,15 @@ impl TopK<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "top_k";
         self.seqs.check_decode(OP)?;
-        check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)?;
         ensure(OP, self.k > 0, || "k must be positive".into())?;
+        ensure(OP, self.unit == 1 || self.unit > 1 && self.among.is_none(), || {
+            format!("{} tokens a score: at least 1, and 1 for candidates", self.unit)
+        })?;
+        ensure(OP, self.share.permille <= 1000, || {
+            format!("a share of {} thousandths", self.share.permille)
+        })?;
+        let longest = self.among.map_or(self.seqs.max_kv.div_ceil(self.unit), |a| a.k);
+        check_rows(OP, self.scores, self.seqs.n, longest, self.rows_per_seq, self.stride)?;
         is(OP, "indices", self.indices, DType::U32)?;
         is(OP, "counts", self.counts, DType::U32)?;
         let (n, rows) = (self.seqs.n, self.rows_per_seq);
@@ -234,22 +347,41 @@ impl TopK<'_> {
         holds(OP, "counts", self.counts, &[n, rows])?;
         let [meta, pages] = self.seqs.named();
         let outs = [("indices", self.indices), ("counts", self.counts)];
+        if let Some(a) = &self.among {
+            is(OP, "candidates", a.indices, DType::U32)?;
+            is(OP, "candidate counts", a.counts, DType::U32)?;
+            ensure(OP, a.k > 0, || "lists of candidates need room".into())?;
+            holds(OP, "candidates", a.indices, &[n, rows, a.k])?;
+            holds(OP, "candidate counts", a.counts, &[n, rows])?;
+            apart(OP, &outs, &[("candidates", a.indices), ("candidate counts", a.counts)])?;
+        }
         apart(OP, &outs, &[("scores", self.scores), meta, pages])
     }
 }
 
-fn check_scores(
+pub(super) fn check_scores(
     op: &'static str,
     t: &Tensor,
     s: Seqs<'_>,
     rows: usize,
     stride: usize,
 ) -> Result<()> {
+    check_rows(op, t, s.n, s.max_kv, rows, stride)
+}
+
+fn check_rows(
+    op: &'static str,
+    t: &Tensor,
+    n: usize,
+    longest: usize,
+    rows: usize,
+    stride: usize,
+) -> Result<()> {
     is(op, "scores", t, DType::F32)?;
-    ensure(op, stride >= s.max_kv && stride.is_multiple_of(PAGE), || {
-        format!("stride {stride} for {} tokens: must cover them and be a multiple of 64", s.max_kv)
+    ensure(op, stride >= longest && stride.is_multiple_of(PAGE), || {
+        format!("stride {stride} for {longest} scores: must cover them and be a multiple of 64")
     })?;
-    holds(op, "scores", t, &[s.n, rows, stride])
+    holds(op, "scores", t, &[n, rows, stride])
 }
 
 pub(crate) fn check_heads(

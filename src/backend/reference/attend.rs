@@ -102,18 +102,27 @@ pub fn attend_dense<'a>(p: &AttendDense<'a>, dev: &dyn Backend) -> Result<Vec<Ou
 pub fn attend_rows<'a>(p: &AttendRows<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let (q, k, v) = (floats(dev, p.q)?, floats(dev, p.cache.k)?, floats(dev, p.cache.v)?);
     let (indices, counts) = (words(dev, p.indices)?, words(dev, p.counts)?);
+    let map = p.head_map.map(|m| words(dev, m)).transpose()?;
     let at = Layout::of(&p.cache);
     let a = Attention { q: &q, k: &k, v: &v, at, scale: f64::from(p.scale) };
     let mut heads = Vec::new();
     for (n, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
         heads.par_extend((0..p.splits * p.heads).into_par_iter().map(|job| {
             let (split, h) = (job / p.heads, job % p.heads);
-            let list = n * p.rows_per_seq + h / (p.heads / p.rows_per_seq);
-            let listed = &indices[list * p.k..][..counts[list] as usize];
+            let kv_head = h / (p.heads / at.kv_heads);
+            let list = match &map {
+                Some(map) => map[kv_head] as usize,
+                None => h / (p.heads / p.rows_per_seq),
+            };
+            let listed: &[u32] = if list < p.rows_per_seq {
+                let list = n * p.rows_per_seq + list;
+                &indices[list * p.k..][..counts[list] as usize]
+            } else {
+                &[]
+            };
             let mine = &listed[part(listed.len(), p.splits, split)];
             let tokens = mine.iter().map(|j| *j as usize).filter(|j| *j < s.kv_len);
             let row_head = s.q_start * p.heads + h;
-            let kv_head = h / (p.heads / at.kv_heads);
             (split, row_head, a.head(s, kv_head, row_head * at.d, &tokens.collect::<Vec<_>>()))
         }));
     }

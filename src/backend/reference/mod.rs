@@ -10,12 +10,14 @@ mod dense;
 mod dims;
 mod kv;
 mod score;
+mod score_rows;
 
 pub use attend::{attend_dense, attend_rows, merge};
 pub use dense::{embed, gather_rows, linear, rms_norm, rope, swiglu};
 pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use kv::{key_stats, kv_append};
 pub use score::{force, pool_scores, score_dims, top_k};
+pub use score_rows::score_rows;
 
 use super::{Backend, DType, KvPool, META_WORDS, Meta, PAGE, Result, Seqs, Tensor};
 use half::{bf16, f16};

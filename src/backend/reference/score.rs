@@ -79,7 +79,7 @@ pub fn score_dims<'a>(p: &ScoreDims<'a>, dev: &dyn Backend) -> Result<Vec<Output
 }
 
 /// `c_h` of the partial logits on `dims`.
-fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
+pub(super) fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
     let d = q.len() as f64;
     match scale {
         LogitScale::InvSqrtDim => 1.0 / d.sqrt(),
@@ -94,7 +94,9 @@ fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
 /// See [`PoolScores`].
 pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let scores = floats(dev, p.scores)?;
-    let group = p.heads / p.kv_heads;
+    let lengths = p.lengths.map(|l| words(dev, l)).transpose()?;
+    let rows = p.rows_per_seq();
+    let group = p.heads / rows;
     let mut out = Output::new("pool_scores", "out", p.out);
     let log_sum_exp = |x: &[f64]| {
         let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -102,9 +104,11 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
         if top == f64::NEG_INFINITY { top } else { top + sum.ln() }
     };
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
-        for kv in 0..p.kv_heads {
-            let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..s.kv_len];
-            let heads = kv * group..(kv + 1) * group;
+        for r in 0..rows {
+            let listed = |l: &Vec<u32>| (l[index * rows + r] as usize).min(p.stride);
+            let n = lengths.as_ref().map_or(s.kv_len, listed);
+            let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..n];
+            let heads = r * group..(r + 1) * group;
             let lse: Vec<f64> = heads.clone().map(|h| log_sum_exp(row(h))).collect();
             let pooled = |j: usize| {
                 let each = heads.clone().zip(&lse).map(|(h, l)| match row(h)[j] {
@@ -112,12 +116,12 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
                     s => s - l,
                 });
                 match p.pool {
-                    HeadPool::MeanSoftmax => log_sum_exp(&each.collect::<Vec<_>>()),
-                    _ => each.fold(f64::NEG_INFINITY, f64::max),
+                    HeadPool::MaxSoftmax => each.fold(f64::NEG_INFINITY, f64::max),
+                    _ => log_sum_exp(&each.collect::<Vec<_>>()),
                 }
             };
-            let values: Vec<f64> = (0..s.kv_len).map(pooled).collect();
-            out.put((index * p.kv_heads + kv) * p.stride, &values);
+            let values: Vec<f64> = (0..n).map(pooled).collect();
+            out.put((index * rows + r) * p.stride, &values);
         }
     }
     Ok(vec![out])
@@ -126,12 +130,24 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
 /// See [`Force`].
 pub fn force<'a>(p: &Force<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let mut out = Output::exact("force", "scores", p.scores);
+    let listed = match &p.among {
+        Some(a) => Some((words(dev, a.indices)?, words(dev, a.counts)?, a.k)),
+        None => None,
+    };
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
-        for row in 0..p.rows_per_seq {
-            let base = (index * p.rows_per_seq + row) * p.stride;
+        for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
+            let tokens: Vec<usize> = match &listed {
+                Some((indices, counts, k)) => {
+                    let n = (counts[row] as usize).min(*k);
+                    indices[row * k..][..n].iter().map(|j| *j as usize).collect()
+                }
+                None => (0..s.kv_len).collect(),
+            };
             let recent = s.kv_len.saturating_sub(p.recent)..s.kv_len;
-            for j in (0..p.sinks.min(s.kv_len)).chain(recent) {
-                out.cells[base + j] = Cell::Is(f64::INFINITY);
+            for (column, j) in tokens.into_iter().enumerate() {
+                if j < p.sinks.min(s.kv_len) || recent.contains(&j) {
+                    out.cells[row * p.stride + column] = Cell::Is(f64::INFINITY);
+                }
             }
         }
     }
@@ -143,18 +159,28 @@ pub fn top_k<'a>(p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let scores = floats(dev, p.scores)?;
     let mut indices = Output::exact("top_k", "indices", p.indices);
     let mut counts = Output::exact("top_k", "counts", p.counts);
+    let among = p.among.map(|a| Ok((words(dev, a.indices)?, words(dev, a.counts)?, a.k)));
+    let among: Option<(Vec<u32>, Vec<u32>, usize)> = among.transpose()?;
     for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
         for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
-            let score = &scores[row * p.stride..][..s.kv_len];
+            let n = match &among {
+                Some((_, counts, k)) => (counts[row] as usize).min(*k),
+                None => s.kv_len.div_ceil(p.unit),
+            };
+            let score = &scores[row * p.stride..][..n];
             let may = |j: &usize| !score[*j].is_nan() && score[*j] != f64::NEG_INFINITY;
-            let mut order: Vec<usize> = (0..s.kv_len).filter(may).collect();
+            let mut order: Vec<usize> = (0..n).filter(may).collect();
             // Stable: equal scores keep the smaller index first.
             order.sort_by(|a, b| score[*b].partial_cmp(&score[*a]).unwrap_or(Ordering::Equal));
-            order.truncate(p.k);
+            order.truncate(p.k.min(p.share.of(s.kv_len)));
             order.sort_unstable();
             counts.cells[row] = Cell::Is(order.len() as f64);
             indices.cells[row * p.k..(row + 1) * p.k].fill(Cell::Any);
-            let chosen: Vec<f64> = order.iter().map(|j| *j as f64).collect();
+            let number = |j: &usize| match &among {
+                Some((indices, _, k)) => f64::from(indices[row * k + j]),
+                None => *j as f64,
+            };
+            let chosen: Vec<f64> = order.iter().map(number).collect();
             indices.put(row * p.k, &chosen);
         }
     }

@@ -88,7 +88,7 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
     let cache = &p.cache;
     let group = p.heads / cache.kv_heads;
     // Heads that share one list of tokens.
-    let (heads, round) = decode_shape(p.heads / p.rows_per_seq, cache.head_dim);
+    let (heads, round) = decode_shape(p.heads / p.parts_per_seq(), cache.head_dim);
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::ATTEND_ROWS,
         constants: &constants(OP, cache, group, heads, round, p.lse.is_some())?,
@@ -102,6 +102,7 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
             p.lse.map_or(Bind::Absent, Bind::Tensor),
             Bind::Tensor(p.indices),
             Bind::Tensor(p.counts),
+            p.head_map.map_or(Bind::Absent, Bind::Tensor),
         ],
         params: &[
             word(OP, p.seqs.rows)?,
@@ -112,6 +113,7 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
             word(OP, p.splits)?,
             p.scale.to_bits(),
             word(OP, cache.head_dim)?,
+            u32::from(p.head_map.is_some()),
         ],
         grid: grid(OP, [p.splits, p.heads / heads, p.seqs.n])?,
     })

@@ -14,7 +14,7 @@ mod score;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
     GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    ScoreDims, ScoreRows, SelectDims, SwiGlu, Tensor, TopK, Topology,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -235,6 +235,9 @@ impl Backend for WgpuBackend {
 
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         score::score_dims(&self.gpu, p)
+    }
+    fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
+        score::score_rows(&self.gpu, p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         score::pool_scores(&self.gpu, p)

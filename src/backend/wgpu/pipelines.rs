@@ -27,6 +27,7 @@ pub struct Kernel {
 
 const COMMON: &str = include_str!("../../../shaders/common.wgsl");
 const ATTEND_BUFFERS: &str = include_str!("../../../shaders/attend_buffers.wgsl");
+const SCORE_QUERY: &str = include_str!("../../../shaders/score_query.wgsl");
 const FLASH_DECODE: &str = include_str!("../../../shaders/flash_decode.wgsl");
 
 const EMBED_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/embed.wgsl")];
@@ -39,7 +40,10 @@ const KV_APPEND_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_appen
 const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stats.wgsl")];
 const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
 const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
-const SCORE_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/score_dims.wgsl")];
+const SCORE_DIMS_SRC: &[&str] =
+    &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
+const SCORE_ROWS_SRC: &[&str] =
+    &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_rows.wgsl")];
 const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
 const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
 const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
@@ -109,20 +113,49 @@ pub static SCORE_DIMS: Kernel = kernel(
     SCORE_DIMS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Read), (7, Write)],
 );
-pub static POOL_PARTIALS: Kernel =
-    kernel("pool_scores", "partials", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write)]);
-pub static POOL_SCORES: Kernel =
-    kernel("pool_scores", "pool", POOL_SCORES_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static SCORE_ROWS: Kernel = kernel(
+    "score_rows",
+    "main",
+    SCORE_ROWS_SRC,
+    &[
+        (1, Read),
+        (2, Read),
+        (3, Read),
+        (4, Read),
+        (5, Read),
+        (6, Read),
+        (7, Write),
+        (8, Read),
+    ],
+);
+pub static POOL_PARTIALS: Kernel = kernel(
+    "pool_scores",
+    "partials",
+    POOL_SCORES_SRC,
+    &[(1, Read), (2, Read), (3, Write), (5, Read)],
+);
+pub static POOL_SCORES: Kernel = kernel(
+    "pool_scores",
+    "pool",
+    POOL_SCORES_SRC,
+    &[(1, Read), (2, Read), (3, Write), (4, Write), (5, Read)],
+);
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
-pub static TOP_K: Kernel =
-    kernel("top_k", "main", TOP_K_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static FORCE_LISTED: Kernel =
+    kernel("force", "listed", FORCE_SRC, &[(1, Read), (2, Write), (3, Read), (4, Read)]);
+pub static TOP_K: Kernel = kernel(
+    "top_k",
+    "main",
+    TOP_K_SRC,
+    &[(1, Read), (2, Read), (3, Write), (4, Write), (5, Read), (6, Read)],
+);
 const ATTEND_DENSE_BINDINGS: &[(u32, Access)] =
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write), (7, Write)];
 pub static ATTEND_DECODE: Kernel =
     kernel("attend_dense", "decode", ATTEND_DENSE_SRC, ATTEND_DENSE_BINDINGS);
 pub static ATTEND_PREFILL: Kernel =
     kernel("attend_dense", "prefill", ATTEND_DENSE_SRC, ATTEND_DENSE_BINDINGS);
-// Nine storage buffers: one more than WebGPU promises, fewer than any Vulkan, Metal or DX12 device has.
+// Ten storage buffers: two more than WebGPU promises, fewer than any Vulkan, Metal or DX12 device has.
 pub static ATTEND_ROWS: Kernel = kernel(
     "attend_rows",
     "main",
@@ -137,6 +170,7 @@ pub static ATTEND_ROWS: Kernel = kernel(
         (7, Write),
         (8, Read),
         (9, Read),
+        (10, Read),
     ],
 );
 pub static MERGE: Kernel =

@@ -1,17 +1,19 @@
-//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, pool_scores, force, top_k.
+//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, score_rows, pool_scores, force, top_k.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, DimMetric, Force, HeadPool, LogitScale, MAX_GROUP, PAGE, PoolScores, Refresh,
-    Result, ScoreDims, ScoreSource, SelectDims, TopK,
+    BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh, Result,
+    ScoreDims, ScoreRows, ScoreSource, SelectDims, TopK,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
 const QUERY_TILE: usize = 3584;
 /// Tokens of one partial log-sum-exp of `pool_scores` (CHUNK in the shader).
 const POOL_CHUNK: usize = 4096;
+/// Query heads whose log-sum-exps fit the workgroup memory that every device has.
+const POOL_HEADS: usize = 1024;
 
 pub fn select_dims(gpu: &Gpu, p: &SelectDims<'_>) -> Result<()> {
     const OP: &str = "select_dims";
@@ -80,27 +82,9 @@ pub fn score_dims(gpu: &Gpu, p: &ScoreDims<'_>) -> Result<()> {
         ScoreSource::Gather { dims, n } => (dims.len() / (n * cache.kv_heads).max(1), 0, 0),
     };
     let group = p.heads / cache.kv_heads;
-    let (pool, rows) = match p.pool {
-        HeadPool::SumLogit => (0, 1),
-        HeadPool::MaxLogit => (1, group),
-        _ => (2, group),
-    };
-    let chunk = n.min(QUERY_TILE / rows / 8 * 8);
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::SCORE_DIMS,
-        constants: &[
-            ("DTYPE", dtype_code(cache.k.dtype())),
-            ("SOURCE", source),
-            ("POOL", pool),
-            ("COVERAGE", u32::from(p.scale == LogitScale::Coverage)),
-            ("HEAD_DIM", word(OP, cache.head_dim)?),
-            ("LEAD", word(OP, cache.lead)?),
-            ("GROUP", word(OP, group)?),
-            ("ROWS", word(OP, rows)?),
-            ("N", word(OP, n)?),
-            ("CHUNK", word(OP, chunk)?),
-            ("TILE", word(OP, rows * chunk / 4)?),
-        ],
+        constants: &score_constants(OP, cache, source, (p.pool, p.scale), group, n)?,
         binds: &[
             Bind::Tensor(p.q),
             Bind::Tensor(p.seqs.meta),
@@ -125,37 +109,111 @@ pub fn score_dims(gpu: &Gpu, p: &ScoreDims<'_>) -> Result<()> {
     })
 }
 
+/// Values of `score_query.wgsl` for `heads` query heads that share `n` dimensions of the keys.
+fn score_constants(
+    op: &'static str,
+    cache: &KvPool<'_>,
+    source: u32,
+    (pool, scale): (HeadPool, LogitScale),
+    heads: usize,
+    n: usize,
+) -> Result<[(&'static str, u32); 11]> {
+    let (pool, rows) = match pool {
+        HeadPool::SumLogit => (0, 1),
+        HeadPool::MaxLogit => (1, heads),
+        _ => (2, heads),
+    };
+    let chunk = n.min(QUERY_TILE / rows / 8 * 8);
+    Ok([
+        ("DTYPE", dtype_code(cache.k.dtype())),
+        ("SOURCE", source),
+        ("POOL", pool),
+        ("COVERAGE", u32::from(scale == LogitScale::Coverage)),
+        ("HEAD_DIM", word(op, cache.head_dim)?),
+        ("LEAD", word(op, cache.lead)?),
+        ("GROUP", word(op, heads)?),
+        ("ROWS", word(op, rows)?),
+        ("N", word(op, n)?),
+        ("CHUNK", word(op, chunk)?),
+        ("TILE", word(op, rows * chunk / 4)?),
+    ])
+}
+
+pub fn score_rows(gpu: &Gpu, p: &ScoreRows<'_>) -> Result<()> {
+    const OP: &str = "score_rows";
+    p.check()?;
+    acts_are_f32(OP, &[p.q])?;
+    let cache = &p.cache;
+    let (n, dims) = p.dims();
+    let slots = dims.map_or(0, |d| d.len() / (n * cache.kv_heads).max(1));
+    let source = if dims.is_some() { 3 } else { 0 };
+    let parts = p.parts_per_seq();
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::SCORE_ROWS,
+        constants: &score_constants(OP, cache, source, (p.pool, p.scale), p.heads / parts, n)?,
+        binds: &[
+            Bind::Tensor(p.q),
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(cache.k),
+            dims.map_or(Bind::Absent, Bind::Tensor),
+            Bind::Tensor(p.among.indices),
+            Bind::Tensor(p.scores),
+            Bind::Tensor(p.among.counts),
+        ],
+        params: &[
+            word(OP, p.heads)?,
+            word(OP, cache.kv_heads)?,
+            word(OP, cache.n_pages)?,
+            word(OP, p.stride)?,
+            word(OP, slots)?,
+            word(OP, n)?,
+            word(OP, cache.head_dim)?,
+            word(OP, p.lists)?,
+            word(OP, p.among.k)?,
+        ],
+        grid: grid(OP, [p.among.k.div_ceil(64).min(MAX_GROUPS), parts, p.seqs.n])?,
+    })
+}
+
 pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     const OP: &str = "pool_scores";
     p.check()?;
-    let group = p.heads / p.kv_heads;
-    if group > MAX_GROUP {
+    let rows = p.rows_per_seq();
+    let group = p.heads / rows;
+    if group > POOL_HEADS {
         return Err(BackendError::Unsupported {
             op: OP,
             backend: "wgpu",
-            what: format!("{group} query heads per KV head"),
+            what: format!("{group} query heads in one pool"),
         });
     }
-    let chunks = p.seqs.max_kv.div_ceil(POOL_CHUNK);
+    let chunks = p.longest().div_ceil(POOL_CHUNK);
     let scratch = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
     let constants =
-        [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool == HeadPool::MeanSoftmax))];
-    let params =
-        [word(OP, p.heads)?, word(OP, p.kv_heads)?, word(OP, p.stride)?, word(OP, chunks)?];
+        [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool != HeadPool::MaxSoftmax))];
+    let params = [
+        word(OP, p.heads)?,
+        word(OP, rows)?,
+        word(OP, p.stride)?,
+        word(OP, chunks)?,
+        u32::from(p.lengths.is_some()),
+    ];
     let (meta, scores) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.scores));
+    let lengths = p.lengths.map_or(Bind::Absent, Bind::Tensor);
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::POOL_PARTIALS,
         constants: &constants,
-        binds: &[meta, scores, Bind::Raw(&scratch.buffer)],
+        binds: &[meta, scores, Bind::Raw(&scratch.buffer), lengths],
         params: &params,
         grid: grid(OP, [chunks, p.heads, p.seqs.n])?,
     })?;
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::POOL_SCORES,
         constants: &constants,
-        binds: &[meta, scores, Bind::Raw(&scratch.buffer), Bind::Tensor(p.out)],
+        binds: &[meta, scores, Bind::Raw(&scratch.buffer), Bind::Tensor(p.out), lengths],
         params: &params,
-        grid: grid(OP, [p.seqs.max_kv.div_ceil(1024).min(MAX_GROUPS), p.kv_heads, p.seqs.n])?,
+        grid: grid(OP, [p.longest().div_ceil(1024).min(MAX_GROUPS), rows, p.seqs.n])?,
     })
 }
 
@@ -164,6 +222,26 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
     p.check()?;
     // More than all tokens is all tokens.
     let (sinks, recent) = (p.sinks.min(p.seqs.max_kv), p.recent.min(p.seqs.max_kv));
+    if let Some(a) = &p.among {
+        return gpu.dispatch(&Dispatch {
+            kernel: &pipelines::FORCE_LISTED,
+            constants: &[],
+            binds: &[
+                Bind::Tensor(p.seqs.meta),
+                Bind::Tensor(p.scores),
+                Bind::Tensor(a.indices),
+                Bind::Tensor(a.counts),
+            ],
+            params: &[
+                word(OP, p.rows_per_seq)?,
+                word(OP, p.stride)?,
+                word(OP, sinks)?,
+                word(OP, recent)?,
+                word(OP, a.k)?,
+            ],
+            grid: grid(OP, [a.k.div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
+        });
+    }
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::FORCE,
         constants: &[],
@@ -173,6 +251,7 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
             word(OP, p.stride)?,
             word(OP, sinks)?,
             word(OP, recent)?,
+            0,
         ],
         grid: grid(OP, [(sinks + recent).div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
     })
@@ -189,8 +268,18 @@ pub fn top_k(gpu: &Gpu, p: &TopK<'_>) -> Result<()> {
             Bind::Tensor(p.scores),
             Bind::Tensor(p.indices),
             Bind::Tensor(p.counts),
+            p.among.map_or(Bind::Absent, |a| Bind::Tensor(a.indices)),
+            p.among.map_or(Bind::Absent, |a| Bind::Tensor(a.counts)),
         ],
-        params: &[word(OP, p.rows_per_seq)?, word(OP, p.stride)?, word(OP, p.k)?],
+        params: &[
+            word(OP, p.rows_per_seq)?,
+            word(OP, p.stride)?,
+            word(OP, p.k)?,
+            word(OP, p.unit)?,
+            p.share.permille,
+            p.share.at_least,
+            p.among.map_or(Ok(0), |a| word(OP, a.k))?,
+        ],
         grid: grid(OP, [p.rows_per_seq, p.seqs.n, 1])?,
     })
 }

@@ -4,7 +4,9 @@ use super::check::{self, Check, Pair, part, part_words};
 use super::inputs::{Rig, sets_for, words};
 use super::run::Case;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, DType, META_WORDS, Meta, Result, Seqs, Tensor, TopK, reference};
+use crate::backend::{
+    Backend, DType, META_WORDS, Meta, Result, Seqs, Share, Tensor, TopK, reference,
+};
 use crate::bench::random::Values;
 
 /// Picks `k` tokens per (sequence, KV head).
@@ -48,7 +50,10 @@ impl Case for Picks {
             seqs: rig.seqs_without_pages(),
             rows_per_seq: rig.o.kv_heads,
             stride: rig.o.stride(),
+            unit: 1,
             k: self.k,
+            share: Share::ALL,
+            among: None,
             indices: &self.indices,
             counts: &self.counts,
         })
@@ -75,7 +80,10 @@ impl Case for Picks {
             seqs: Seqs { meta: &meta, pages: &pages, n: 1, max_kv: o.depth, max_q: 1, rows: 1 },
             rows_per_seq: 1,
             stride: o.stride(),
+            unit: 1,
             k: self.k,
+            share: Share::ALL,
+            among: None,
             indices: &indices,
             counts: &counts,
         };

@@ -149,6 +149,7 @@ fn attention_without_lse() {
         counts: &counts,
         k: 100,
         rows_per_seq: 1,
+        head_map: None,
         splits,
         out: &listed,
         lse,

@@ -1,0 +1,40 @@
+// score_rows: partial logits of listed tokens; see score_dims for the formula.
+//
+// Plan: see score.cuh; grid (entry blocks, KV heads or heads with lists of their own, sequences). A key row is read
+// in pieces of 16 bytes, only the dimensions asked for.
+// Bytes: entries * n * element + 4 * entries per list and output row.
+#include "score.cuh"
+
+struct Listed {
+    const u32* list;
+    u32 n, kv_len;
+    DEVICE u32 count() const { return n; }
+    DEVICE u32 token(u32 i) const { return list[i]; }
+    DEVICE bool cached(u32 token) const { return token < kv_len; }
+};
+
+template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_listed(const ScoreArgs& a) {
+    Seq seq = a.seqs.get(blockIdx.z);
+    if (seq.q_len == 0) return;
+    u32 parts = a.lists > a.pool.kv_heads ? a.heads : a.pool.kv_heads;
+    u64 list = (u64)blockIdx.z * a.lists + blockIdx.y * a.lists / parts;
+    u32 n = min(a.counts[list], a.list_len);
+    score<K, SOURCE, G, ROWS>(a, seq, parts, Listed{a.indices + list * a.list_len, n, seq.kv_len});
+}
+
+#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
+    extern "C" __global__ void __launch_bounds__(128, 4) score_rows_##NAME##_g##G(ScoreArgs a) {  \
+        score_listed<K, SOURCE, G, ROWS>(a);                                                      \
+    }
+#define GROUPS(K, NAME, SOURCE)        \
+    KERNEL(K, NAME, SOURCE, 1, 4)      \
+    KERNEL(K, NAME, SOURCE, 4, 4)      \
+    KERNEL(K, NAME, SOURCE, 8, 4)      \
+    KERNEL(K, NAME, SOURCE, 16, 2)
+#define SOURCES(K)                     \
+    GROUPS(K, K##_lead, LEAD)          \
+    GROUPS(K, K##_gather, GATHER)
+
+SOURCES(f32)
+SOURCES(f16)
+SOURCES(bf16)

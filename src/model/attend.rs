@@ -1,0 +1,98 @@
+//! Running attention ops over groups of sequences: dense attention, and the merge of split results.
+
+use super::step::{Group, GroupSeqs, Step};
+use super::workspace::Growing;
+use crate::backend::{AttendDense, Backend, DType, Merge, Result, Tensor};
+use crate::kv::KvCache;
+use crate::select::LayerShape;
+
+/// Buffers of split results.
+pub(super) struct Partials {
+    out: Growing,
+    lse: Growing,
+}
+
+impl Partials {
+    pub fn new() -> Self {
+        let new = || Growing::new(DType::F32, "attention splits");
+        Partials { out: new(), lse: new() }
+    }
+
+    /// Runs a decode attention with `splits` key ranges and merges them into `out` and `lse`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn run(
+        &mut self,
+        b: &dyn Backend,
+        group: &GroupSeqs,
+        splits: usize,
+        shape: LayerShape,
+        out: &Tensor,
+        lse: &Tensor,
+        attend: impl Fn(&Tensor, &Tensor, usize) -> Result<()>,
+    ) -> Result<()> {
+        if splits <= 1 {
+            return attend(out, lse, 1);
+        }
+        let seqs = group.seqs();
+        let n = splits * seqs.rows * shape.heads;
+        let part = self.out.at_least(b, n * shape.head_dim)?;
+        let part_lse = self.lse.at_least(b, n)?;
+        attend(&part, &part_lse, splits)?;
+        b.merge(&Merge {
+            part: &part,
+            part_lse: &part_lse,
+            seqs,
+            splits,
+            heads: shape.heads,
+            head_dim: shape.head_dim,
+            out,
+            lse: Some(lse),
+        })
+    }
+}
+
+/// Dense attention of one layer of one step.
+pub(super) struct Dense<'a> {
+    pub b: &'a dyn Backend,
+    pub step: &'a Step,
+    pub cache: &'a KvCache,
+    pub shape: LayerShape,
+    pub window: Option<usize>,
+    pub q: &'a Tensor,
+}
+
+impl Dense<'_> {
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.shape.head_dim as f32).sqrt()
+    }
+
+    pub fn attend(&self, g: Group, splits: usize, out: &Tensor, lse: Option<&Tensor>) -> Result<()> {
+        if g.n == 0 {
+            return Ok(());
+        }
+        let group = GroupSeqs::new(self.step, g);
+        self.b.attend_dense(&AttendDense {
+            q: self.q,
+            seqs: group.seqs(),
+            cache: self.cache.pool(self.shape.layer),
+            heads: self.shape.heads,
+            scale: self.scale(),
+            window: self.window,
+            splits,
+            out,
+            lse,
+        })
+    }
+
+    pub fn decode(&self, g: Group, partials: &mut Partials, out: &Tensor, lse: &Tensor) -> Result<()> {
+        if g.n == 0 {
+            return Ok(());
+        }
+        let group = GroupSeqs::new(self.step, g);
+        let keys = self.window.map_or(g.max_kv, |w| w.min(g.max_kv));
+        let splits = self.b.splits(g.n * self.shape.kv_heads, keys);
+        partials.run(self.b, &group, splits, self.shape, out, lse, |o, l, splits| {
+            self.attend(g, splits, o, Some(l))
+        })
+    }
+}

@@ -1,0 +1,158 @@
+//! Whether a plan can run: each layer by itself, and layers that use each other's tokens.
+
+use super::{Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError};
+use crate::backend::{DimMetric, HeadPool, Refresh};
+
+/// What is wrong, as the end of a sentence.
+type Checked = Result<(), String>;
+
+fn ensure(ok: bool, reason: impl FnOnce() -> String) -> Checked {
+    if ok { Ok(()) } else { Err(reason()) }
+}
+
+impl LayerPlan {
+    /// The layer by itself, against the model's head dimension and the layer's sliding window.
+    fn check_alone(&self, head_dim: usize, window: Option<usize>) -> Checked {
+        if self.role == Role::Dense {
+            return Ok(());
+        }
+        if let Some(w) = window {
+            return Err(format!(
+                "it selects tokens in a layer that the model itself limits to its last {w}; make that layer dense"
+            ));
+        }
+        let refine = match &self.role {
+            Role::Reuse { refine, .. } => {
+                ensure(self.scorer == Scorer::None, || {
+                    "a layer that reuses tokens has a scorer of its own; give it the scorer none".into()
+                })?;
+                refine.as_ref()
+            }
+            _ => {
+                ensure(self.scorer != Scorer::None || !self.pool.softmax(), || {
+                    "it pools scores but makes none; take the pool sum_logit".into()
+                })?;
+                None
+            }
+        };
+        check_scorer(&self.scorer, head_dim)?;
+        let Keep { sinks, recent } = self.keep;
+        let budget = &self.budget;
+        let least = match budget.share {
+            Some(s) => {
+                ensure(s.permille <= 1000, || format!("a share of {} thousandths", s.permille))?;
+                budget.tokens.min(s.at_least as usize)
+            }
+            None => budget.tokens,
+        };
+        let forced = sinks.checked_add(recent);
+        ensure(recent > 0 && forced.is_some_and(|n| n <= least), || {
+            format!("{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens")
+        })?;
+        let Some(Refine { candidates, scorer }) = refine else { return Ok(()) };
+        check_scorer(scorer, head_dim)?;
+        ensure(matches!(scorer, Scorer::Exact | Scorer::Sorted { int8: false, .. }), || {
+            "candidates are scored exactly or on leading dimensions of the keys, nothing else".into()
+        })?;
+        ensure(*candidates > budget.tokens, || {
+            format!("{candidates} candidates for a budget of {} tokens: give more", budget.tokens)
+        })
+    }
+}
+
+fn check_scorer(scorer: &Scorer, head_dim: usize) -> Checked {
+    if let Scorer::Sorted { dims, .. } | Scorer::Dims { dims, .. } = scorer {
+        ensure(*dims > 0 && *dims <= head_dim && dims.is_multiple_of(8), || {
+            format!("{dims} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}")
+        })?;
+    }
+    let Scorer::Dims { unit, dims, metric, refresh, .. } = scorer else { return Ok(()) };
+    let pair = matches!(metric, DimMetric::PairNorm | DimMetric::PairQk);
+    let fits = matches!(unit, 1 | 2 | 8 | 16)
+        && dims.is_multiple_of(*unit)
+        && head_dim.is_multiple_of(*unit);
+    ensure(fits && !(pair && *unit < 2), || {
+        format!("unit {unit} does not fit {dims} of {head_dim} dimensions and this metric")
+    })?;
+    let Refresh::Adaptive { beta, min, max } = refresh else { return Ok(()) };
+    ensure(*beta > 0.0 && *beta <= 1.0 && min <= max, || {
+        "adaptive refresh needs 0 < beta <= 1 and min <= max".into()
+    })
+}
+
+impl Plan {
+    /// Checks that the plan fits a model.
+    ///
+    /// # Errors
+    /// [`SelectError::WrongModel`], [`SelectError::BadPlan`].
+    pub fn check(&self, m: &ModelShape<'_>) -> Result<(), SelectError> {
+        let n_layers = m.windows.len();
+        if self.layers.len() != n_layers || (!self.model.is_empty() && self.model != m.model) {
+            return Err(SelectError::WrongModel {
+                plan_model: self.model.clone(),
+                plan_layers: self.layers.len(),
+                model: m.model.into(),
+                layers: n_layers,
+            });
+        }
+        for (l, (layer, window)) in self.layers.iter().zip(m.windows).enumerate() {
+            let checked = layer.check_alone(m.head_dim, *window);
+            checked.and_then(|()| self.check_reuse(l, m)).map_err(|reason| {
+                SelectError::BadPlan { method: self.method.clone(), reason }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Layer `l` and the layer whose tokens it takes.
+    fn check_reuse(&self, l: usize, m: &ModelShape<'_>) -> Checked {
+        let layer = &self.layers[l];
+        let Role::Reuse { from, head_map, refine } = &layer.role else { return Ok(()) };
+        let anchor = self.layers[..l].get(*from).filter(|a| a.selects()).ok_or_else(|| {
+            format!("layer {l} reuses layer {from}, which is no earlier layer that selects tokens")
+        })?;
+        let (own, theirs) = (layer.budget.dense_until(), anchor.budget.dense_until());
+        ensure(own == theirs, || {
+            format!("layer {l} is dense up to {own} tokens, layer {from}, which it reuses, up to {theirs}; give both the same")
+        })?;
+        ensure(head_map.len() == m.kv_heads, || {
+            format!("the head map of layer {l} has {} entries for {} KV heads", head_map.len(), m.kv_heads)
+        })?;
+        let lists = anchor.lists(m.heads, m.kv_heads);
+        if let Some(entry) = head_map.iter().find(|&&e| usize::from(e) >= lists) {
+            return Err(format!(
+                "the head map of layer {l} names list {entry}, layer {from} makes {lists} (numbered from 0)"
+            ));
+        }
+        let Some(refine) = refine else {
+            let same = (layer.budget.tokens, layer.budget.share)
+                == (anchor.budget.tokens, anchor.budget.share);
+            return ensure(same, || {
+                format!("layer {l} attends to the tokens of layer {from} and must have its budget")
+            });
+        };
+        ensure(!matches!(anchor.scorer, Scorer::None | Scorer::Custom { .. }), || {
+            format!("layer {from} hands down no candidates: it has no built-in scores to rank them by")
+        })?;
+        let kept = layer.keep.sinks <= anchor.keep.sinks && layer.keep.recent <= anchor.keep.recent;
+        ensure(kept, || {
+            format!("layer {l} keeps more sinks or recent tokens than layer {from} hands down")
+        })?;
+        let one_list = head_map.windows(2).all(|w| w[0] == w[1]);
+        ensure(layer.pool != HeadPool::AllSoftmax || one_list, || {
+            format!("layer {l} makes one list for all heads, but its head map names several")
+        })?;
+        // One list of candidates for each anchor.
+        let other = self.layers[..l].iter().find_map(|o| match &o.role {
+            Role::Reuse { from: f, refine: Some(r), .. } if f == from => Some(r.candidates),
+            _ => None,
+        });
+        ensure(other.is_none_or(|c| c == refine.candidates), || {
+            format!("layers that refine the tokens of layer {from} ask for different numbers of candidates")
+        })
+    }
+}
+
+#[cfg(test)]
+#[path = "tests/check.rs"]
+mod tests;

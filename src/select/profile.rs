@@ -1,0 +1,131 @@
+//! Plans of methods whose layers all choose for themselves: defaults per profile, options on top.
+
+use super::catalog::Variant;
+use super::{Budget, Keep, LayerPlan, MethodSpec, ModelShape, Plan, Role, Scorer, SelectError};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
+
+impl MethodSpec {
+    /// The plan for a model, run at up to `context` tokens. Layers with a sliding window of the model's own stay as
+    /// they are.
+    ///
+    /// # Errors
+    /// [`SelectError::BadPlan`] when options do not fit the model.
+    pub fn plan(&self, m: &ModelShape<'_>, context: usize) -> Result<Plan, SelectError> {
+        let n_layers = m.windows.len();
+        let layers = match self.variant {
+            Variant::Dense => vec![LayerPlan::dense(); n_layers],
+            v if v.anchored() => self.anchored(m, context)?,
+            _ => {
+                let dense_layers = self.dense_layers.unwrap_or(2);
+                let layer = |l: usize| match m.windows[l] {
+                    None if l >= dense_layers => self.layer(l, n_layers, m.head_dim, context),
+                    _ => LayerPlan::dense(),
+                };
+                (0..n_layers).map(layer).collect()
+            }
+        };
+        let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
+        plan.check(m)?;
+        Ok(plan)
+    }
+
+    /// T_b where the budget does not follow the length.
+    pub(super) fn budget_tokens(&self, context: usize) -> usize {
+        self.budget.unwrap_or_else(|| (context / 32).clamp(512, 2048))
+    }
+
+    /// D_b of sorted keys.
+    pub(super) fn leading_dims(&self, head_dim: usize) -> usize {
+        self.dims.unwrap_or_else(|| (head_dim / 4).next_multiple_of(8).min(head_dim))
+    }
+
+    fn layer(&self, l: usize, n_layers: usize, head_dim: usize, context: usize) -> LayerPlan {
+        let paper = self.variant == Variant::SparcasPaper;
+        let (sinks, recent) = match self.variant {
+            Variant::SparcasPaper => (0, 1),
+            Variant::SparcasRecommended => (4, 64),
+            _ => (4, 32),
+        };
+        let mut keep =
+            Keep { sinks: self.sinks.unwrap_or(sinks), recent: self.recent.unwrap_or(recent) };
+        let tokens = self.budget_tokens(context);
+        if self.variant == Variant::Window {
+            // The whole budget is sinks and window, unless a smaller window was asked for.
+            keep.recent = self.recent.unwrap_or(tokens.saturating_sub(keep.sinks));
+        }
+        let budget_tokens = match self.variant {
+            Variant::Window => keep.sinks + keep.recent,
+            _ => tokens,
+        };
+        LayerPlan {
+            role: Role::Select,
+            scorer: self.scorer(l, n_layers, head_dim),
+            pool: match self.variant {
+                // No scores to pool.
+                Variant::Window => HeadPool::SumLogit,
+                Variant::SparcasPaper => self.pool.unwrap_or(HeadPool::SumLogit),
+                _ => self.pool.unwrap_or(HeadPool::MaxSoftmax),
+            },
+            scale: match self.variant {
+                Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,
+                _ => LogitScale::Coverage,
+            },
+            budget: Budget::fixed(
+                budget_tokens,
+                self.dense_below.unwrap_or(if paper { 0 } else { 2048 }),
+            ),
+            keep,
+        }
+    }
+
+    fn scorer(&self, l: usize, n_layers: usize, head_dim: usize) -> Scorer {
+        let query_chosen = |dims, metric, unit, refresh, slice| {
+            let metric = self.metric.unwrap_or(metric);
+            let pair = matches!(metric, DimMetric::PairNorm | DimMetric::PairQk);
+            let unit = self.unit.unwrap_or(if pair && unit == 1 {
+                2
+            } else if !pair && unit == 2 {
+                1
+            } else {
+                unit
+            });
+            // Layers take turns, so that no step rebuilds every slice.
+            let refresh = match (self.update, self.beta) {
+                (u, Some(beta)) => Refresh::Adaptive { beta, min: 1, max: u.unwrap_or(64) },
+                (Some(every), None) => Refresh::Every { every, phase: 0 },
+                (None, None) => refresh,
+            };
+            let refresh = match refresh {
+                Refresh::Every { every, .. } => Refresh::Every {
+                    every,
+                    phase: (l as u64 * u64::from(every) / n_layers as u64) as u32,
+                },
+                adaptive => adaptive,
+            };
+            Scorer::Dims { dims: self.dims.unwrap_or(dims), metric, unit, refresh, slice }
+        };
+        let half = 32.min(head_dim);
+        let leading = self.leading_dims(head_dim);
+        match self.variant {
+            Variant::Oracle => Scorer::Exact,
+            Variant::Sparcas => Scorer::Sorted { dims: leading, int8: false },
+            Variant::SparcasInt8 => {
+                Scorer::Sorted { dims: leading, int8: true }
+            }
+            Variant::SparcasPaper => {
+                let every = Refresh::Every { every: 64, phase: 0 };
+                query_chosen(half, DimMetric::AbsQ, 1, every, true)
+            }
+            Variant::SparcasRecommended => {
+                let adaptive = Refresh::Adaptive { beta: 0.9, min: 1, max: 64 };
+                query_chosen(half, DimMetric::PairQk, 2, adaptive, true)
+            }
+            Variant::SparcasGroups => {
+                let every = Refresh::Every { every: 1, phase: 0 };
+                query_chosen(self.leading_dims(head_dim), DimMetric::PairQk, 8, every, false)
+            }
+            // No scores; anchored methods do not come here.
+            _ => Scorer::None,
+        }
+    }
+}
