@@ -1,7 +1,7 @@
 //! Longsight runs long-context language models with sparse attention, on any GPU.
 //!
-//! Layers, each importing only those below: `cli`, `eval`, `bench` | `engine` | `model` | `select`, `kv` |
-//! `backend` | `files`. See `DESIGN.md`.
+//! Layers, each importing only those below: `cli`, `eval`, `bench` | `calibrate`, `forecast` | `engine` | `model` |
+//! `select`, `kv` | `backend` | `files`. See `DESIGN.md`.
 
 #![warn(missing_debug_implementations)]
 #![warn(missing_docs)]

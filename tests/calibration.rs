@@ -5,6 +5,7 @@ mod common;
 
 use common::cache::backends;
 use common::model::{CONTEXT, Model, dense, prompt, sparse};
+use common::program::{Home, text};
 use longsight::backend::{DType, open};
 use longsight::calibrate::{
     CalibrateError, Calibration, Choice, Objective, OwnTile, Settings, Statistics, TracedText,
@@ -13,7 +14,7 @@ use longsight::calibrate::{
 use longsight::engine::{Engine, EngineError, LayerTrace, TraceParts, WantLogits};
 use longsight::forecast::{Forecast, Grid, Start, Teacher, TrainSettings, held_out, train};
 use longsight::model::{LayerWeight, Weight};
-use longsight::select::Variant;
+use longsight::select::{Role, SelectError, Variant};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -344,6 +345,103 @@ fn forecasts_are_saved_under_the_published_names() {
     let e = Forecast::load(&path, c, "another").unwrap_err().to_string();
     assert!(e.contains("another"), "{e}");
     assert!(Forecast::load(&dir.path().join("none"), c, "x").is_err());
+}
+
+#[test]
+fn a_calibrated_plan_loads_and_runs() {
+    let model = Model::new();
+    let mut engine = cpu_engine(&model);
+    let settings = small(&engine);
+    let s = run(&mut engine, &texts(2), &settings, None).unwrap();
+    let c = engine.decoder().config().clone();
+    let shape = c.plan_shape(engine.fingerprint());
+    let found = Calibration::new(engine.fingerprint(), &s, choice()).unwrap();
+    let plan = found.plan(&"kascade:budget=24".parse().unwrap(), &shape, CONTEXT).unwrap();
+    let head_map = found.head_maps[1].clone();
+    assert_eq!(plan.layers[0].role, Role::DenseAnchor);
+    assert_eq!(plan.layers[1].role, Role::Reuse { from: 0, head_map, refine: None });
+    let json = serde_json::to_vec(&plan).unwrap();
+    engine.set_plan(serde_json::from_slice(&json).unwrap()).unwrap();
+    assert_eq!(engine.greedy_tokens(&prompt(9, 60), 4).unwrap().len(), 4);
+    // One list for all heads needs no map; a method without anchors no calibration; another model another one.
+    let pooled = found.plan(&"kascade-pooled".parse().unwrap(), &shape, CONTEXT).unwrap();
+    let head_map = vec![0, 0];
+    assert_eq!(pooled.layers[1].role, Role::Reuse { from: 0, head_map, refine: None });
+    let e = found.plan(&"sparcas".parse().unwrap(), &shape, CONTEXT).unwrap_err().to_string();
+    assert!(e.contains("sparcas") && e.contains("share no lists"), "{e}");
+    let other = Calibration::new("another", &s, choice()).unwrap();
+    let e = other.plan(&"kascade".parse().unwrap(), &shape, CONTEXT).unwrap_err();
+    assert!(matches!(e, SelectError::WrongModel { .. }), "{e}");
+}
+
+#[test]
+fn the_program_calibrates_and_runs_the_plan() {
+    let home = Home::new();
+    let (model, words) = (home.model(), "It was a bright cold day in April. ".repeat(60));
+    let text_file = home.file("a.txt", words.as_bytes());
+    let (plan, report) = (text(&home.path("k.json")), text(&home.path("report.json")));
+    let command = |more: &[&str]| -> Vec<String> {
+        let base = ["calibrate", "-m", &model, "--device", "cpu", "--dtype", "f32", "--text"];
+        let rest = [&text_file, "--tokens", "256", "--prompts", "3", "--keys", "16", "-o", &plan];
+        [&base[..], &rest[..], more].concat().iter().map(ToString::to_string).collect()
+    };
+    fn words_of(command: &[String]) -> Vec<&str> {
+        command.iter().map(String::as_str).collect()
+    }
+    let first = command(&["--anchors", "1", "--report", &report]);
+    let done = home.run(&words_of(&first));
+    assert_eq!(done.code, Some(0), "{done:?}");
+    assert!(done.out.contains("1 anchors from 3 pieces: 0"), "{}", done.out);
+    assert!(home.path("k.json.state").exists() && home.path("report.json").exists());
+    let read = || std::fs::read(home.path("k.json")).unwrap();
+    let before = read();
+    // Another choice from the same statistics, then the first again.
+    let both = command(&["--anchors", "2", "--format", "json", "--objective", "min"]);
+    assert_eq!(home.run(&words_of(&both)).json()["anchors"], serde_json::json!([0, 1]));
+    assert_ne!(read(), before);
+    home.run(&words_of(&first));
+    assert_eq!(read(), before);
+    let long = "A b c. ".repeat(60);
+    let run = ["run", "-m", &model, "--device", "cpu", "-n", "3", "--plan", &plan, &long];
+    assert_eq!(home.run(&run).code, Some(0));
+    home.refused(&words_of(&command(&["--tile", "16"])), &["k.json.state", "tiles of 16"]);
+    home.refused(&words_of(&command(&["--method", "window"])), &["window", "share no lists"]);
+}
+
+#[test]
+fn the_program_trains_and_goes_on() {
+    let home = Home::new();
+    let (model, words) = (home.model(), "It was a bright cold day in April. ".repeat(60));
+    let text_file = home.file("a.txt", words.as_bytes());
+    let (a, b) = (text(&home.path("a.safetensors")), text(&home.path("b.safetensors")));
+    let command = |output: &str, steps: &str| -> Vec<String> {
+        let base = ["train-forecast", "-m", &model, "--device", "cpu", "--dtype", "f32", "--text"];
+        let sizes = ["--tokens", "400", "--pieces", "2", "--blocks", "4", "--local-blocks", "1"];
+        let rest = ["--every", "4", "--steps", steps, "--format", "json", "-o", output];
+        [&base[..], &[&text_file], &sizes, &rest].concat().iter().map(ToString::to_string).collect()
+    };
+    let run = |output: &str, steps: &str| {
+        let command = command(output, steps);
+        home.run(&command.iter().map(String::as_str).collect::<Vec<_>>()).json()
+    };
+    let whole = run(&a, "4");
+    assert_eq!(whole["losses"].as_array().unwrap().len(), 4);
+    assert_eq!(whole["layers"].as_array().unwrap().len(), 2);
+    run(&b, "1");
+    assert_eq!(run(&b, "4"), whole);
+    let arrays = |path: &str| {
+        let bytes = std::fs::read(path).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut all: Vec<_> =
+            file.tensors().into_iter().map(|(n, t)| (n, t.data().to_vec())).collect();
+        all.sort();
+        all
+    };
+    assert_eq!(arrays(&a), arrays(&b));
+    let mut other = command(&b, "4");
+    other.extend(["--rate", "0.1"].map(String::from));
+    let other: Vec<&str> = other.iter().map(String::as_str).collect();
+    home.refused(&other, &["b.safetensors.state", "0.1"]);
 }
 
 /// What the next layer would ask if this layer did nothing: then the forecast is exact.

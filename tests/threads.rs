@@ -70,7 +70,8 @@ fn ops_of_two_passes_keep_their_partial_results() {
                 let out = &outs.slice(i * room, room);
                 let (seqs, stride) = (layer.seqs(), layer.capacity);
                 let (heads, kv_heads) = (HEADS.query, HEADS.kv);
-                let p = PoolScores { scores, out, seqs, heads, kv_heads, stride, pool, lengths: None };
+                let p =
+                    PoolScores { scores, out, seqs, heads, kv_heads, stride, pool, lengths: None };
                 dev.pool_scores(&p).unwrap();
             }
             bytes(&*dev, outs)

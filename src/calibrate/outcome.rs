@@ -3,6 +3,7 @@
 use super::CalibrateError;
 use super::anchors::{Placement, least_anchors, placements};
 use super::statistics::{Objective, Statistics};
+use crate::select::{Anchors, MethodSpec, ModelShape, Plan, Role, SelectError};
 use serde::{Deserialize, Serialize};
 
 /// How anchors are chosen from statistics.
@@ -89,5 +90,45 @@ impl Calibration {
             similarity: matrix,
             importance,
         })
+    }
+
+    /// The plan of a method with anchors (Kascade and its neighbours) with these anchors and, where every KV head has
+    /// a list of its own, these maps; `spec` gives what else there is to choose.
+    ///
+    /// # Errors
+    /// [`SelectError::WrongModel`]; [`SelectError::BadPlan`] for a method without anchors, or options that do not fit.
+    pub fn plan(
+        &self,
+        spec: &MethodSpec,
+        m: &ModelShape<'_>,
+        context: usize,
+    ) -> Result<Plan, SelectError> {
+        if !spec.variant.takes("anchors") {
+            let reason = "its layers share no lists, so a calibration has nothing to say".into();
+            return Err(SelectError::BadPlan { method: spec.name().into(), reason });
+        }
+        if self.model != m.model {
+            return Err(SelectError::WrongModel {
+                plan_model: self.model.clone(),
+                plan_layers: self.layers.last().map_or(0, |l| l + 1),
+                model: m.model.into(),
+                layers: m.windows.len(),
+            });
+        }
+        let anchors = Some(Anchors::Layers(self.anchors.clone()));
+        let mut plan = MethodSpec { anchors, ..spec.clone() }.plan(m, context)?;
+        let lists: Vec<usize> = plan.layers.iter().map(|l| l.lists(m.heads, m.kv_heads)).collect();
+        let found = self.layers.iter().zip(&self.from).zip(&self.head_maps);
+        for ((&layer, &anchor), map) in found {
+            if let Some(layer) = plan.layers.get_mut(layer)
+                && let Role::Reuse { from, head_map, .. } = &mut layer.role
+                && *from == anchor
+                && lists[anchor] == map.len()
+            {
+                head_map.clone_from(map);
+            }
+        }
+        plan.check(m)?;
+        Ok(plan)
     }
 }

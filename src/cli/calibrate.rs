@@ -11,7 +11,7 @@ use crate::calibrate::{
 };
 use crate::engine::EngineError;
 use crate::eval::start_of_text;
-use crate::select::parse_name;
+use crate::select::{MethodSpec, parse_name};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -53,10 +53,17 @@ pub struct CalibrateArgs {
     /// Whose mass inside the tile counts: right, or published (a slip in the published code)
     #[arg(long, default_value = "right", value_parser = parse_name::<OwnTile>, value_name = "FORM")]
     own_tile: OwnTile,
+    /// What the plan is for: kascade, kascade-pooled or refined, with options after colons (kascade:percent=5). The
+    /// plan is made for contexts up to --ctx [default: the model's limit]
+    #[arg(long, default_value = "kascade", value_name = "METHOD")]
+    method: MethodSpec,
+    /// Write the similarities and everything else behind the plan here (JSON)
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// How to print
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
-    /// Where the result goes; statistics are kept beside it (FILE.state), so that an interrupted run goes on and
+    /// Where the plan goes (for --plan); statistics are kept beside it (FILE.state), so that an interrupted run goes on and
     /// another --anchors or --objective takes no time
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -71,13 +78,13 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let (checkpoint, tokenizer) = a.model.open()?;
     let start = start_of_text(&tokenizer)?;
     let texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, a.prompts)?;
-    let context = a.model.size.ctx.unwrap_or(a.tokens);
+    let report = a.report.as_deref().map(OutputFile::create).transpose()?;
     let mut engine = a
         .model
         .builder()
         .checkpoint(checkpoint)
         .tokenizer(tokenizer)
-        .context(context)
+        .context(a.tokens)
         .method("dense".parse()?)
         .build()?;
     for note in engine.notes() {
@@ -112,7 +119,13 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let choice =
         Choice { objective: a.objective, weigh: a.weigh, anchors: a.anchors, share: a.within };
     let calibration = Calibration::new(engine.fingerprint(), &statistics, choice)?;
-    output.finish(&serde_json::to_vec_pretty(&calibration)?)?;
+    let c = engine.decoder().config();
+    let context = a.model.size.ctx.unwrap_or(c.max_context);
+    let plan = calibration.plan(&a.method, &c.plan_shape(engine.fingerprint()), context)?;
+    output.finish(&serde_json::to_vec_pretty(&plan)?)?;
+    if let Some(file) = report {
+        file.finish(&serde_json::to_vec_pretty(&calibration)?)?;
+    }
     match a.format {
         Format::Json => ui::print(&(serde_json::to_string_pretty(&calibration)? + "\n"))?,
         Format::Table => ui::print(&tables(&calibration, a.weigh))?,

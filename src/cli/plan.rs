@@ -95,7 +95,11 @@ fn describe(l: &LayerPlan) -> String {
             let map: Vec<String> = head_map.iter().map(u8::to_string).collect();
             let again = refine.as_ref().map_or(String::new(), |r| {
                 let pool = l.pool;
-                format!("; of {} candidates by {}; {pool:?}; {forced}", r.candidates, scores(&r.scorer))
+                format!(
+                    "; of {} candidates by {}; {pool:?}; {forced}",
+                    r.candidates,
+                    scores(&r.scorer)
+                )
             });
             format!(
                 "tokens of layer {from}, heads {}{again}; {tokens}; dense up to {until} tokens",

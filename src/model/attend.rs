@@ -66,7 +66,13 @@ impl Dense<'_> {
         1.0 / (self.shape.head_dim as f32).sqrt()
     }
 
-    pub fn attend(&self, g: Group, splits: usize, out: &Tensor, lse: Option<&Tensor>) -> Result<()> {
+    pub fn attend(
+        &self,
+        g: Group,
+        splits: usize,
+        out: &Tensor,
+        lse: Option<&Tensor>,
+    ) -> Result<()> {
         if g.n == 0 {
             return Ok(());
         }
@@ -84,7 +90,13 @@ impl Dense<'_> {
         })
     }
 
-    pub fn decode(&self, g: Group, partials: &mut Partials, out: &Tensor, lse: &Tensor) -> Result<()> {
+    pub fn decode(
+        &self,
+        g: Group,
+        partials: &mut Partials,
+        out: &Tensor,
+        lse: &Tensor,
+    ) -> Result<()> {
         if g.n == 0 {
             return Ok(());
         }

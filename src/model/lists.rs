@@ -31,7 +31,12 @@ pub(super) struct Handed {
 }
 
 /// Room for `lists` lists of `k` tokens for each slot.
-fn selection(b: &dyn Backend, shape: &LayerShape, k: usize, lists: usize) -> Result<Arc<Selection>> {
+fn selection(
+    b: &dyn Backend,
+    shape: &LayerShape,
+    k: usize,
+    lists: usize,
+) -> Result<Arc<Selection>> {
     let n = shape.slots * lists;
     Ok(Arc::new(Selection {
         indices: b.alloc(DType::U32, n * k, "token lists")?,

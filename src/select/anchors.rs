@@ -86,7 +86,12 @@ impl MethodSpec {
                         false => {
                             let (head_map, refine) = (head_map.clone(), refine.clone());
                             let role = Role::Reuse { from, head_map, refine };
-                            return LayerPlan { role, scorer: Scorer::None, scale, ..anchor.clone() };
+                            return LayerPlan {
+                                role,
+                                scorer: Scorer::None,
+                                scale,
+                                ..anchor.clone()
+                            };
                         }
                     };
                     LayerPlan { role, ..anchor.clone() }
@@ -110,7 +115,9 @@ impl MethodSpec {
         match &self.anchors {
             Some(Anchors::Layers(layers)) => {
                 if layers.windows(2).any(|w| w[0] >= w[1]) {
-                    return Err(self.bad(format!("anchors {layers:?}: give them in ascending order")));
+                    return Err(
+                        self.bad(format!("anchors {layers:?}: give them in ascending order"))
+                    );
                 }
                 match layers.iter().find(|l| !free.contains(l)) {
                     Some(l) => Err(self.bad(format!(
@@ -144,7 +151,9 @@ impl MethodSpec {
         }
         let percent = self.percent.unwrap_or(10.0);
         if !(percent > 0.0 && percent <= 100.0) {
-            return Err(self.bad(format!("{percent} percent of the tokens: more than 0, at most 100")));
+            return Err(
+                self.bad(format!("{percent} percent of the tokens: more than 0, at most 100"))
+            );
         }
         let least = self.budget_min.unwrap_or(128);
         let share = Share {

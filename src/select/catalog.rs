@@ -84,16 +84,8 @@ const SHARED: &[&str] = &[
     "recent",
     "dense-below",
 ];
-const SHARED_BY_ALL: &[&str] = &[
-    "budget",
-    "percent",
-    "budget-min",
-    "anchors",
-    "candidates",
-    "sinks",
-    "recent",
-    "dense-below",
-];
+const SHARED_BY_ALL: &[&str] =
+    &["budget", "percent", "budget-min", "anchors", "candidates", "sinks", "recent", "dense-below"];
 const REFINED: &[&str] =
     &["budget", "dims", "anchors", "candidates", "pool", "sinks", "recent", "dense-below"];
 

@@ -24,7 +24,8 @@ impl LayerPlan {
         let refine = match &self.role {
             Role::Reuse { refine, .. } => {
                 ensure(self.scorer == Scorer::None, || {
-                    "a layer that reuses tokens has a scorer of its own; give it the scorer none".into()
+                    "a layer that reuses tokens has a scorer of its own; give it the scorer none"
+                        .into()
                 })?;
                 refine.as_ref()
             }
@@ -47,12 +48,15 @@ impl LayerPlan {
         };
         let forced = sinks.checked_add(recent);
         ensure(recent > 0 && forced.is_some_and(|n| n <= least), || {
-            format!("{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens")
+            format!(
+                "{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens"
+            )
         })?;
         let Some(Refine { candidates, scorer }) = refine else { return Ok(()) };
         check_scorer(scorer, head_dim)?;
         ensure(matches!(scorer, Scorer::Exact | Scorer::Sorted { int8: false, .. }), || {
-            "candidates are scored exactly or on leading dimensions of the keys, nothing else".into()
+            "candidates are scored exactly or on leading dimensions of the keys, nothing else"
+                .into()
         })?;
         ensure(*candidates > budget.tokens, || {
             format!("{candidates} candidates for a budget of {} tokens: give more", budget.tokens)
@@ -97,9 +101,9 @@ impl Plan {
         }
         for (l, (layer, window)) in self.layers.iter().zip(m.windows).enumerate() {
             let checked = layer.check_alone(m.head_dim, *window);
-            checked.and_then(|()| self.check_reuse(l, m)).map_err(|reason| {
-                SelectError::BadPlan { method: self.method.clone(), reason }
-            })?;
+            checked
+                .and_then(|()| self.check_reuse(l, m))
+                .map_err(|reason| SelectError::BadPlan { method: self.method.clone(), reason })?;
         }
         Ok(())
     }
@@ -113,10 +117,16 @@ impl Plan {
         })?;
         let (own, theirs) = (layer.budget.dense_until(), anchor.budget.dense_until());
         ensure(own == theirs, || {
-            format!("layer {l} is dense up to {own} tokens, layer {from}, which it reuses, up to {theirs}; give both the same")
+            format!(
+                "layer {l} is dense up to {own} tokens, layer {from}, which it reuses, up to {theirs}; give both the same"
+            )
         })?;
         ensure(head_map.len() == m.kv_heads, || {
-            format!("the head map of layer {l} has {} entries for {} KV heads", head_map.len(), m.kv_heads)
+            format!(
+                "the head map of layer {l} has {} entries for {} KV heads",
+                head_map.len(),
+                m.kv_heads
+            )
         })?;
         let lists = anchor.lists(m.heads, m.kv_heads);
         if let Some(entry) = head_map.iter().find(|&&e| usize::from(e) >= lists) {
@@ -132,7 +142,9 @@ impl Plan {
             });
         };
         ensure(!matches!(anchor.scorer, Scorer::None | Scorer::Custom { .. }), || {
-            format!("layer {from} hands down no candidates: it has no built-in scores to rank them by")
+            format!(
+                "layer {from} hands down no candidates: it has no built-in scores to rank them by"
+            )
         })?;
         let kept = layer.keep.sinks <= anchor.keep.sinks && layer.keep.recent <= anchor.keep.recent;
         ensure(kept, || {
@@ -148,7 +160,9 @@ impl Plan {
             _ => None,
         });
         ensure(other.is_none_or(|c| c == refine.candidates), || {
-            format!("layers that refine the tokens of layer {from} ask for different numbers of candidates")
+            format!(
+                "layers that refine the tokens of layer {from} ask for different numbers of candidates"
+            )
         })
     }
 }

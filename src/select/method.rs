@@ -1,9 +1,9 @@
 //! Methods by name, with the options that override their defaults. `profile.rs` and `anchors.rs` turn them into
 //! plans.
 
-use super::catalog::{METHODS, Variant};
 use super::SelectError;
 use super::anchors::Anchors;
+use super::catalog::{METHODS, Variant};
 use crate::backend::{DimMetric, HeadPool};
 use serde::{Deserialize, Serialize};
 

@@ -33,7 +33,7 @@ fn array(bytes: &[u8]) -> Result<(usize, usize, &[u8]), SelectError> {
     let short = || bad("the file ends inside its header");
     let word = |at: usize| rest.get(at).copied().map(usize::from).ok_or_else(short);
     // Version, then the length of the header: two bytes in format 1.0, four in 2.0.
-    let (len, start) = match word(0)? {
+    let (len, start): (usize, usize) = match word(0)? {
         1 => (word(2)? | word(3)? << 8, 4),
         2 => (word(2)? | word(3)? << 8 | word(4)? << 16 | word(5)? << 24, 6),
         v => return Err(bad(format!("version {v} of the .npy format is not read"))),
@@ -54,9 +54,8 @@ fn array(bytes: &[u8]) -> Result<(usize, usize, &[u8]), SelectError> {
     let shape = value("shape").and_then(|v| v.strip_prefix('(')?.split_once(')'));
     let shape = shape.ok_or_else(|| bad("the header names no shape"))?.0;
     let sizes = shape.split(',').map(str::trim).filter(|s| !s.is_empty()).map(str::parse);
-    let sizes: Vec<usize> = sizes
-        .collect::<Result<_, _>>()
-        .map_err(|_| bad(format!("({shape}) is no shape")))?;
+    let sizes: Vec<usize> =
+        sizes.collect::<Result<_, _>>().map_err(|_| bad(format!("({shape}) is no shape")))?;
     let [rows, columns] = sizes[..] else {
         return Err(bad(format!("({shape}) is no shape of layers by KV heads")));
     };
@@ -80,7 +79,9 @@ impl Plan {
         context: usize,
     ) -> Result<Plan, SelectError> {
         if spec.variant != Variant::Kascade || !matches!(spec.anchors, Some(Anchors::Layers(_))) {
-            return Err(bad("they belong to the method kascade and a list of anchors (0+2+8+13+14)"));
+            return Err(bad(
+                "they belong to the method kascade and a list of anchors (0+2+8+13+14)",
+            ));
         }
         let mut plan = spec.plan(m, context)?;
         if maps.len() != plan.layers.len() {

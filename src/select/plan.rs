@@ -226,8 +226,7 @@ mod tests {
         let half: Vec<_> = (0..32).map(|l| (l % 2 == 0).then_some(4096)).collect();
         let shape = KvReads { windows: &half, ..shape };
         let spec: MethodSpec = Variant::Sparcas.into();
-        let model =
-            ModelShape { model: "", windows: &half, heads: 32, kv_heads: 8, head_dim: 128 };
+        let model = ModelShape { model: "", windows: &half, heads: 32, kv_heads: 8, head_dim: 128 };
         let plan = spec.plan(&model, 32768).unwrap();
         let row = 8 * 128 * 2;
         // Layer 1 is one of the two leading dense layers; 15 others select 1,024 tokens on 32 dimensions.

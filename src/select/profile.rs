@@ -109,9 +109,7 @@ impl MethodSpec {
         match self.variant {
             Variant::Oracle => Scorer::Exact,
             Variant::Sparcas => Scorer::Sorted { dims: leading, int8: false },
-            Variant::SparcasInt8 => {
-                Scorer::Sorted { dims: leading, int8: true }
-            }
+            Variant::SparcasInt8 => Scorer::Sorted { dims: leading, int8: true },
             Variant::SparcasPaper => {
                 let every = Refresh::Every { every: 64, phase: 0 };
                 query_chosen(half, DimMetric::AbsQ, 1, every, true)

@@ -123,7 +123,8 @@ mod tests {
     fn a_share_follows_the_length() {
         let share = Some(Share { permille: 100, at_least: 128 });
         let b = Budget { tokens: 3276, dense_below: 0, share };
-        let k: Vec<usize> = [1, 100, 128, 129, 1280, 1290, 32_768, 65_536].map(|n| b.tokens_at(n)).into();
+        let k: Vec<usize> =
+            [1, 100, 128, 129, 1280, 1290, 32_768, 65_536].map(|n| b.tokens_at(n)).into();
         assert_eq!(k, [1, 100, 128, 128, 128, 129, 3276, 3276]);
         assert_eq!(b.dense_until(), 128);
         assert_eq!(Budget { dense_below: 2048, ..b }.dense_until(), 2048);

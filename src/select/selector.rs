@@ -1,12 +1,11 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector,
-    WindowSelector,
+    DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
-    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs, Share,
-    Tensor, TopK,
+    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
+    Share, Tensor, TopK,
 };
 use std::sync::Arc;
 

@@ -54,7 +54,9 @@ pub fn cases(c: &mut Cases) {
         let case = Rows { shape, group, gather, n, pool, scale, lists, k };
         let from = if gather { "gather" } else { "lead" };
         for (mix, kv) in [("edges", EDGES), ("long", LONG)] {
-            let name = format!("{from}{n}_d{d}_g{group}_lead{lead}_{pool:?}_{scale:?}_{lists:?}_k{k}_{mix}");
+            let name = format!(
+                "{from}{n}_d{d}_g{group}_lead{lead}_{pool:?}_{scale:?}_{lists:?}_k{k}_{mix}"
+            );
             c.add("score_rows", name.to_lowercase(), move |rig, t| rows(rig, t, kv, case, false));
         }
         if pool.in_score() {

@@ -19,9 +19,7 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     let group = p.heads / rows;
     let work = seqs.iter().map(|s| 2 * s.kv_len * p.heads).sum();
     // Scores of output row `i`.
-    let length = |i: usize| {
-        lengths.map_or(seqs[i / rows].kv_len, |l| p.stride.min(l[i] as usize))
-    };
+    let length = |i: usize| lengths.map_or(seqs[i / rows].kv_len, |l| p.stride.min(l[i] as usize));
     let row = |i: usize| &scores[i * p.stride..][..length(i / group)];
     let mut lse = vec![0.0; seqs.len() * p.heads];
     par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));

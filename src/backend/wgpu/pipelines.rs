@@ -117,16 +117,7 @@ pub static SCORE_ROWS: Kernel = kernel(
     "score_rows",
     "main",
     SCORE_ROWS_SRC,
-    &[
-        (1, Read),
-        (2, Read),
-        (3, Read),
-        (4, Read),
-        (5, Read),
-        (6, Read),
-        (7, Write),
-        (8, Read),
-    ],
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Read), (7, Write), (8, Read)],
 );
 pub static POOL_PARTIALS: Kernel = kernel(
     "pool_scores",

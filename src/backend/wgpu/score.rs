@@ -4,8 +4,8 @@ use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh, Result,
-    ScoreDims, ScoreRows, ScoreSource, SelectDims, TopK,
+    BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh,
+    Result, ScoreDims, ScoreRows, ScoreSource, SelectDims, TopK,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.

@@ -20,7 +20,11 @@ fn reusing(edit: impl FnOnce(&mut LayerPlan)) -> Plan {
     let role = Role::Reuse { from: 1, head_map: vec![1, 1], refine: None };
     let mut reuse = LayerPlan { role, scorer: Scorer::None, ..anchor.clone() };
     edit(&mut reuse);
-    Plan { method: "m".into(), model: String::new(), layers: vec![LayerPlan::dense(), anchor, reuse] }
+    Plan {
+        method: "m".into(),
+        model: String::new(),
+        layers: vec![LayerPlan::dense(), anchor, reuse],
+    }
 }
 
 fn check(plan: &Plan, windows: &[Option<usize>]) -> Result<(), SelectError> {

@@ -34,10 +34,7 @@ fn dense_layers_and_sliding_windows_stay_dense() {
 #[test]
 fn options_in_the_name_are_read_and_checked() {
     let spec: MethodSpec = "sparcas-paper:dims=16:metric=pair-qk:update=8".parse().unwrap();
-    assert_eq!(
-        (spec.dims, spec.update, spec.metric),
-        (Some(16), Some(8), Some(DimMetric::PairQk))
-    );
+    assert_eq!((spec.dims, spec.update, spec.metric), (Some(16), Some(8), Some(DimMetric::PairQk)));
     for bad in ["sparcas:dims", "sparcas:dims=x", "sparcas:size=3", "sparc"] {
         assert!(bad.parse::<MethodSpec>().is_err(), "{bad}");
     }
@@ -106,8 +103,7 @@ fn layers_take_turns_at_rebuilding() {
 #[test]
 fn bytes_follow_the_formula_of_the_spec() {
     // Llama-3.1-8B at 32K, D_b = 32, U = 64, T_b = 1024: 937 MB a step.
-    let spec =
-        MethodSpec { budget: Some(1024), dims: Some(32), ..Variant::SparcasPaper.into() };
+    let spec = MethodSpec { budget: Some(1024), dims: Some(32), ..Variant::SparcasPaper.into() };
     let p = spec.plan(&ModelShape { head_dim: 128, ..model(&[None; 32]) }, 32768).unwrap();
     let windows = [None; 32];
     let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
