@@ -354,7 +354,8 @@ fn a_calibrated_plan_loads_and_runs() {
     let settings = small(&engine);
     let s = run(&mut engine, &texts(2), &settings, None).unwrap();
     let c = engine.decoder().config().clone();
-    let shape = c.plan_shape(engine.fingerprint());
+    let fingerprint = engine.fingerprint().to_string();
+    let shape = c.plan_shape(&fingerprint);
     let found = Calibration::new(engine.fingerprint(), &s, choice()).unwrap();
     let plan = found.plan(&"kascade:budget=24".parse().unwrap(), &shape, CONTEXT).unwrap();
     let head_map = found.head_maps[1].clone();
