@@ -65,7 +65,7 @@ fn main() -> Result<()> {
 /// Decodes all but the last of `next` on a fork of `text`; mean NLL of the token that follows each.
 fn mean_nll(engine: &mut Engine, text: SeqId, spec: &MethodSpec, next: &[u32]) -> Result<f64> {
     let c = engine.checkpoint().config();
-    let plan = spec.plan(engine.fingerprint(), &c.windows, c.head_dim, engine.context())?;
+    let plan = spec.plan(&c.plan_shape(engine.fingerprint()), engine.context())?;
     engine.set_plan(plan)?;
     let fork = engine.fork(text)?;
     let mut sum = 0.0;

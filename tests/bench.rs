@@ -29,6 +29,7 @@ fn sparse_rows_stand_beside_a_dense_one() {
         depths: vec![130, 0],
         methods: vec![MethodSpec::from(Variant::Dense), sparse()],
         budgets: vec![],
+        plans: vec![],
         repeats: 2,
         warmup: 1,
     };

@@ -97,9 +97,7 @@ fn smollm2(context: usize, methods: &[&str]) -> (Engine, Vec<(String, Plan)>) {
         .build()
         .unwrap();
     let c = engine.decoder().config();
-    let plan = |spec: &MethodSpec| {
-        spec.plan(engine.fingerprint(), &c.windows, c.head_dim, context).unwrap()
-    };
+    let plan = |spec: &MethodSpec| spec.plan(&c.plan_shape(engine.fingerprint()), context).unwrap();
     let plans = methods.iter().zip(&specs).map(|(m, s)| (m.to_string(), plan(s))).collect();
     (engine, plans)
 }

@@ -159,7 +159,13 @@ fn requests_run_together_answer_as_one_by_one() {
     let model = Model::new();
     let prompts = [prompt(5, 5), prompt(6, 130), prompt(7, 70)];
     for dev in backends() {
-        for variant in [Variant::Dense, Variant::Sparcas, Variant::SparcasRecommended] {
+        for variant in [
+            Variant::Dense,
+            Variant::Sparcas,
+            Variant::SparcasRecommended,
+            Variant::Kascade,
+            Variant::Refined,
+        ] {
             // The short text stays dense beside the sparse ones.
             let spec = sparse(variant, 69);
             let all = together(&mut model.engine(&dev, &spec), &prompts, 12);
@@ -245,8 +251,8 @@ fn a_plan_whose_summaries_are_not_kept_is_refused() {
         let mut without = model.builder(&dev, &dense()).calibrate(true).build().unwrap();
         let mut with = model.builder(&dev, &dense()).summaries_for(&specs).build().unwrap();
         for (spec, needed) in specs.iter().zip(needed) {
-            let c = without.decoder().config();
-            let plan = spec.plan(without.fingerprint(), &c.windows, c.head_dim, CONTEXT).unwrap();
+            let model = without.decoder().config().plan_shape(without.fingerprint());
+            let plan = spec.plan(&model, CONTEXT).unwrap();
             match without.set_plan(plan.clone()) {
                 Err(EngineError::Select(SelectError::MissingSummary { what, .. })) => {
                     assert_eq!(what, needed);

@@ -11,7 +11,9 @@ use common::cache::{Data, Heads, Layer, Picked, Rule, backends, upload};
 use common::dims::Dims;
 use longsight::backend::reference::{floats, words};
 use longsight::backend::{Backend, DType, DimMetric, HeadPool, LogitScale, Rope, ScoreSource};
-use longsight::select::{LayerContext, METHODS, MethodSpec, Scratch, Selection, Variant, build};
+use longsight::select::{
+    LayerContext, METHODS, MethodSpec, ModelShape, Scratch, Selection, Variant, build,
+};
 use std::sync::Arc;
 
 const HEADS: Heads = Heads { query: 4, kv: 2, dim: 32 };
@@ -72,7 +74,9 @@ fn all_dimensions_give_exact_logits_and_the_true_top_k() {
 
 /// Runs a method's own selector over the layer.
 fn select(l: &Layer, spec: &MethodSpec) -> Picked {
-    let plan = &spec.plan("m", &[None], HEADS.dim, 4096).unwrap().layers[0];
+    let Heads { query: heads, kv: kv_heads, dim: head_dim } = HEADS;
+    let model = ModelShape { model: "m", windows: &[None], heads, kv_heads, head_dim };
+    let plan = &spec.plan(&model, 4096).unwrap().layers[0];
     let mut selector = build(&*l.dev, &l.shape(), plan, None).unwrap().expect("a sparse layer");
     let rows = l.rows(plan.pool);
     let scratch = Scratch {

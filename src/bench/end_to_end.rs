@@ -24,6 +24,8 @@ pub struct EndToEnd {
     pub methods: Vec<MethodSpec>,
     /// Budgets of the sparse methods; empty leaves each its own.
     pub budgets: Vec<usize>,
+    /// Finished plans under their names, measured after the methods.
+    pub plans: Vec<(String, Plan)>,
     /// Samples per test.
     pub repeats: usize,
     /// Decode steps before the clock starts, in every repetition (they also hold a method's first choice of
@@ -173,7 +175,8 @@ impl Run<'_, '_> {
         self.all = depths.len()
             * self.o.repeats
             * (tests(&self.o.prompts)
-                + tests(&self.o.generate) * (1 + self.o.methods.len() * budgets));
+                + tests(&self.o.generate)
+                    * (1 + self.o.methods.len() * budgets + self.o.plans.len()));
         let dense = self.plan(&Variant::Dense.into(), 0)?;
         let base = self.engine.open_sequence()?;
         for depth in depths {
@@ -255,7 +258,7 @@ impl Run<'_, '_> {
             budget: None,
             plan: self.plan(&Variant::Dense.into(), tokens)?,
         }];
-        let mut left_out = Vec::new();
+        let (mut sparse, mut left_out) = (Vec::new(), Vec::new());
         for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
             let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
                 [] => vec![spec.budget],
@@ -263,18 +266,20 @@ impl Run<'_, '_> {
             };
             for budget in budgets {
                 let plan = self.plan(&MethodSpec { budget, ..spec.clone() }, tokens)?;
-                let sparse = plan.layers.iter().filter(|l| l.sparse());
-                let dense_until = sparse.clone().map(|l| l.budget.dense_until()).min();
-                let budget = sparse.map(|l| l.budget.tokens).max();
-                match dense_until {
-                    Some(until) if tokens > until => {
-                        all.push(Contender { name: spec.name().into(), budget, plan });
-                    }
-                    until => {
-                        self.all -= self.o.repeats;
-                        let of = until.map_or("any length".into(), |u| format!("up to {u}"));
-                        left_out.push(format!("{} ({of})", spec.name()));
-                    }
+                sparse.push((spec.name().to_owned(), plan));
+            }
+        }
+        sparse.extend(self.o.plans.iter().cloned());
+        for (name, plan) in sparse {
+            let layers = plan.layers.iter().filter(|l| l.sparse());
+            let dense_until = layers.clone().map(|l| l.budget.dense_until()).min();
+            let budget = layers.map(|l| l.budget.tokens_at(tokens)).max();
+            match dense_until {
+                Some(until) if tokens > until => all.push(Contender { name, budget, plan }),
+                until => {
+                    self.all -= self.o.repeats;
+                    let of = until.map_or("any length".into(), |u| format!("up to {u}"));
+                    left_out.push(format!("{name} ({of})"));
                 }
             }
         }
@@ -357,40 +362,5 @@ fn name(kind: &str, n: usize, depth: usize) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options() -> EndToEnd {
-        EndToEnd {
-            prompts: vec![512, 0],
-            generate: vec![128],
-            depths: vec![0, 4096],
-            methods: vec![MethodSpec::default()],
-            budgets: vec![],
-            repeats: 3,
-            warmup: 2,
-        }
-    }
-
-    #[test]
-    fn the_context_holds_the_longest_test() {
-        assert_eq!(options().context(), 4096 + 512);
-        assert_eq!(EndToEnd { prompts: vec![], ..options() }.context(), 4096 + 128 + 2);
-        let huge = EndToEnd { depths: vec![usize::MAX], ..options() };
-        assert_eq!(huge.kv_tokens(), usize::MAX);
-    }
-
-    #[test]
-    fn tests_are_named_as_users_know_them() {
-        assert_eq!(name("pp", 512, 0), "pp512");
-        assert_eq!(name("tg", 128, 4096), "tg128@d4096");
-    }
-
-    #[test]
-    fn nothing_to_measure_is_refused() {
-        options().validate().unwrap();
-        let none = EndToEnd { prompts: vec![0], generate: vec![], ..options() };
-        assert!(none.validate().unwrap_err().to_string().contains("nothing to measure"));
-        assert!(EndToEnd { repeats: 0, ..options() }.validate().is_err());
-    }
-}
+#[path = "end_to_end_tests.rs"]
+mod tests;

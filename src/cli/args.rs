@@ -254,6 +254,16 @@ pub fn read_plan(path: &Path) -> Result<Plan> {
     })
 }
 
+/// Reads plan files; each is called after its file.
+///
+/// # Errors
+/// As [`read_plan`].
+pub fn read_plans(paths: &[PathBuf]) -> Result<Vec<(String, Plan)>> {
+    let name =
+        |p: &PathBuf| p.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    paths.iter().map(|p| Ok((name(p), read_plan(p)?))).collect()
+}
+
 /// Reads a small file; `what` names it in errors.
 ///
 /// # Errors

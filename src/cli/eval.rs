@@ -1,6 +1,6 @@
 //! `longsight eval`: what sparsity costs in quality.
 
-use super::args::{Format, ModelArgs};
+use super::args::{Format, ModelArgs, read_plans};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::OutputFile;
 use super::sweep::Sweep;
@@ -49,6 +49,9 @@ pub struct EvalArgs {
         default_value = "sparcas,sparcas-int8"
     )]
     methods: Vec<String>,
+    /// Plan files to run beside the methods, comma separated (see `longsight plan --save`)
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    plan: Vec<PathBuf>,
     /// Predicted tokens of each text (ppl and copy)
     #[arg(long, value_name = "TOKENS", default_value_t = 256)]
     score: usize,
@@ -78,6 +81,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         // Below the default threshold nothing would be sparse, and nothing measured.
         spec.dense_below.get_or_insert(0);
     }
+    let files = read_plans(&a.plan)?;
     let output = a.output.as_deref().map(OutputFile::create).transpose()?;
     let (checkpoint, tokenizer) = a.model.open()?;
     let samples = samples(&a, &tokenizer)?;
@@ -92,6 +96,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         .context(context)
         .method("dense".parse()?)
         .summaries_for(&kinds)
+        .summaries_for_plans(&files.iter().map(|f| f.1.clone()).collect::<Vec<_>>())
         .sequences(2)
         // Both sequences share the prompt's pages; the second adds what it decodes.
         .kv_tokens(context + longest.min(context) / 4 + 1024)
@@ -100,13 +105,14 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         ui::note(format!("note: {note}"));
     }
     let c = engine.decoder().config().clone();
-    let plans = specs
+    let mut plans = specs
         .iter()
         .map(|(name, spec)| {
             let plan = spec.plan(&c.plan_shape(engine.fingerprint()), context)?;
             Ok((name.clone(), plan))
         })
         .collect::<Result<Vec<_>>>()?;
+    plans.extend(files.iter().cloned());
     let bar = ui::bar("evaluating", "tokens", 0);
     let cancel = interrupt.arm();
     let progress = |done, all| {
@@ -133,6 +139,9 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         "environment": crate::bench::Environment::of(engine.backend()),
         "methods": specs.iter().map(|(name, options)| {
             serde_json::json!({ "method": name, "options": options })
+        }).collect::<Vec<_>>(),
+        "plans": files.iter().map(|(name, plan)| {
+            serde_json::json!({ "method": name, "plan": plan })
         }).collect::<Vec<_>>(),
         "rows": rows,
     });

@@ -46,6 +46,7 @@ pub struct EngineBuilder<'a> {
     chunk: usize,
     kv_tokens: Option<usize>,
     summaries_for: Vec<MethodSpec>,
+    summary_plans: Vec<Plan>,
     calibrate: bool,
     key_order_dir: Option<PathBuf>,
     audit: Option<AuditConfig>,
@@ -76,6 +77,7 @@ impl Engine {
             chunk: 512,
             kv_tokens: None,
             summaries_for: Vec::new(),
+            summary_plans: Vec::new(),
             calibrate: true,
             key_order_dir: None,
             audit: None,
@@ -160,6 +162,11 @@ impl<'a> EngineBuilder<'a> {
         self.summaries_for = methods.to_vec();
         self
     }
+    /// As [`EngineBuilder::summaries_for`], for finished plans.
+    pub fn summaries_for_plans(mut self, plans: &[Plan]) -> Self {
+        self.summary_plans = plans.to_vec();
+        self
+    }
     /// Whether to order keys by energy for methods that want it (default), or keep the checkpoint's order.
     pub fn calibrate(mut self, yes: bool) -> Self {
         self.calibrate = yes;
@@ -216,6 +223,10 @@ impl<'a> EngineBuilder<'a> {
         let mut plans = vec![plan.clone()];
         for spec in &self.summaries_for {
             plans.push(plan_of(spec)?);
+        }
+        for plan in self.summary_plans.drain(..) {
+            plan.check(&model)?;
+            plans.push(plan);
         }
 
         let dtype = self.weight_dtype(&*backend, &checkpoint)?;

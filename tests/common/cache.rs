@@ -317,6 +317,9 @@ impl Layer {
     /// Attention `[query, dim]` over the picked tokens.
     pub fn attend(&self, picked: &Picked) -> Vec<f64> {
         let out = self.alloc(DType::F32, self.heads.query * self.heads.dim);
+        // One list for all heads needs a map that says so.
+        let zeros = self.alloc(DType::U32, self.heads.kv);
+        let head_map = (picked.lists.len() == 1).then_some(&zeros);
         let p = AttendRows {
             q: &self.q,
             seqs: self.seqs(),
@@ -327,7 +330,7 @@ impl Layer {
             counts: &picked.counts,
             k: picked.k,
             rows_per_seq: picked.lists.len(),
-            head_map: None,
+            head_map,
             splits: 1,
             out: &out,
             lse: None,

@@ -16,8 +16,14 @@ pub struct Model(tempfile::TempDir);
 
 impl Model {
     pub fn new() -> Model {
+        Model::deep(2)
+    }
+
+    /// With so many layers.
+    pub fn deep(n_layers: usize) -> Model {
         let dir = tempfile::tempdir().unwrap();
-        Tiny::new(Arch::Llama, false, 3).write_hf(&dir.path().join("tiny"), Quant::F32, 1);
+        let tiny = Tiny::deep(Arch::Llama, false, 3, n_layers);
+        tiny.write_hf(&dir.path().join("tiny"), Quant::F32, 1);
         Model(dir)
     }
 

@@ -29,10 +29,15 @@ fn noise(state: &mut u64) -> f32 {
 
 impl Tiny {
     pub fn new(arch: Arch, tied: bool, seed: u64) -> Tiny {
+        Tiny::deep(arch, tied, seed, 2)
+    }
+
+    /// The same with `n_layers` layers.
+    pub fn deep(arch: Arch, tied: bool, seed: u64, n_layers: usize) -> Tiny {
         let config = ModelConfig {
             arch,
             name: "tiny".into(),
-            n_layers: 2,
+            n_layers,
             hidden: 64,
             n_heads: 4,
             n_kv_heads: 2,
@@ -45,7 +50,7 @@ impl Tiny {
             tie_embeddings: tied,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
-            windows: vec![None; 2],
+            windows: vec![None; n_layers],
             max_context: 512,
             bos: Some(256),
             eos: vec![258],

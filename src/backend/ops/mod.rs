@@ -8,6 +8,7 @@ mod attend;
 mod dense;
 mod dims;
 mod kv;
+mod pool_scores;
 mod score;
 mod score_rows;
 
@@ -17,9 +18,8 @@ pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh,
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
-pub use score::{
-    Among, Force, HeadPool, LogitScale, PoolScores, ScoreDims, ScoreSource, Share, TopK,
-};
+pub use pool_scores::PoolScores;
+pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
 
 use super::{BackendError, DType, Result, Tensor};

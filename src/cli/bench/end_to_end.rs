@@ -2,13 +2,14 @@
 
 use super::{ReportArgs, origin, percent};
 use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
-use crate::cli::args::{MethodOptions, ModelArgs};
+use crate::cli::args::{MethodOptions, ModelArgs, read_plans};
 use crate::cli::table::Table;
 use crate::cli::ui;
 use crate::engine::EngineError;
 use crate::select::MethodSpec;
 use anyhow::{Result, anyhow, bail};
 use clap::Args;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Base sequence, and the one that is measured.
@@ -43,6 +44,9 @@ pub struct EndToEndArgs {
     /// Budgets to try with each method, instead of --budget
     #[arg(long, value_delimiter = ',', value_name = "TOKENS,...")]
     budgets: Vec<usize>,
+    /// Plan files to measure beside the methods (see `longsight plan --save`)
+    #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
+    plan: Vec<PathBuf>,
     /// Repetitions of every test
     #[arg(short, long, default_value_t = 3, value_name = "N")]
     repeats: usize,
@@ -65,6 +69,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         depths: a.depth,
         methods: methods.clone(),
         budgets: a.budgets,
+        plans: read_plans(&a.plan)?,
         repeats: a.repeats,
         warmup: a.warmup,
     };
@@ -83,6 +88,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         .kv_tokens(bench.kv_tokens())
         .method(methods.first().cloned().unwrap_or_default())
         .summaries_for(&methods)
+        .summaries_for_plans(&bench.plans.iter().map(|p| p.1.clone()).collect::<Vec<_>>())
         .build()
         .map_err(|e| match e {
             e @ (EngineError::BadOption(_) | EngineError::BadContext { .. }) => {

@@ -1,0 +1,63 @@
+//! Pooling the scores of query heads after a softmax.
+
+use super::score::check_scores;
+use super::{HeadPool, Seqs, apart, ensure, holds, is};
+use crate::backend::{DType, Result, Tensor};
+
+/// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
+/// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`;
+/// `AllSoftmax`: the same sum over all query heads, one row per sequence.
+/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
+/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
+/// from `kv_len` on are neither read nor written; with `lengths`, those from `lengths[s, row]` on, `row` being the
+/// output row (more than `stride` counts as `stride`).
+#[derive(Debug)]
+pub struct PoolScores<'a> {
+    /// f32 `[n, heads, stride]`.
+    pub scores: &'a Tensor,
+    /// f32 `[n, rows, stride]`, out; `rows` = `kv_heads`, or 1 for `AllSoftmax`.
+    pub out: &'a Tensor,
+    /// The sequences.
+    pub seqs: Seqs<'a>,
+    /// Query heads.
+    pub heads: usize,
+    /// KV heads.
+    pub kv_heads: usize,
+    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
+    pub stride: usize,
+    /// `MaxSoftmax`, `MeanSoftmax` or `AllSoftmax`.
+    pub pool: HeadPool,
+    /// u32 `[n, rows]`: how many scores a row holds, where they are those of listed tokens
+    /// ([`ScoreRows`](super::ScoreRows)).
+    pub lengths: Option<&'a Tensor>,
+}
+
+impl PoolScores<'_> {
+    /// Shapes and dtypes fit.
+    pub fn check(&self) -> Result<()> {
+        const OP: &str = "pool_scores";
+        self.seqs.check_decode(OP)?;
+        ensure(OP, self.pool.softmax(), || "only the softmax modes are pooled here".into())?;
+        ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
+            format!("{} heads over {} KV heads", self.heads, self.kv_heads)
+        })?;
+        check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
+        apart(OP, &[("out", self.out)], &[("scores", self.scores)])?;
+        if let Some(lengths) = self.lengths {
+            is(OP, "lengths", lengths, DType::U32)?;
+            holds(OP, "lengths", lengths, &[self.seqs.n, self.rows_per_seq()])?;
+            apart(OP, &[("out", self.out)], &[("lengths", lengths)])?;
+        }
+        check_scores(OP, self.out, self.seqs, self.rows_per_seq(), self.stride)
+    }
+
+    /// Output rows of a sequence.
+    pub fn rows_per_seq(&self) -> usize {
+        self.pool.lists(self.heads, self.kv_heads)
+    }
+
+    /// Most scores of a row.
+    pub fn longest(&self) -> usize {
+        if self.lengths.is_some() { self.stride } else { self.seqs.max_kv }
+    }
+}
