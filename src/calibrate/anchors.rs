@@ -35,8 +35,8 @@ pub fn placements(s: &[Vec<f64>], most: usize) -> Vec<Placement> {
             None => (score(0, i), 0),
             Some(fewer) => {
                 let mut top = (f64::NEG_INFINITY, 0);
-                for l in m - 1..i {
-                    let value = fewer[l].0 + score(l, i);
+                for (l, before) in fewer.iter().enumerate().take(i).skip(m - 1) {
+                    let value = before.0 + score(l, i);
                     if value > top.0 {
                         top = (value, l);
                     }

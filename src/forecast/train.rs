@@ -73,9 +73,8 @@ impl TrainSettings {
         }
         let o = self.optimizer;
         let share = |b: f32| (0.0..1.0).contains(&b);
-        if !(o.rate > 0.0 && o.clip > 0.0 && o.eps > 0.0 && o.decay >= 0.0)
-            || !(share(o.betas.0) && share(o.betas.1))
-        {
+        let rates = o.rate > 0.0 && o.clip > 0.0 && o.eps > 0.0 && o.decay >= 0.0;
+        if !(rates && share(o.betas.0) && share(o.betas.1)) {
             return bad("rates above 0 and decays below 1 are needed to learn".into());
         }
         let shortest = texts.iter().map(Vec::len).min().unwrap_or(0);
