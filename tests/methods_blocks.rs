@@ -306,7 +306,7 @@ fn sparda_without_a_forecast_is_refused() {
     let builder = model.builder(&dev, &sparse(Variant::Infllm2, 80)).forecast(None);
     let mut engine = builder.build().unwrap();
     let c = engine.decoder().config();
-    let plan = spec.plan(engine.fingerprint(), &c.windows, c.head_dim, CONTEXT).unwrap();
+    let plan = spec.plan(&c.plan_shape(engine.fingerprint()), CONTEXT).unwrap();
     let e = engine.set_plan(plan).unwrap_err();
     assert!(matches!(e, EngineError::Select(SelectError::NoForecast { .. })), "{e}");
     assert_eq!(engine.plan().method, "infllm2", "a refused plan changes nothing");

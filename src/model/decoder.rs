@@ -4,6 +4,7 @@ use super::attention::Attention;
 use super::forecaster::Forecaster;
 use super::load::{LayerWeights, LoadError, Loader, Weights};
 use super::step::{Step, StepSeq};
+use super::trace::{LayerView, Observer, Stage};
 use super::workspace::{LOGIT_ROWS, Workspace};
 use super::{Checkpoint, Forecast, KeyOrder, ModelConfig};
 use crate::backend::{
@@ -159,6 +160,21 @@ impl Decoder {
         cache: &KvCache,
         attention: &mut Attention,
     ) -> std::result::Result<Step, SelectError> {
+        self.forward_observed(seqs, cache, attention, None)
+    }
+
+    /// [`Decoder::forward`] that calls `observer` twice a layer: when queries and keys are there, and when the
+    /// attention output was added to the residual stream; see [`LayerView`].
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], and whatever the observer answers.
+    pub fn forward_observed(
+        &mut self,
+        seqs: &[StepSeq<'_>],
+        cache: &KvCache,
+        attention: &mut Attention,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> std::result::Result<Step, SelectError> {
         let b = self.backend.clone();
         let buffer = self.step_buffer(attention.thresholds().len())?;
         let step = Step::upload(&*b, &buffer, seqs, attention.thresholds())?;
@@ -175,9 +191,30 @@ impl Decoder {
             let shape = self.layer_shape(l, cache.shape().dtype);
             let w = &self.weights.layers[l];
             self.queries_and_keys(w, &step)?;
+            if let Some(observe) = observer.as_deref_mut() {
+                observe(&LayerView::new(
+                    &*b,
+                    c,
+                    &self.order,
+                    &self.ws,
+                    (l, Stage::Projected),
+                    &step,
+                ))?;
+            }
             let forecast = self.forecast(l, &step, attention)?;
             attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
-            self.output_and_mlp(w, step.rows)?;
+            self.output(w, step.rows)?;
+            if let Some(observe) = observer.as_deref_mut() {
+                observe(&LayerView::new(
+                    &*b,
+                    c,
+                    &self.order,
+                    &self.ws,
+                    (l, Stage::Attended),
+                    &step,
+                ))?;
+            }
+            self.mlp(w, step.rows)?;
         }
         Ok(step)
     }
@@ -254,12 +291,25 @@ impl Decoder {
         Ok(attention.wants_forecast(l).then(|| f.of(l)))
     }
 
-    fn output_and_mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
+    fn output(&self, w: &LayerWeights, rows: usize) -> Result<()> {
+        let (c, ws) = (&self.config, &self.ws);
+        self.backend.linear(&Linear {
+            x: &ws.attn,
+            w: &w.o,
+            bias: None,
+            y: &ws.x,
+            rows,
+            inputs: c.n_heads * c.head_dim,
+            outputs: c.hidden,
+            accumulate: true,
+        })
+    }
+
+    fn mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
         let (c, ws, b) = (&self.config, &self.ws, &self.backend);
         let linear = |x, w, y, inputs, outputs, accumulate| {
             b.linear(&Linear { x, w, bias: None, y, rows, inputs, outputs, accumulate })
         };
-        linear(&ws.attn, &w.o, &ws.x, c.n_heads * c.head_dim, c.hidden, true)?;
         self.norm(&w.ffn_norm, rows)?;
         linear(&ws.normed, &w.gate_up, &ws.gate_up, c.hidden, 2 * c.ffn, false)?;
         b.swiglu(&SwiGlu { x: &ws.gate_up, out: &ws.ffn, rows, ffn: c.ffn })?;

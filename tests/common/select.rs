@@ -1,10 +1,10 @@
 //! A method's own selector over one layer of random keys.
 
-use super::cache::{Layer, Picked, upload};
+use super::cache::{Heads, Layer, Picked, upload};
 use longsight::backend::{
     DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
 };
-use longsight::select::{LayerContext, MethodSpec, Scratch, Selection, build};
+use longsight::select::{LayerContext, MethodSpec, ModelShape, Scratch, Selection, build};
 
 /// Summaries of all tokens of the layer.
 pub fn summaries(l: &Layer, tokens: usize, kind: SummaryKind) -> Tensor {
@@ -34,7 +34,9 @@ pub fn mean_queries(q: &[f32], kv_heads: usize, dim: usize) -> Vec<f32> {
 /// Runs a method's own selector over the layer, whose query is `q`.
 pub fn select(l: &Layer, q: &[f32], spec: &MethodSpec) -> Picked {
     let heads = l.heads;
-    let plan = &spec.plan("m", &[None], heads.dim, 4096).unwrap().layers[0];
+    let Heads { query, kv: kv_heads, dim: head_dim } = heads;
+    let model = ModelShape { model: "m", windows: &[None], heads: query, kv_heads, head_dim };
+    let plan = &spec.plan(&model, 4096).unwrap().layers[0];
     let mut selector = build(&*l.dev, &l.shape(), plan, None).unwrap().expect("a sparse layer");
     let rows = l.rows(plan.pool);
     let scratch = Scratch {

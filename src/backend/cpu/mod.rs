@@ -13,6 +13,7 @@ mod expand_blocks;
 mod force;
 mod gather_rows;
 mod gemm_ceiling;
+pub(crate) mod host;
 mod key_stats;
 mod kv_append;
 mod kv_summaries;
