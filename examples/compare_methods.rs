@@ -28,7 +28,10 @@ fn main() -> Result<()> {
     let model = args.next().unwrap_or_else(|| "smollm2".into());
     let device = args.next().unwrap_or_else(|| "auto".into());
 
-    let specs: Vec<MethodSpec> = METHODS.iter().map(|m| m.variant.into()).collect();
+    // SparDA's weights are trained for one model each.
+    let trained = |v: Variant| v == Variant::Sparda;
+    let specs: Vec<MethodSpec> =
+        METHODS.iter().map(|m| m.variant).filter(|v| !trained(*v)).map(Into::into).collect();
     let mut engine = Engine::builder()
         .model(model)
         .device(device)

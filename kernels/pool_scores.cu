@@ -4,6 +4,7 @@
 //
 // Plan: two kernels. `pool_lse`: one CTA per (head, sequence) takes the row's log-sum-exp; `pool_scores`: grid
 // (token blocks, output rows, sequences) pools. Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
+#include "lse.cuh"
 #include "paged.cuh"
 
 // Scores of output row `row` of `rows`: those of all tokens, or of listed ones.
@@ -13,23 +14,10 @@ DEVICE u32 row_length(const Seq& seq, const u32* lengths, u64 stride, u32 s, u32
 
 extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride,
                                     const u32* lengths, u32 rows) {
-    __shared__ float maxes[33], scratch[33];
     Seq seq = seqs.get(blockIdx.y);
     u32 n = row_length(seq, lengths, stride, blockIdx.y, rows, blockIdx.x / (heads / rows));
-    const float* row = scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride;
-    u32 lane = threadIdx.x & 31;
-    float m = NEG_INF, sum = 0.0f;
-    for (u32 j = threadIdx.x; j < n; j += blockDim.x) m = fmaxf(m, row[j]);
-    m = warp_max(m);
-    if (lane == 0) maxes[threadIdx.x >> 5] = m;
-    __syncthreads();
-    m = warp_max(lane < (blockDim.x >> 5) ? maxes[lane] : NEG_INF);
-    float shift = m == NEG_INF ? 0.0f : m;
-    for (u32 j = threadIdx.x; j < n; j += blockDim.x) sum += expf(row[j] - shift);
-    sum = block_sum(sum, scratch);
-    // A row of -infinity throughout stays so in every head's difference.
-    if (threadIdx.x == 0)
-        lse[blockIdx.y * heads + blockIdx.x] = sum > 0.0f ? shift + logf(sum) : 0.0f;
+    float total = block_lse(scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride, n);
+    if (threadIdx.x == 0) lse[blockIdx.y * heads + blockIdx.x] = total;
 }
 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,

@@ -102,3 +102,25 @@ fn k_offset(lead: u32, head_dim: u32, row: u32, i: u32) -> u32 {
     }
     return PAGE * lead + row * (head_dim - lead) + (i - lead);
 }
+
+// LOWEST for what is not finite; tested by bits, because drivers may assume that there is no NaN.
+fn finite(x: f32) -> f32 {
+    return select(x, LOWEST, (bitcast<u32>(x) & PLUS_INF) == PLUS_INF);
+}
+
+// Bits of a score; -infinity, which top_k never takes, for LOWEST.
+fn score_bits(x: f32) -> u32 {
+    return select(MINUS_INF, bitcast<u32>(x), x > LOWEST);
+}
+
+// Eight consecutive values.
+struct Eight {
+    a: vec4<f32>,
+    b: vec4<f32>,
+}
+
+// Joins two partial log-sum-exps: (largest, sum of exponentials).
+fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
+    let m = max(a.x, b.x);
+    return vec2<f32>(m, a.y * exp(a.x - m) + b.y * exp(b.x - m));
+}

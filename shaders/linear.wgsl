@@ -38,12 +38,6 @@ fn store(row: u32, o: u32, sum: f32) {
 // Partial sums of one thread: [row * 64 + lane], one component per output.
 var<workgroup> partial: array<vec4<f32>, 256>;
 
-// Eight weights, as two vectors.
-struct Eight {
-    a: vec4<f32>,
-    b: vec4<f32>,
-}
-
 // Weights 8c..8c+8 of output `o`.
 fn w8(o: u32, c: u32) -> Eight {
     let i = o * (p.inputs / 8u) + c;

@@ -35,12 +35,6 @@ fn length(sequence: u32, row: u32) -> u32 {
     return sequences[sequence * META_WORDS + META_KV_LEN];
 }
 
-// Joins two (largest, sum) pairs.
-fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
-    let m = max(a.x, b.x);
-    return vec2<f32>(m, a.y * exp(a.x - m) + b.y * exp(b.x - m));
-}
-
 var<workgroup> lane_part: array<vec2<f32>, 64>;
 
 @compute @workgroup_size(64)

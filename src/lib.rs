@@ -1,7 +1,7 @@
 //! Longsight runs long-context language models with sparse attention, on any GPU.
 //!
-//! Layers, each importing only those below: `cli`, `eval`, `bench` | `engine` | `model` | `select`, `kv` |
-//! `backend` | `files`. See `DESIGN.md`.
+//! Layers, each importing only those below: `cli`, `eval`, `bench` | `calibrate`, `forecast` | `engine` | `model` |
+//! `select`, `kv` | `backend` | `files`. See `DESIGN.md`.
 
 #![warn(missing_debug_implementations)]
 #![warn(missing_docs)]
@@ -9,10 +9,12 @@
 
 pub mod backend;
 pub mod bench;
+pub mod calibrate;
 pub mod cli;
 pub mod engine;
 pub mod eval;
 mod files;
+pub mod forecast;
 pub mod kv;
 pub mod model;
 pub mod select;

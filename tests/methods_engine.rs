@@ -165,6 +165,8 @@ fn requests_run_together_answer_as_one_by_one() {
             Variant::SparcasRecommended,
             Variant::Kascade,
             Variant::Refined,
+            Variant::Quest,
+            Variant::Sparda,
         ] {
             // The short text stays dense beside the sparse ones.
             let spec = sparse(variant, 69);
@@ -183,7 +185,13 @@ fn chunk_sizes_give_the_same_tokens() {
     let model = Model::new();
     let p = prompt(8, 150);
     for dev in backends() {
-        for variant in [Variant::Dense, Variant::SparcasRecommended] {
+        for variant in [
+            Variant::Dense,
+            Variant::SparcasRecommended,
+            Variant::Arkvale,
+            Variant::Infllm2,
+            Variant::Sparda,
+        ] {
             let run = |chunk| {
                 let spec = sparse(variant, 80);
                 answer(&mut model.builder(&dev, &spec).chunk(chunk).build().unwrap(), &p, 12).0
@@ -243,9 +251,11 @@ fn the_order_of_keys_leaves_the_logits_alone() {
 #[test]
 fn a_plan_whose_summaries_are_not_kept_is_refused() {
     let model = Model::new();
-    let variants = [Variant::SparcasInt8, Variant::SparcasRecommended, Variant::Sparcas];
+    let variants =
+        [Variant::SparcasInt8, Variant::SparcasRecommended, Variant::Sparcas, Variant::Quest];
     let specs = variants.map(|v| sparse(v, 80));
-    let needed = ["the int8 key copy", "key statistics", "energy-sorted keys"];
+    let needed =
+        ["the int8 key copy", "key statistics", "energy-sorted keys", "summaries of the keys"];
     for dev in backends() {
         // Dense needs no order, so none is measured; the second engine's order was the caller's choice.
         let mut without = model.builder(&dev, &dense()).calibrate(true).build().unwrap();
@@ -273,7 +283,7 @@ fn a_kept_sequence_is_reused_and_answers_the_same() {
     let longer = [start.clone(), prompt(12, 20)].concat();
     let request = |tokens: &[u32]| Request::tokens(tokens.to_vec()).max_tokens(8);
     for dev in backends() {
-        for variant in [Variant::Dense, Variant::Sparcas] {
+        for variant in [Variant::Dense, Variant::Sparcas, Variant::Quest, Variant::Infllm2] {
             let spec = sparse(variant, 80);
             let (want, fresh) = generate(&mut model.engine(&dev, &spec), request(&longer));
             assert_eq!(fresh.reused_tokens, 0);

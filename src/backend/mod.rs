@@ -131,6 +131,8 @@ pub trait Backend: Send + Sync {
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()>;
     /// Running key statistics of the appended tokens; see [`KeyStats`].
     fn key_stats(&self, p: &KeyStats<'_>) -> Result<()>;
+    /// Summaries of runs of the appended tokens' keys; see [`KvSummaries`].
+    fn kv_summaries(&self, p: &KvSummaries<'_>) -> Result<()>;
     /// Chooses key dimensions by the query; see [`SelectDims`].
     fn select_dims(&self, p: &SelectDims<'_>) -> Result<()>;
     /// Rewrites changed columns of the compact slice; see [`RebuildSlice`].
@@ -146,6 +148,13 @@ pub trait Backend: Send + Sync {
     fn force(&self, p: &Force<'_>) -> Result<()>;
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
+
+    /// Logits against summaries of runs of keys; see [`ScoreSummaries`].
+    fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()>;
+    /// Scores of blocks from scores of summaries; see [`PoolBlocks`].
+    fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()>;
+    /// Tokens of listed blocks; see [`ExpandBlocks`].
+    fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()>;
 
     /// Causal attention over all cached tokens; see [`AttendDense`].
     fn attend_dense(&self, p: &AttendDense<'_>) -> Result<()>;

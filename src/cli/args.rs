@@ -40,6 +40,9 @@ pub struct ModelArgs {
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub chunk: usize,
+    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors)
+    #[arg(long, value_name = "FILE")]
+    pub forecast: Option<PathBuf>,
 }
 
 impl SizeArgs {
@@ -76,6 +79,7 @@ impl ModelArgs {
             .kv_dtype(self.size.kv_dtype)
             .context(self.size.ctx)
             .chunk(self.chunk)
+            .forecast(self.forecast.clone())
             .on_progress(ui::build_progress())
     }
 }
@@ -146,7 +150,7 @@ pub struct OtherOptions {
     /// Choose dimensions anew when coverage falls below this share of a fresh choice
     #[arg(long, value_name = "SHARE")]
     pub beta: Option<f32>,
-    /// Dimensions chosen together: 1, 2, 8 or 16
+    /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, all-softmax, none

@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod devices;
 mod eval;
@@ -15,6 +16,8 @@ mod ruler;
 mod run;
 mod sweep;
 mod table;
+mod texts;
+mod train_forecast;
 mod ui;
 
 use clap::{Parser, Subcommand};
@@ -31,6 +34,7 @@ Examples:
   longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
   longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
   longsight eval ruler --text a.txt --lengths 4096 --tasks vt,niah_multikey_1 --samples 10
+  longsight calibrate --text a.txt --text b.txt --prompts 16 -o kascade.plan.json
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]
@@ -52,6 +56,10 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Measure prefill and decode speed, dense and sparse; `bench kernels` measures single ops
     Bench(bench::BenchArgs),
+    /// Find the layers whose token lists other layers can use (Kascade)
+    Calibrate(calibrate::CalibrateArgs),
+    /// Train the matrices that predict which blocks the next layer reads (SparDA's Forecast)
+    TrainForecast(train_forecast::TrainForecastArgs),
     /// Measure what sparsity costs: prose, copying, pass keys, RULER-style tasks, every method against dense
     Eval(eval::EvalArgs),
 }
@@ -64,6 +72,8 @@ pub fn main() -> ExitCode {
         Command::Chat(a) => chat::chat(a),
         Command::Devices(a) => devices::devices(a),
         Command::Plan(a) => plan::plan(a),
+        Command::Calibrate(a) => calibrate::calibrate(a),
+        Command::TrainForecast(a) => train_forecast::train_forecast(a),
         Command::Eval(a) => eval::eval(a),
         Command::Bench(a) => bench::bench(a),
     };

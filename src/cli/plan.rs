@@ -3,7 +3,7 @@
 use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
 use super::output::OutputFile;
 use super::ui;
-use crate::select::{Budget, LayerPlan, Plan, Role, Scorer, read_head_maps};
+use crate::select::{Budget, LayerPlan, Plan, Query, Role, Scorer, read_head_maps};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -146,6 +146,13 @@ fn scores(scorer: &Scorer) -> String {
             };
             let from = if *slice { "compact slice" } else { "read from the keys" };
             format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
+        }
+        Scorer::Blocks { summary, unit, query } => {
+            let from = match query {
+                Query::Own => "",
+                Query::Forecast => " and the Forecast of the layer before",
+            };
+            format!("blocks of {unit} tokens by {summary:?}{from}")
         }
         Scorer::Custom { name } => format!("custom scorer {name}"),
     }

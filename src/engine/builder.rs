@@ -5,10 +5,10 @@ use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, PAGE, open};
 use crate::kv::{KvCache, KvShape, pages_for};
 use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, KeyOrder, ModelConfig, ModelError,
-    Quant, Tokenizer, Weight, cache_dir, resolve,
+    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, Forecast, KeyOrder, ModelConfig,
+    ModelError, Quant, Tokenizer, Weight, cache_dir, resolve,
 };
-use crate::select::{MethodSpec, Plan, SelectorFactory};
+use crate::select::{MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -47,6 +47,7 @@ pub struct EngineBuilder<'a> {
     kv_tokens: Option<usize>,
     summaries_for: Vec<MethodSpec>,
     summary_plans: Vec<Plan>,
+    forecast: Option<PathBuf>,
     calibrate: bool,
     key_order_dir: Option<PathBuf>,
     audit: Option<AuditConfig>,
@@ -78,6 +79,7 @@ impl Engine {
             kv_tokens: None,
             summaries_for: Vec::new(),
             summary_plans: Vec::new(),
+            forecast: None,
             calibrate: true,
             key_order_dir: None,
             audit: None,
@@ -167,6 +169,11 @@ impl<'a> EngineBuilder<'a> {
         self.summary_plans = plans.to_vec();
         self
     }
+    /// File of Forecast projections trained for this model, which `sparda` needs; see [`Forecast`].
+    pub fn forecast(mut self, file: impl Into<Option<PathBuf>>) -> Self {
+        self.forecast = file.into();
+        self
+    }
     /// Whether to order keys by energy for methods that want it (default), or keep the checkpoint's order.
     pub fn calibrate(mut self, yes: bool) -> Self {
         self.calibrate = yes;
@@ -229,6 +236,12 @@ impl<'a> EngineBuilder<'a> {
             plans.push(plan);
         }
 
+        let forecast = self.forecast.take();
+        let forecast = forecast.map(|p| Forecast::open(&p, &config, &fingerprint)).transpose()?;
+        if let (Some(p), None) = (plans.iter().find(|p| p.wants_forecast()), &forecast) {
+            return Err(SelectError::NoForecast { method: p.method.clone() }.into());
+        }
+
         let dtype = self.weight_dtype(&*backend, &checkpoint)?;
         let kv_dtype = self.kv_dtype.unwrap_or(dtype);
         let act = backend.caps().activations(dtype);
@@ -264,6 +277,9 @@ impl<'a> EngineBuilder<'a> {
             decoder.set_limits(limits)?;
         }
 
+        if let Some(file) = forecast {
+            decoder.set_forecast(file)?;
+        }
         let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.head_dim);
         let cache = KvCache::new(
             &**decoder.backend(),
@@ -279,6 +295,8 @@ impl<'a> EngineBuilder<'a> {
                 key_stats: plans.iter().any(Plan::key_stats),
             },
         )?;
+        let summaries: Vec<_> = plans.iter().flat_map(Plan::summaries).collect();
+        let cache = cache.with_summaries(&**decoder.backend(), &summaries)?;
         let shape = decoder.layer_shape(0, kv_dtype);
         let attention = Attention::new(&**decoder.backend(), plan, shape, self.custom.as_ref())?;
         Ok(Engine {

@@ -25,6 +25,7 @@ mod scheduler;
 mod sequences;
 mod step;
 mod stop;
+mod trace;
 
 pub use audit::{AuditConfig, AuditSummary, LayerSummary};
 pub use builder::{EngineBuilder, Progress};
@@ -36,3 +37,4 @@ pub use scheduler::Scheduler;
 pub use sequences::{Engine, SeqId};
 pub use step::{WantLogits, Work};
 pub use stop::StopFilter;
+pub use trace::{LayerTrace, TraceParts};

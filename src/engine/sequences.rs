@@ -139,6 +139,12 @@ impl Engine {
         if plan.key_stats() && !s.key_stats {
             return Err(missing("key statistics").into());
         }
+        if plan.summaries().into_iter().any(|kind| !self.cache.keeps(kind)) {
+            return Err(missing("summaries of the keys").into());
+        }
+        if plan.wants_forecast() && !self.decoder.has_forecast() {
+            return Err(crate::select::SelectError::NoForecast { method: plan.method }.into());
+        }
         if plan.wants_key_order() && !self.key_order_settled {
             return Err(missing("energy-sorted keys").into());
         }

@@ -2,7 +2,7 @@
 
 use super::{Engine, EngineError, SeqId};
 use crate::backend::Backend;
-use crate::model::StepSeq;
+use crate::model::{Observer, StepSeq};
 
 /// One sequence's share of a step.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +39,16 @@ impl Engine {
     pub fn step(
         &mut self,
         work: &[Work<'_>],
+        each: impl FnMut(usize, usize, &[f32]),
+    ) -> Result<(), EngineError> {
+        self.step_observed(work, None, each)
+    }
+
+    /// [`Engine::step`] with somebody who looks into the layers.
+    pub(super) fn step_observed(
+        &mut self,
+        work: &[Work<'_>],
+        observer: Option<&mut Observer<'_>>,
         mut each: impl FnMut(usize, usize, &[f32]),
     ) -> Result<(), EngineError> {
         self.check_work(work)?;
@@ -65,7 +75,8 @@ impl Engine {
                 decode: w.decode.then_some(s.decode_steps),
             });
         }
-        let step = self.decoder.forward(&seqs, &self.cache, &mut self.attention)?;
+        let (cache, attention) = (&self.cache, &mut self.attention);
+        let step = self.decoder.forward_observed(&seqs, cache, attention, observer)?;
         for w in work.iter().filter(|w| w.decode) {
             if let Some(s) = self.sequences[w.seq.0].as_mut() {
                 s.decode_steps += 1;

@@ -1,7 +1,9 @@
 //! The device pools of all layers and the summaries that are written with them.
 
 use super::{PageAllocator, PageError, PageTable};
-use crate::backend::{Backend, DType, Int8Keys, KvPool, PAGE, Result, Tensor, key_stats_len};
+use crate::backend::{
+    Backend, DType, Int8Keys, KvPool, PAGE, Result, Summaries, SummaryKind, Tensor, key_stats_len,
+};
 
 /// Sizes of a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +39,8 @@ struct Layer {
 pub struct KvCache {
     shape: KvShape,
     layers: Vec<Layer>,
+    /// For each kind that is kept, the summaries of every layer.
+    summaries: Vec<(SummaryKind, Vec<Tensor>)>,
     allocator: PageAllocator,
 }
 
@@ -73,7 +77,35 @@ impl KvCache {
             Ok(Layer { k, v, int8, stats })
         };
         let layers = (0..shape.n_layers).map(layer).collect::<Result<_>>()?;
-        Ok(KvCache { shape, layers, allocator: PageAllocator::new(shape.n_pages) })
+        let allocator = PageAllocator::new(shape.n_pages);
+        Ok(KvCache { shape, layers, summaries: Vec::new(), allocator })
+    }
+
+    /// Keeps these summaries of the keys as well; the cache is still empty.
+    ///
+    /// # Errors
+    /// When the device is full.
+    pub fn with_summaries(mut self, b: &dyn Backend, kinds: &[SummaryKind]) -> Result<Self> {
+        let s = self.shape;
+        for kind in kinds.iter().copied().filter(|k| k.is_sound()) {
+            if self.keeps(kind) {
+                continue;
+            }
+            let len = s.n_pages * s.kv_heads * kind.page_len(s.head_dim);
+            let layer = |l| b.alloc(s.dtype, len, &format!("key summaries of layer {l}"));
+            self.summaries.push((kind, (0..s.n_layers).map(layer).collect::<Result<_>>()?));
+        }
+        Ok(self)
+    }
+
+    /// Whether the cache keeps summaries of this kind.
+    pub fn keeps(&self, kind: SummaryKind) -> bool {
+        self.summaries.iter().any(|(k, _)| *k == kind)
+    }
+
+    /// Layer `l`'s summaries of the keys, one of each kind that is kept.
+    pub fn summaries(&self, l: usize) -> impl Iterator<Item = Summaries<'_>> {
+        self.summaries.iter().map(move |(kind, layers)| Summaries { data: &layers[l], kind: *kind })
     }
 
     /// Sizes.
@@ -135,6 +167,11 @@ impl KvCache {
                 b.copy(&page(data, w, from), &page(data, w, to))?;
                 b.copy(&page(scale, 1, from), &page(scale, 1, to))?;
             }
+        }
+        for (kind, layers) in &self.summaries {
+            let len = self.shape.kv_heads * kind.page_len(self.shape.head_dim);
+            let page = |t: &Tensor, p: u32| t.slice(p as usize * len, len);
+            layers.iter().try_for_each(|t| b.copy(&page(t, from), &page(t, to)))?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use super::audit::{LayerAudit, audit};
 use super::lists::{LayerLists, layer_lists};
 use super::step::{GroupSeqs, Step};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{AttendRows, Backend, DType, KeyStats, KvAppend, Result, Tensor};
+use crate::backend::{AttendRows, Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
     LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector,
@@ -54,14 +54,14 @@ impl Attention {
         let stride = shape.capacity.next_multiple_of(64);
         let lists = layer_lists(b, &plan, &shape, stride)?;
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
-        let softmax = not_dense().any(|p| p.pool.softmax());
+        let per_head = not_dense().any(|p| p.pool.softmax() || p.summary().is_some());
         let scratch = (rows > 0)
             .then(|| -> Result<Scratch> {
                 let scores =
                     |rows: usize| b.alloc(DType::F32, shape.slots * rows * stride, "token scores");
                 Ok(Scratch {
                     scores: scores(rows)?,
-                    head_scores: softmax.then(|| scores(shape.heads)).transpose()?,
+                    head_scores: per_head.then(|| scores(shape.heads)).transpose()?,
                     stride,
                 })
             })
@@ -93,6 +93,11 @@ impl Attention {
         &self.thresholds
     }
 
+    /// Layer `layer` is there and is scored with a Forecast.
+    pub fn wants_forecast(&self, layer: usize) -> bool {
+        self.plan.layers.get(layer).is_some_and(LayerPlan::wants_forecast)
+    }
+
     /// Forgets private state of a slot.
     pub fn reset(&mut self, b: &dyn Backend, slot: usize) -> std::result::Result<(), SelectError> {
         self.selectors.iter_mut().flatten().try_for_each(|s| s.reset(b, slot))
@@ -110,7 +115,9 @@ impl Attention {
     }
 
     /// Appends the step's keys and values to the cache of layer `shape.layer`, then attends: `ws.q`, `ws.k` and
-    /// the v part of `ws.qkv` in, `ws.attn` out.
+    /// the v part of `ws.qkv` in, `ws.attn` out. `forecast`: act `[decode rows, kv_heads, head_dim]`, where the layer is
+    /// scored with it.
+    #[allow(clippy::too_many_arguments)]
     pub fn layer(
         &mut self,
         b: &dyn Backend,
@@ -119,6 +126,7 @@ impl Attention {
         shape: LayerShape,
         window: Option<usize>,
         ws: &Workspace,
+        forecast: Option<&Tensor>,
     ) -> std::result::Result<(), SelectError> {
         let l = shape.layer;
         let pool = cache.pool(l);
@@ -139,6 +147,9 @@ impl Attention {
         if let Some(stats) = cache.stats(l) {
             let slots = cache.shape().slots;
             b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
+        }
+        for summaries in cache.summaries(l) {
+            b.kv_summaries(&KvSummaries { seqs: all.seqs(), cache: pool, summaries })?;
         }
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
@@ -168,6 +179,8 @@ impl Attention {
             cache: pool,
             int8: cache.int8(l),
             stats: cache.stats(l),
+            summaries: p.summary().and_then(|kind| cache.summaries(l).find(|s| s.kind == kind)),
+            forecast,
             shape,
             scratch,
         };

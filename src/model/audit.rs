@@ -1,6 +1,7 @@
 //! What a selection cost: its outputs beside those of dense attention over the same cache.
 
-use crate::backend::{Backend, DType, Result, Tensor};
+use super::trace::download_f32;
+use crate::backend::{Backend, Tensor};
 use crate::select::{LayerShape, SelectError};
 
 /// What the selection of one (layer, sequence) cost, measured against dense attention.
@@ -16,17 +17,6 @@ pub struct LayerAudit {
     pub recall: Vec<f32>,
     /// `|out - out_dense| / |out_dense|` over all heads.
     pub output_error: f32,
-}
-
-fn download_f32(b: &dyn Backend, t: &Tensor) -> Result<Vec<f32>> {
-    let mut bytes = vec![0u8; t.bytes()];
-    b.download(t, &mut bytes)?;
-    let pairs = || bytes.chunks_exact(2).map(|c| u16::from_le_bytes([c[0], c[1]]));
-    Ok(match t.dtype() {
-        DType::F16 => pairs().map(|u| half::f16::from_bits(u).to_f32()).collect(),
-        DType::BF16 => pairs().map(|u| half::bf16::from_bits(u).to_f32()).collect(),
-        _ => bytes.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect(),
-    })
 }
 
 /// What rounding may add to a share of 1.

@@ -1,10 +1,12 @@
 //! The decoder's forward pass.
 
 use super::attention::Attention;
+use super::forecaster::Forecaster;
 use super::load::{LayerWeights, LoadError, Loader, Weights};
 use super::step::{Step, StepSeq};
+use super::trace::{LayerView, Observer, Stage};
 use super::workspace::{LOGIT_ROWS, Workspace};
-use super::{Checkpoint, KeyOrder, ModelConfig};
+use super::{Checkpoint, Forecast, KeyOrder, ModelConfig};
 use crate::backend::{
     Backend, DType, Embed, GatherRows, Linear, PAGE, QkNorm, Result, RmsNorm, Rope, SwiGlu, Tensor,
 };
@@ -32,6 +34,7 @@ pub struct Decoder {
     ws: Workspace,
     limits: DecoderLimits,
     step_words: Option<Tensor>,
+    forecaster: Option<Forecaster>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -57,7 +60,8 @@ impl Decoder {
         let weights = Loader::new(&*backend, checkpoint, dtype, progress).weights(&order)?;
         let act = backend.caps().activations(dtype);
         let ws = Workspace::new(&*backend, &config, act, limits.rows)?;
-        Ok(Decoder { backend, config, weights, order, ws, limits, step_words: None })
+        let (step_words, forecaster) = (None, None);
+        Ok(Decoder { backend, config, weights, order, ws, limits, step_words, forecaster })
     }
 
     /// The model's configuration.
@@ -82,9 +86,28 @@ impl Decoder {
     pub fn set_limits(&mut self, limits: DecoderLimits) -> Result<()> {
         let act = self.backend.caps().activations(self.weight_dtype());
         self.ws = Workspace::new(&*self.backend, &self.config, act, limits.rows)?;
+        if let Some(f) = &mut self.forecaster {
+            f.resize(&*self.backend, &self.config, limits.seqs)?;
+        }
         self.step_words = None;
         self.limits = limits;
         Ok(())
+    }
+
+    /// Loads Forecast projections, for plans that are scored with them.
+    ///
+    /// # Errors
+    /// When the device is full or the file cannot be read.
+    pub fn set_forecast(&mut self, file: Forecast) -> std::result::Result<(), LoadError> {
+        let (b, c, dtype) = (&*self.backend, &self.config, self.weight_dtype());
+        let types = [dtype, b.caps().activations(dtype)];
+        self.forecaster = Some(Forecaster::new(b, file, c, &self.order, types, self.limits.seqs)?);
+        Ok(())
+    }
+
+    /// Forecast projections are loaded.
+    pub fn has_forecast(&self) -> bool {
+        self.forecaster.is_some()
     }
 
     /// Limits it was allocated for.
@@ -108,6 +131,9 @@ impl Decoder {
         let mut loader = Loader::new(&*self.backend, checkpoint, dtype, &mut quiet);
         for (l, w) in self.weights.layers.iter().enumerate() {
             loader.key_ordered(l, &order, w)?;
+        }
+        if let Some(f) = &self.forecaster {
+            f.reorder(&*self.backend, &self.config, &order)?;
         }
         self.order = order;
         Ok(())
@@ -134,6 +160,21 @@ impl Decoder {
         cache: &KvCache,
         attention: &mut Attention,
     ) -> std::result::Result<Step, SelectError> {
+        self.forward_observed(seqs, cache, attention, None)
+    }
+
+    /// [`Decoder::forward`] that calls `observer` twice a layer: when queries and keys are there, and when the
+    /// attention output was added to the residual stream; see [`LayerView`].
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`], and whatever the observer answers.
+    pub fn forward_observed(
+        &mut self,
+        seqs: &[StepSeq<'_>],
+        cache: &KvCache,
+        attention: &mut Attention,
+        mut observer: Option<&mut Observer<'_>>,
+    ) -> std::result::Result<Step, SelectError> {
         let b = self.backend.clone();
         let buffer = self.step_buffer(attention.thresholds().len())?;
         let step = Step::upload(&*b, &buffer, seqs, attention.thresholds())?;
@@ -150,8 +191,30 @@ impl Decoder {
             let shape = self.layer_shape(l, cache.shape().dtype);
             let w = &self.weights.layers[l];
             self.queries_and_keys(w, &step)?;
-            attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws)?;
-            self.output_and_mlp(w, step.rows)?;
+            if let Some(observe) = observer.as_deref_mut() {
+                observe(&LayerView::new(
+                    &*b,
+                    c,
+                    &self.order,
+                    &self.ws,
+                    (l, Stage::Projected),
+                    &step,
+                ))?;
+            }
+            let forecast = self.forecast(l, &step, attention)?;
+            attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
+            self.output(w, step.rows)?;
+            if let Some(observe) = observer.as_deref_mut() {
+                observe(&LayerView::new(
+                    &*b,
+                    c,
+                    &self.order,
+                    &self.ws,
+                    (l, Stage::Attended),
+                    &step,
+                ))?;
+            }
+            self.mlp(w, step.rows)?;
         }
         Ok(step)
     }
@@ -214,12 +277,39 @@ impl Decoder {
         Ok(())
     }
 
-    fn output_and_mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
+    /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer
+    /// is scored with one.
+    fn forecast(&self, l: usize, step: &Step, attention: &Attention) -> Result<Option<&Tensor>> {
+        let Some(f) = self.forecaster.as_ref().filter(|_| step.decode.n > 0) else {
+            return Ok(None);
+        };
+        let (b, c, layers) = (&*self.backend, &self.config, &self.weights.layers);
+        let from_here = if l == 0 { 0..2 } else { l + 1..l + 2 };
+        for target in from_here.filter(|t| attention.wants_forecast(*t)) {
+            f.run(b, c, target, &layers[target], &self.ws.normed, step)?;
+        }
+        Ok(attention.wants_forecast(l).then(|| f.of(l)))
+    }
+
+    fn output(&self, w: &LayerWeights, rows: usize) -> Result<()> {
+        let (c, ws) = (&self.config, &self.ws);
+        self.backend.linear(&Linear {
+            x: &ws.attn,
+            w: &w.o,
+            bias: None,
+            y: &ws.x,
+            rows,
+            inputs: c.n_heads * c.head_dim,
+            outputs: c.hidden,
+            accumulate: true,
+        })
+    }
+
+    fn mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
         let (c, ws, b) = (&self.config, &self.ws, &self.backend);
         let linear = |x, w, y, inputs, outputs, accumulate| {
             b.linear(&Linear { x, w, bias: None, y, rows, inputs, outputs, accumulate })
         };
-        linear(&ws.attn, &w.o, &ws.x, c.n_heads * c.head_dim, c.hidden, true)?;
         self.norm(&w.ffn_norm, rows)?;
         linear(&ws.normed, &w.gate_up, &ws.gate_up, c.hidden, 2 * c.ffn, false)?;
         b.swiglu(&SwiGlu { x: &ws.gate_up, out: &ws.ffn, rows, ffn: c.ffn })?;

@@ -72,6 +72,21 @@ pub enum ModelError {
         found: Vec<usize>,
     },
 
+    /// A Forecast of another model.
+    #[error(
+        "the Forecast {} was trained for model {trained_for}, the loaded model is {model}; train one for it with \
+         `longsight train-forecast`",
+        .path.display()
+    )]
+    WrongForecast {
+        /// The Forecast's file.
+        path: PathBuf,
+        /// Fingerprint in the file.
+        trained_for: String,
+        /// Fingerprint of the model.
+        model: String,
+    },
+
     /// A storage type that is not read.
     #[error(
         "tensor {name} of {} is stored as {dtype}, which is not read here; use a checkpoint in F32, F16 or BF16, \

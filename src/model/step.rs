@@ -174,6 +174,11 @@ impl Step {
         &self.positions
     }
 
+    /// Rows of the decoding sequences: the first of the batch.
+    pub fn decode_rows(&self) -> usize {
+        self.decode.rows
+    }
+
     /// The decode groups of a layer with this dense threshold.
     pub fn split(&self, threshold: usize) -> Option<&DecodeSplit> {
         self.splits.iter().find(|s| s.0 == threshold).map(|s| &s.1)

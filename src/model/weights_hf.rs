@@ -60,7 +60,7 @@ pub(super) fn open(folder: &Path) -> Result<Opened> {
     let mut places = HashMap::new();
     for name in shard_names(folder)? {
         let shard = Mapped::open(&folder.join(name))?;
-        let (data, tensors) = read_header(&shard)?;
+        let Header { data, tensors, .. } = read_header(&shard)?;
         for (name, info) in tensors {
             let Some(&weight) = names.get(&name) else {
                 refuse_leftover(shard.path(), &name, &config)?;
@@ -110,18 +110,26 @@ fn shard_names(folder: &Path) -> Result<BTreeSet<String>> {
 }
 
 #[derive(Deserialize)]
-struct Header {
+struct StoredHeader {
     #[serde(rename = "__metadata__")]
-    _metadata: Option<HashMap<String, String>>,
+    metadata: Option<HashMap<String, String>>,
     #[serde(flatten)]
     tensors: HashMap<String, TensorInfo>,
 }
 
-/// Start of the tensor data and the tensor table.
+/// What stands in front of the tensor data of a safetensors file.
+pub(super) struct Header {
+    /// Start of the tensor data.
+    pub data: usize,
+    pub metadata: HashMap<String, String>,
+    pub tensors: HashMap<String, TensorInfo>,
+}
+
+/// Reads the header.
 ///
 /// The header is parsed here rather than by the safetensors crate's reader because that adds up
 /// offsets before it compares them with the file, which overflows on a header made to do so.
-fn read_header(shard: &Mapped) -> Result<(usize, HashMap<String, TensorInfo>)> {
+pub(super) fn read_header(shard: &Mapped) -> Result<Header> {
     let (path, bytes) = (shard.path(), shard.bytes());
     let Some((length, rest)) = bytes.split_first_chunk::<8>() else {
         return Err(ModelError::truncated(path, "header"));
@@ -130,12 +138,20 @@ fn read_header(shard: &Mapped) -> Result<(usize, HashMap<String, TensorInfo>)> {
     let Some(header) = rest.get(..length) else {
         return Err(ModelError::truncated(path, "header"));
     };
-    let header: Header = serde_json::from_slice(header)
+    let header: StoredHeader = serde_json::from_slice(header)
         .map_err(|e| ModelError::corrupt(path, format!("its header cannot be read ({e})")))?;
-    Ok((8 + length, header.tensors))
+    let metadata = header.metadata.unwrap_or_default();
+    Ok(Header { data: 8 + length, metadata, tensors: header.tensors })
 }
 
-fn place(shard: &Mapped, file: usize, data: usize, name: &str, info: &TensorInfo) -> Result<Place> {
+/// Where a tensor of the header lies, inside the file for certain.
+pub(super) fn place(
+    shard: &Mapped,
+    file: usize,
+    data: usize,
+    name: &str,
+    info: &TensorInfo,
+) -> Result<Place> {
     let path = shard.path();
     let quant = match info.dtype {
         Dtype::F32 => Quant::F32,

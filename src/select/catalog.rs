@@ -41,6 +41,14 @@ pub enum Variant {
     KascadePooled,
     /// Anchors hand down candidates, every layer scores them once more.
     Refined,
+    /// Pages by the bounds of their keys.
+    Quest,
+    /// Pages by the cuboid of means of their keys.
+    Arkvale,
+    /// Blocks by the probabilities of means of windows.
+    Infllm2,
+    /// The same blocks, scored by the Forecast of the layer before.
+    Sparda,
 }
 
 impl Variant {
@@ -88,6 +96,9 @@ const SHARED_BY_ALL: &[&str] =
     &["budget", "percent", "budget-min", "anchors", "candidates", "sinks", "recent", "dense-below"];
 const REFINED: &[&str] =
     &["budget", "dims", "anchors", "candidates", "pool", "sinks", "recent", "dense-below"];
+const BLOCKS: &[&str] = WINDOW;
+const PAGES: &[&str] =
+    &["budget", "unit", "pool", "sinks", "recent", "dense-layers", "dense-below"];
 
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
@@ -157,5 +168,29 @@ pub const METHODS: &[MethodInfo] = &[
         about: "anchors hand down four times the budget, every layer scores that again on its leading dimensions",
         variant: Variant::Refined,
         options: REFINED,
+    },
+    MethodInfo {
+        name: "quest",
+        about: "Quest: pages of 16 tokens by the smallest and largest key of each dimension",
+        variant: Variant::Quest,
+        options: PAGES,
+    },
+    MethodInfo {
+        name: "arkvale",
+        about: "ArkVale's digest: the same pages by the middle and mean distance of their keys",
+        variant: Variant::Arkvale,
+        options: PAGES,
+    },
+    MethodInfo {
+        name: "infllm2",
+        about: "InfLLM-V2: blocks of 64 tokens by the probabilities of means of 32 keys",
+        variant: Variant::Infllm2,
+        options: BLOCKS,
+    },
+    MethodInfo {
+        name: "sparda",
+        about: "SparDA: the same blocks, chosen by the Forecast of the layer before (needs --forecast)",
+        variant: Variant::Sparda,
+        options: BLOCKS,
     },
 ];

@@ -1,6 +1,6 @@
 //! Whether a plan can run: each layer by itself, and layers that use each other's tokens.
 
-use super::{Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError};
+use super::{Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError, blocks};
 use crate::backend::{DimMetric, HeadPool, Refresh};
 
 /// What is wrong, as the end of a sentence.
@@ -37,6 +37,9 @@ impl LayerPlan {
             }
         };
         check_scorer(&self.scorer, head_dim)?;
+        if self.summary().is_some() {
+            return blocks::check(self);
+        }
         let Keep { sinks, recent } = self.keep;
         let budget = &self.budget;
         let least = match budget.share {

@@ -44,8 +44,17 @@ pub enum SelectError {
     MissingSummary {
         /// Method name.
         method: String,
-        /// `the int8 key copy`, `key statistics` or `energy-sorted keys`.
+        /// `the int8 key copy`, `key statistics`, `energy-sorted keys` or `summaries of the keys`.
         what: &'static str,
+    },
+    /// A Forecast is needed and none was given.
+    #[error(
+        "method {method} scores with a Forecast of this model, and none was given: name its file with --forecast, or \
+         train one with `longsight train-forecast`"
+    )]
+    NoForecast {
+        /// Method name.
+        method: String,
     },
     /// The audit contradicts itself.
     #[error(

@@ -22,7 +22,7 @@ pub struct MethodSpec {
     pub beta: Option<f32>,
     /// Importance of a key dimension, for query-chosen dimensions.
     pub metric: Option<DimMetric>,
-    /// Dimensions chosen together.
+    /// Dimensions chosen together; tokens of a page for Quest and ArkVale.
     pub unit: Option<usize>,
     /// How the query heads of a KV head share a token set.
     pub pool: Option<HeadPool>,

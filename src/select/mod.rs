@@ -5,22 +5,27 @@
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
 mod anchors;
+mod blocks;
 mod catalog;
 mod check;
 mod dims;
 mod error;
+mod infllm;
 mod method;
 mod npy;
 mod oracle;
 mod plan;
 mod profile;
+mod quest;
 mod refine;
 mod role;
 mod selector;
 mod sorted;
+mod sparda;
 mod window;
 
 pub use anchors::Anchors;
+pub use blocks::{BlockSelector, Query};
 pub use catalog::{METHODS, MethodInfo, Variant};
 pub use dims::DimsSelector;
 pub use error::SelectError;

@@ -1,7 +1,8 @@
 //! Plans: a sparse method as data.
 
+use super::blocks::{self, Query};
 use super::{Budget, Keep, Role, Scorer};
-use crate::backend::{HeadPool, LogitScale, Refresh};
+use crate::backend::{HeadPool, LogitScale, Refresh, SummaryKind};
 use serde::{Deserialize, Serialize};
 
 /// Sizes that decide how many bytes attention reads.
@@ -32,6 +33,14 @@ pub struct ModelShape<'a> {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
+}
+
+#[cfg(test)]
+impl<'a> ModelShape<'a> {
+    /// A model of 32 heads over 8.
+    pub(super) fn of_layers(windows: &'a [Option<usize>], head_dim: usize) -> Self {
+        ModelShape { model: "m", windows, heads: 32, kv_heads: 8, head_dim }
+    }
 }
 
 /// What one layer does.
@@ -90,6 +99,19 @@ impl LayerPlan {
         std::iter::once(&self.scorer).chain(refine.map(|r| &r.scorer))
     }
 
+    /// Summaries of keys that the layer's scorer reads.
+    pub fn summary(&self) -> Option<SummaryKind> {
+        match self.scorer {
+            Scorer::Blocks { summary, .. } => Some(summary),
+            _ => None,
+        }
+    }
+
+    /// The layer is scored with the Forecast of the one before.
+    pub fn wants_forecast(&self) -> bool {
+        matches!(self.scorer, Scorer::Blocks { query: Query::Forecast, .. })
+    }
+
     /// Bytes that a decode step reads from the cache of this layer, whose sliding window is `window`, for one
     /// sequence of `n` tokens.
     ///
@@ -129,6 +151,7 @@ fn score_bytes(scorer: &Scorer, n: usize, row: usize, elem: usize) -> f64 {
         Scorer::Exact | Scorer::Custom { .. } => (n * row) as f64,
         Scorer::Sorted { dims, int8: true } => (n * (dims + 4)) as f64,
         Scorer::Sorted { dims, int8: false } => (n * dims * elem) as f64,
+        Scorer::Blocks { summary, .. } => blocks::bytes_read(*summary, n, row) as f64,
         Scorer::Dims { dims, refresh, slice, .. } => {
             let every = match refresh {
                 Refresh::Every { every, .. } => *every,
@@ -191,6 +214,22 @@ impl Plan {
             _ => None,
         };
         self.scorers().filter_map(dims).max()
+    }
+
+    /// Summaries of keys that some layer reads, each once.
+    pub fn summaries(&self) -> Vec<SummaryKind> {
+        let mut kinds = Vec::new();
+        for kind in self.layers.iter().filter_map(LayerPlan::summary) {
+            if !kinds.contains(&kind) {
+                kinds.push(kind);
+            }
+        }
+        kinds
+    }
+
+    /// Some layer is scored with a Forecast.
+    pub fn wants_forecast(&self) -> bool {
+        self.layers.iter().any(LayerPlan::wants_forecast)
     }
 
     /// Some layer reads key statistics.

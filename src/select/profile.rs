@@ -1,7 +1,9 @@
 //! Plans of methods whose layers all choose for themselves: defaults per profile, options on top.
 
 use super::catalog::Variant;
-use super::{Budget, Keep, LayerPlan, MethodSpec, ModelShape, Plan, Role, Scorer, SelectError};
+use super::{
+    Budget, Keep, LayerPlan, MethodSpec, ModelShape, Plan, Role, Scorer, SelectError, blocks,
+};
 use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 
 impl MethodSpec {
@@ -16,7 +18,9 @@ impl MethodSpec {
             Variant::Dense => vec![LayerPlan::dense(); n_layers],
             v if v.anchored() => self.anchored(m, context)?,
             _ => {
-                let dense_layers = self.dense_layers.unwrap_or(2);
+                // As published, InfLLM-V2 and SparDA select in every layer.
+                let every = matches!(self.variant, Variant::Infllm2 | Variant::Sparda);
+                let dense_layers = self.dense_layers.unwrap_or(if every { 0 } else { 2 });
                 let layer = |l: usize| match m.windows[l] {
                     None if l >= dense_layers => self.layer(l, n_layers, m.head_dim, context),
                     _ => LayerPlan::dense(),
@@ -40,6 +44,9 @@ impl MethodSpec {
     }
 
     fn layer(&self, l: usize, n_layers: usize, head_dim: usize, context: usize) -> LayerPlan {
+        if let Some(plan) = blocks::layer(self, self.budget_tokens(context)) {
+            return plan;
+        }
         let paper = self.variant == Variant::SparcasPaper;
         let (sinks, recent) = match self.variant {
             Variant::SparcasPaper => (0, 1),
@@ -122,7 +129,7 @@ impl MethodSpec {
                 let every = Refresh::Every { every: 1, phase: 0 };
                 query_chosen(self.leading_dims(head_dim), DimMetric::PairQk, 8, every, false)
             }
-            // No scores; anchored methods do not come here.
+            // No scores; methods of anchors and blocks do not come here.
             _ => Scorer::None,
         }
     }

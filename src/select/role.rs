@@ -1,6 +1,7 @@
 //! What one layer's plan is made of: its role, its scorer, its budget.
 
-use crate::backend::{DimMetric, Refresh, Share};
+use super::blocks::Query;
+use crate::backend::{DimMetric, Refresh, Share, SummaryKind};
 use serde::{Deserialize, Serialize};
 
 /// What a layer does in a decode step.
@@ -63,6 +64,15 @@ pub enum Scorer {
         refresh: Refresh,
         /// Keep a compact copy of the chosen dimensions; else read them from the keys.
         slice: bool,
+    },
+    /// Whole blocks by summaries of their keys (Quest, ArkVale, InfLLM-V2, SparDA).
+    Blocks {
+        /// What stands for a run of keys.
+        summary: SummaryKind,
+        /// Tokens of a block: 16, 32 or 64.
+        unit: usize,
+        /// Whose query the summaries are scored with.
+        query: Query,
     },
     /// A selector that the program brought along.
     Custom {

@@ -1,11 +1,12 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector, WindowSelector,
+    BlockSelector, DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector,
+    WindowSelector,
 };
 use crate::backend::{
     Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
-    Share, Tensor, TopK,
+    Share, Summaries, Tensor, TopK,
 };
 use std::sync::Arc;
 
@@ -66,6 +67,10 @@ pub struct LayerContext<'a> {
     pub int8: Option<Int8Keys<'a>>,
     /// Running key statistics `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: Option<&'a Tensor>,
+    /// The summaries of keys that the layer's plan reads, where the cache keeps them.
+    pub summaries: Option<Summaries<'a>>,
+    /// act `[rows, kv_heads, head_dim]`: the Forecast for this layer, where there is one.
+    pub forecast: Option<&'a Tensor>,
     /// Sizes of the layer.
     pub shape: LayerShape,
     /// Score buffers.
@@ -143,6 +148,7 @@ pub fn build(
         Scorer::Exact => Box::new(ExactSelector::new(plan)),
         Scorer::Sorted { .. } => Box::new(SortedSelector::new(plan)?),
         Scorer::Dims { .. } => Box::new(DimsSelector::new(backend, shape, plan)?),
+        Scorer::Blocks { .. } => Box::new(BlockSelector::new(backend, shape, plan)?),
         Scorer::Custom { name } => match custom {
             Some(f) => f(backend, shape, plan)?,
             None => {

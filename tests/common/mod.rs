@@ -3,8 +3,10 @@
 
 pub mod cache;
 pub mod dims;
+pub mod forecast;
 pub mod gguf_file;
 pub mod model;
 pub mod program;
 pub mod readme;
+pub mod select;
 pub mod tiny;

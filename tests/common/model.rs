@@ -1,5 +1,6 @@
 //! The tiny random model on disk, engines over it, and methods that act on texts of a few hundred tokens.
 
+use super::forecast;
 use super::tiny::Tiny;
 use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, EngineBuilder};
@@ -24,7 +25,14 @@ impl Model {
         let dir = tempfile::tempdir().unwrap();
         let tiny = Tiny::deep(Arch::Llama, false, 3, n_layers);
         tiny.write_hf(&dir.path().join("tiny"), Quant::F32, 1);
-        Model(dir)
+        let model = Model(dir);
+        forecast::write_random(&model.forecast(), &model.path());
+        model
+    }
+
+    /// A random Forecast for it.
+    pub fn forecast(&self) -> PathBuf {
+        self.0.path().join("forecast.safetensors")
     }
 
     /// Folder of the checkpoint.
@@ -39,6 +47,7 @@ impl Model {
             .backend(dev.clone())
             .dtype(DType::F32)
             .method(spec.clone())
+            .forecast(self.forecast())
             .context(CONTEXT)
             .sequences(3)
             .calibrate(false)
@@ -53,13 +62,15 @@ pub fn dense() -> MethodSpec {
     Variant::Dense.into()
 }
 
-/// Sparse in every layer of a sequence longer than `budget`, on half of the 16 dimensions.
+/// Sparse in every layer of a sequence longer than `budget`, on half of the 16 dimensions; the first block of those
+/// that choose blocks of 64 tokens must win its place.
 pub fn sparse(variant: Variant, budget: usize) -> MethodSpec {
     MethodSpec {
         budget: Some(budget),
         dims: Some(8),
         dense_layers: Some(0),
         dense_below: Some(0),
+        sinks: matches!(variant, Variant::Infllm2 | Variant::Sparda).then_some(0),
         ..variant.into()
     }
 }

@@ -2,6 +2,8 @@
 
 mod attend;
 mod batch;
+mod block_errors;
+mod blocks;
 mod dense;
 mod dims;
 mod errors;
@@ -49,7 +51,8 @@ pub struct Cases {
 }
 
 /// Ops that take f32 activations over a narrower KV cache on every backend.
-const MIXED: &[&str] = &["score_dims", "score_rows", "attend_dense", "attend_rows"];
+const MIXED: &[&str] =
+    &["score_dims", "score_rows", "score_summaries", "attend_dense", "attend_rows"];
 
 impl Cases {
     /// Adds a case; its name gets the dtype.
@@ -80,11 +83,13 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         dims::cases(&mut c);
         score::cases(&mut c);
         listed::cases(&mut c);
+        blocks::cases(&mut c);
         attend::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
             top_k::cases(&mut c);
             errors::cases(&mut c);
+            block_errors::cases(&mut c);
         }
         all.append(&mut c.all);
         if act != DType::F32 {
@@ -93,6 +98,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             let mut c = Cases { types, ops: MIXED, suffix: "_f32_act", all: Vec::new() };
             score::cases(&mut c);
             listed::cases(&mut c);
+            blocks::cases(&mut c);
             attend::cases(&mut c);
             all.append(&mut c.all);
         }

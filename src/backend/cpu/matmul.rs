@@ -2,7 +2,7 @@
 
 /// A matrix inside a slice: element `(i, j)` at `i * row_stride + j * col_stride`.
 #[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
+pub(crate) struct Matrix<'a> {
     pub data: &'a [f32],
     pub row_stride: usize,
     pub col_stride: usize,

@@ -9,23 +9,28 @@ mod attend_rows;
 mod attention;
 mod bandwidth;
 mod embed;
+mod expand_blocks;
 mod force;
 mod gather_rows;
 mod gemm_ceiling;
+pub(crate) mod host;
 mod key_stats;
 mod kv_append;
+mod kv_summaries;
 mod linear;
 mod matmul;
 mod memory;
 mod merge;
 mod par;
 mod pool;
+mod pool_blocks;
 mod pool_scores;
 mod rebuild_slice;
 mod rms_norm;
 mod rope;
 mod score_dims;
 mod score_rows;
+mod score_summaries;
 mod select_dims;
 mod seqs;
 mod simd;
@@ -171,6 +176,7 @@ impl Backend for CpuBackend {
         swiglu: SwiGlu,
         kv_append: KvAppend,
         key_stats: KeyStats,
+        kv_summaries: KvSummaries,
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
         score_dims: ScoreDims,
@@ -178,6 +184,9 @@ impl Backend for CpuBackend {
         pool_scores: PoolScores,
         force: Force,
         top_k: TopK,
+        score_summaries: ScoreSummaries,
+        pool_blocks: PoolBlocks,
+        expand_blocks: ExpandBlocks,
         attend_dense: AttendDense,
         attend_rows: AttendRows,
         merge: Merge,

@@ -53,7 +53,7 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     Ok(())
 }
 
-fn log_sum_exp(x: &[f32]) -> f32 {
+pub(super) fn log_sum_exp(x: &[f32]) -> f32 {
     let max = simd::largest(x);
     if max == f32::NEG_INFINITY { max } else { log_sum(max, simd::sum_exp(x, max)) }
 }

@@ -8,6 +8,7 @@
 mod args;
 mod attend;
 mod blas;
+mod blocks;
 mod dense;
 mod driver;
 mod error;
@@ -20,9 +21,10 @@ mod parts;
 mod score;
 
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
-    GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, ScoreRows, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
+    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
+    SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -245,6 +247,9 @@ impl Backend for CudaBackend {
     fn key_stats(&self, p: &KeyStats<'_>) -> Result<()> {
         self.key_stats_op(p)
     }
+    fn kv_summaries(&self, p: &KvSummaries<'_>) -> Result<()> {
+        self.kv_summaries_op(p)
+    }
     fn select_dims(&self, p: &SelectDims<'_>) -> Result<()> {
         self.select_dims_op(p)
     }
@@ -265,6 +270,15 @@ impl Backend for CudaBackend {
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         self.top_k_op(p)
+    }
+    fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()> {
+        self.score_summaries_op(p)
+    }
+    fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()> {
+        self.pool_blocks_op(p)
+    }
+    fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()> {
+        self.expand_blocks_op(p)
     }
     fn attend_dense(&self, p: &AttendDense<'_>) -> Result<()> {
         self.attend_dense_op(p)

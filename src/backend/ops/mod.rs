@@ -5,6 +5,7 @@
 //! All arithmetic accumulates in f32.
 
 mod attend;
+mod blocks;
 mod dense;
 mod dims;
 mod kv;
@@ -13,6 +14,7 @@ mod score;
 mod score_rows;
 
 pub use attend::{AttendDense, AttendRows, Merge};
+pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
 pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
 pub use kv::{

@@ -6,6 +6,7 @@
 //! Speed is no aim beyond checking sizes that tests and benchmarks use.
 
 mod attend;
+mod blocks;
 mod dense;
 mod dims;
 mod kv;
@@ -13,6 +14,7 @@ mod score;
 mod score_rows;
 
 pub use attend::{attend_dense, attend_rows, merge};
+pub use blocks::{expand_blocks, kv_summaries, pool_blocks, score_summaries};
 pub use dense::{embed, gather_rows, linear, rms_norm, rope, swiglu};
 pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use kv::{key_stats, kv_append};

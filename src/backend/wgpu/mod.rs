@@ -4,6 +4,7 @@
 //! storage is unpacked from words. Activations are f32. Ops are recorded and submitted in batches.
 
 mod attend;
+mod blocks;
 mod dense;
 mod encoder;
 mod kv;
@@ -12,9 +13,10 @@ mod pipelines;
 mod score;
 
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed, Force,
-    GatherRows, KeyStats, KvAppend, Linear, Merge, PoolScores, RebuildSlice, Result, RmsNorm, Rope,
-    ScoreDims, ScoreRows, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
+    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
+    SelectDims, SwiGlu, Tensor, TopK, Topology,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -226,6 +228,9 @@ impl Backend for WgpuBackend {
     fn key_stats(&self, p: &KeyStats<'_>) -> Result<()> {
         kv::key_stats(&self.gpu, p)
     }
+    fn kv_summaries(&self, p: &KvSummaries<'_>) -> Result<()> {
+        blocks::kv_summaries(&self.gpu, p)
+    }
     fn select_dims(&self, p: &SelectDims<'_>) -> Result<()> {
         score::select_dims(&self.gpu, p)
     }
@@ -247,6 +252,16 @@ impl Backend for WgpuBackend {
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         score::top_k(&self.gpu, p)
+    }
+
+    fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()> {
+        blocks::score_summaries(&self.gpu, p)
+    }
+    fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()> {
+        blocks::pool_blocks(&self.gpu, p)
+    }
+    fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()> {
+        blocks::expand_blocks(&self.gpu, p)
     }
 
     fn attend_dense(&self, p: &AttendDense<'_>) -> Result<()> {

@@ -38,6 +38,7 @@ const ROPE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rope.wgsl")];
 const SWIGLU_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/swiglu.wgsl")];
 const KV_APPEND_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_append.wgsl")];
 const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stats.wgsl")];
+const KV_SUMMARIES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_summaries.wgsl")];
 const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
 const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
 const SCORE_DIMS_SRC: &[&str] =
@@ -45,6 +46,10 @@ const SCORE_DIMS_SRC: &[&str] =
 const SCORE_ROWS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_rows.wgsl")];
 const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
+const SCORE_SUMMARIES_SRC: &[&str] =
+    &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
+const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_blocks.wgsl")];
+const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
 const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
 const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
 const ATTEND_DENSE_SRC: &[&str] =
@@ -95,6 +100,12 @@ pub static KV_APPEND_SLICE: Kernel = kernel(
 );
 pub static KEY_STATS: Kernel =
     kernel("key_stats", "main", KEY_STATS_SRC, &[(1, Read), (2, Read), (3, Read), (4, Write)]);
+pub static KV_SUMMARIES: Kernel = kernel(
+    "kv_summaries",
+    "main",
+    KV_SUMMARIES_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write)],
+);
 pub static SELECT_DIMS: Kernel = kernel(
     "select_dims",
     "main",
@@ -130,6 +141,22 @@ pub static POOL_SCORES: Kernel = kernel(
     "pool",
     POOL_SCORES_SRC,
     &[(1, Read), (2, Read), (3, Write), (4, Write), (5, Read)],
+);
+pub static SCORE_SUMMARIES: Kernel = kernel(
+    "score_summaries",
+    "main",
+    SCORE_SUMMARIES_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)],
+);
+pub static POOL_BLOCKS_TOTALS: Kernel =
+    kernel("pool_blocks", "totals", POOL_BLOCKS_SRC, &[(1, Read), (2, Read), (3, Write)]);
+pub static POOL_BLOCKS: Kernel =
+    kernel("pool_blocks", "pool", POOL_BLOCKS_SRC, &[(1, Read), (2, Read), (3, Write), (4, Write)]);
+pub static EXPAND_BLOCKS: Kernel = kernel(
+    "expand_blocks",
+    "main",
+    EXPAND_BLOCKS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)],
 );
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =

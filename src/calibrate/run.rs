@@ -1,0 +1,115 @@
+//! The run: texts through the engine, statistics to disk.
+
+use super::state::{load, save, text_name};
+use super::statistics::{OwnTile, Statistics, Tiles};
+use super::{CalibrateError, TracedText};
+use crate::engine::{Engine, EngineError, TraceParts};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// What statistics depend on; statistics are continued only where all of it is the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Fingerprint of the model.
+    pub model: String,
+    /// Dtype of weights and cache.
+    pub dtype: String,
+    /// Tokens of a tile: queries whose lists are one (published: 32).
+    pub tile: usize,
+    /// Keys before the tile that a list holds at least (published: 32).
+    pub keys: usize,
+    /// Thousandths of the keys before the tile that it holds where that is more.
+    pub permille: usize,
+    /// Form of the ratio.
+    pub own: OwnTile,
+}
+
+impl Settings {
+    /// The published calibration with this engine: tiles of 32 tokens, 32 keys beside the tile itself.
+    pub fn of(engine: &Engine) -> Self {
+        Settings {
+            model: engine.fingerprint().into(),
+            dtype: format!("{}/{}", engine.decoder().weight_dtype(), engine.cache().shape().dtype),
+            tile: 32,
+            keys: 32,
+            permille: 0,
+            own: OwnTile::Right,
+        }
+    }
+
+    /// One line for files and messages.
+    pub(super) fn line(&self) -> String {
+        let own = match self.own {
+            OwnTile::Right => "right",
+            OwnTile::Published => "published",
+        };
+        format!(
+            "model {}, {}, tiles of {}, {} keys, {} permille, {own} own tile",
+            self.model, self.dtype, self.tile, self.keys, self.permille
+        )
+    }
+
+    fn tiles(&self) -> Tiles {
+        Tiles { tile: self.tile, keys: self.keys, permille: self.permille, own: self.own }
+    }
+}
+
+/// Reads `texts` and sums their statistics. With `state`, what is done is saved there after every text, and a run that
+/// finds such a file goes on after it; the result is the same as without the interruption.
+///
+/// `progress` gets (tokens done, all), counting each text twice (reading, then comparing), and answers whether to go
+/// on; it is called from several threads.
+///
+/// # Errors
+/// [`EngineError::Interrupted`] when `progress` says so; [`CalibrateError::OtherRun`] for a state of something else;
+/// [`CalibrateError::BadOption`] for settings that leave nothing to compare.
+pub fn gather(
+    engine: &mut Engine,
+    texts: &[Vec<u32>],
+    settings: &Settings,
+    state: Option<&Path>,
+    progress: &(dyn Fn(u64, u64) -> bool + Sync),
+) -> Result<Statistics, CalibrateError> {
+    let tiles = settings.tiles();
+    let bad = |what: &str| Err(CalibrateError::BadOption(what.into()));
+    if settings.tile == 0 || settings.keys == 0 || settings.permille >= 1000 {
+        return bad(
+            "give tiles of at least one token, lists of at least one key and a share below 1000",
+        );
+    }
+    if texts.iter().any(|t| tiles.starts(t.len()).is_empty()) {
+        return bad("the lists would hold every key of a text; give longer texts or shorter lists");
+    }
+    let c = engine.decoder().config();
+    let free = (0..c.n_layers).filter(|&l| c.windows[l].is_none());
+    let empty = Statistics::new(free.collect(), c.n_kv_heads);
+    if empty.layers.is_empty() {
+        return bad("every layer of this model has a sliding window, so none can be sparse");
+    }
+    let names: Vec<String> = texts.iter().map(|t| text_name(t)).collect();
+    let found = state.map(|path| load(path, settings, &names, &empty)).transpose()?.flatten();
+    let mut sums = found.unwrap_or(empty);
+    let all: u64 = texts.iter().map(|t| 2 * t.len() as u64).sum();
+    let mut before: u64 = texts[..sums.texts].iter().map(|t| 2 * t.len() as u64).sum();
+    for text in &texts[sums.texts..] {
+        let reading = |n: usize| progress(before + n as u64, all);
+        let parts = TraceParts { residual: true, ..TraceParts::default() };
+        let traced = TracedText::read(engine, text, parts, reading)?;
+        let compared = AtomicU64::new(0);
+        let share = text.len() as u64 / tiles.starts(text.len()).len() as u64;
+        let tick = || {
+            let done = share + compared.fetch_add(share, Ordering::Relaxed);
+            progress(before + text.len() as u64 + done, all)
+        };
+        if !sums.add(&traced, tiles, &tick) {
+            return Err(EngineError::Interrupted.into());
+        }
+        before += 2 * text.len() as u64;
+        if let Some(path) = state {
+            save(path, settings, &names[..sums.texts], &sums)?;
+        }
+    }
+    progress(all, all);
+    Ok(sums)
+}

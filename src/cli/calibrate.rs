@@ -1,0 +1,169 @@
+//! `longsight calibrate`: which layers reuse the token lists of which.
+
+use super::args::{Format, ModelArgs};
+use super::interrupt::{EXIT_CODE, Interrupt};
+use super::output::OutputFile;
+use super::table::Table;
+use super::texts::{encoded, state_of};
+use super::ui;
+use crate::calibrate::{
+    CalibrateError, Calibration, Choice, Objective, OwnTile, Settings, gather, pieces,
+};
+use crate::engine::EngineError;
+use crate::eval::start_of_text;
+use crate::select::{MethodSpec, parse_name};
+use anyhow::Result;
+use clap::Args;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::Ordering;
+
+#[derive(Args)]
+pub struct CalibrateArgs {
+    /// Text to read; may be given several times [default: a built-in text of about 5,000 tokens, enough for a trial]
+    #[arg(long, value_name = "FILE")]
+    text: Vec<PathBuf>,
+    /// Pieces of text that are read
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    prompts: usize,
+    /// Tokens of a piece
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS")]
+    tokens: usize,
+    /// Number of layers that make lists [default: the fewest that --within allows]
+    #[arg(long, value_name = "M")]
+    anchors: Option<usize>,
+    /// Without --anchors: the fewest that keep this share of what every layer for itself would have
+    #[arg(long, default_value_t = 0.95, value_name = "SHARE")]
+    within: f64,
+    /// How the tiles of a piece become one number: min (as published), mean, low (fifth percentile)
+    #[arg(long, default_value = "low", value_parser = parse_name::<Objective>, value_name = "OBJECTIVE")]
+    objective: Objective,
+    /// Weigh layers by how far their attention turns the residual stream (as published)
+    #[arg(long)]
+    weigh: bool,
+    /// Tokens of a tile: queries that share a list
+    #[arg(long, default_value_t = 32, value_name = "TOKENS")]
+    tile: usize,
+    /// Keys that a list holds at least, beside the tile itself
+    #[arg(long, default_value_t = 32, value_name = "KEYS")]
+    keys: usize,
+    /// Thousandths of the earlier keys that a list holds where that is more than --keys
+    #[arg(long, default_value_t = 0, value_name = "PERMILLE")]
+    permille: usize,
+    /// Whose mass inside the tile counts: right, or published (a slip in the published code)
+    #[arg(long, default_value = "right", value_parser = parse_name::<OwnTile>, value_name = "FORM")]
+    own_tile: OwnTile,
+    /// What the plan is for: kascade, kascade-pooled or refined, with options after colons (kascade:percent=5). The
+    /// plan is made for contexts up to --ctx [default: the model's limit]
+    #[arg(long, default_value = "kascade", value_name = "METHOD")]
+    method: MethodSpec,
+    /// Write the similarities and everything else behind the plan here (JSON)
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Where the plan goes (for --plan); statistics are kept beside it (FILE.state), so that an interrupted run goes on and
+    /// another --anchors or --objective takes no time
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+}
+
+pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
+    let interrupt = Interrupt::install();
+    let output = OutputFile::create(&a.output)?;
+    let state = state_of(&a.output);
+    let (checkpoint, tokenizer) = a.model.open()?;
+    let start = start_of_text(&tokenizer)?;
+    let texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, a.prompts)?;
+    let report = a.report.as_deref().map(OutputFile::create).transpose()?;
+    let mut engine = a
+        .model
+        .builder()
+        .checkpoint(checkpoint)
+        .tokenizer(tokenizer)
+        .context(a.tokens)
+        .method("dense".parse()?)
+        .build()?;
+    for note in engine.notes() {
+        ui::note(format!("note: {note}"));
+    }
+    let settings = Settings {
+        tile: a.tile,
+        keys: a.keys,
+        permille: a.permille,
+        own: a.own_tile,
+        ..Settings::of(&engine)
+    };
+    let bar = ui::bar("calibrating", "tokens", 0);
+    let cancel = interrupt.arm();
+    let progress = |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+        !cancel.load(Ordering::Relaxed)
+    };
+    let found = gather(&mut engine, &texts, &settings, Some(&state), &progress);
+    bar.finish_and_clear();
+    let statistics = match found {
+        Err(CalibrateError::Engine(EngineError::Interrupted)) => {
+            ui::note(format!(
+                "interrupted; the same command goes on after the last whole piece ({})",
+                state.display()
+            ));
+            return Ok(ExitCode::from(EXIT_CODE));
+        }
+        other => other?,
+    };
+    let choice =
+        Choice { objective: a.objective, weigh: a.weigh, anchors: a.anchors, share: a.within };
+    let calibration = Calibration::new(engine.fingerprint(), &statistics, choice)?;
+    let c = engine.decoder().config();
+    let context = a.model.size.ctx.unwrap_or(c.max_context);
+    let plan = calibration.plan(&a.method, &c.plan_shape(engine.fingerprint()), context)?;
+    output.finish(&serde_json::to_vec_pretty(&plan)?)?;
+    if let Some(file) = report {
+        file.finish(&serde_json::to_vec_pretty(&calibration)?)?;
+    }
+    match a.format {
+        Format::Json => ui::print(&(serde_json::to_string_pretty(&calibration)? + "\n"))?,
+        Format::Table => ui::print(&tables(&calibration, a.weigh))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Rows of the table of anchors beyond the chosen number.
+const MORE_ROWS: usize = 4;
+
+fn numbers<T: ToString>(values: &[T], between: &str) -> String {
+    values.iter().map(T::to_string).collect::<Vec<_>>().join(between)
+}
+
+fn tables(c: &Calibration, weighed: bool) -> String {
+    let mut worth = Table::new(&[">anchors", ">of all", "layers"]);
+    for (anchors, share) in c.table.iter().take((c.anchors.len() + MORE_ROWS).max(8)) {
+        worth.row([
+            anchors.len().to_string(),
+            format!("{:.2} %", 100.0 * share),
+            numbers(anchors, " "),
+        ]);
+    }
+    let mut layers = Table::new(&[">layer", "lists of", ">similarity", "heads", ">turn"]);
+    for (b, &layer) in c.layers.iter().enumerate() {
+        let a = c.layers.iter().position(|&l| l == c.from[b]).unwrap_or(b);
+        let own = a == b;
+        // The weight is a factor of the whole column.
+        let similarity =
+            if weighed { c.similarity[a][b] / c.similarity[b][b] } else { c.similarity[a][b] };
+        layers.row([
+            layer.to_string(),
+            if own { "itself".into() } else { c.from[b].to_string() },
+            if own { "-".into() } else { format!("{:.2} %", 100.0 * similarity) },
+            if own { "-".into() } else { numbers(&c.head_maps[b], " ") },
+            format!("{:.4}", c.importance[b]),
+        ]);
+    }
+    let chosen = numbers(&c.anchors, " ");
+    format!("{worth}\n{} anchors from {} pieces: {chosen}\n\n{layers}", c.anchors.len(), c.texts)
+}

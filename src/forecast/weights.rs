@@ -1,0 +1,141 @@
+//! Forecast matrices: where training starts, and the file they end in.
+
+use super::grid::Grid;
+use crate::calibrate::CalibrateError;
+use crate::calibrate::state::failed;
+use crate::calibrate::tensor_file::TensorFile;
+use crate::model::{Checkpoint, LayerWeight, ModelConfig, ModelError, Weight};
+use rand::{RngExt, SeedableRng};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// What a matrix is before training.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// The mean query projection of each KV head's group in the layer to be predicted, with both layers' norm weights
+    /// folded in: training starts from what the next layer would ask, had this layer done nothing.
+    #[default]
+    Queries,
+    /// Uniform in +-1 / sqrt(hidden) (as published).
+    Uniform,
+}
+
+/// One matrix for each layer whose blocks are predicted, f32 `[kv_heads * head_dim, hidden]`, rows in the checkpoint's
+/// rotary order (row `i` of a head rotates with row `i + head_dim / 2`).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Forecast {
+    /// Entry 0 predicts layer 0 from its own input (`q_curr_proj`), entry l layer l from the input of layer l - 1
+    /// (`q_future_proj` of layer l - 1).
+    pub matrices: Vec<Vec<f32>>,
+}
+
+/// Name of the matrix that predicts the blocks of layer `target`.
+fn name(target: usize) -> String {
+    match target {
+        0 => "model.layers.0.self_attn.q_curr_proj.weight".into(),
+        t => format!("model.layers.{}.self_attn.q_future_proj.weight", t - 1),
+    }
+}
+
+impl Forecast {
+    /// Matrices before training.
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be read.
+    pub fn new(checkpoint: &Checkpoint, start: Start, seed: u64) -> Result<Self, CalibrateError> {
+        let c = checkpoint.config();
+        let matrices: Result<_, ModelError> = match start {
+            Start::Queries => (0..c.n_layers).map(|t| mean_queries(checkpoint, t)).collect(),
+            Start::Uniform => {
+                let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+                let most = 1.0 / (c.hidden as f32).sqrt();
+                let count = c.n_kv_heads * c.head_dim * c.hidden;
+                let mut matrix =
+                    |_| Ok((0..count).map(|_| rng.random_range(-most..most)).collect());
+                (0..c.n_layers).map(&mut matrix).collect()
+            }
+        };
+        Ok(Forecast { matrices: matrices? })
+    }
+
+    /// Writes the matrices under the published checkpoint's names, with what they were made of.
+    ///
+    /// # Errors
+    /// [`CalibrateError::File`].
+    pub fn save(
+        &self,
+        path: &Path,
+        c: &ModelConfig,
+        about: &[(&str, String)],
+    ) -> Result<(), CalibrateError> {
+        let mut file = TensorFile::default();
+        for (key, value) in about {
+            file.about.insert((*key).into(), value.clone());
+        }
+        let shape = [c.n_kv_heads * c.head_dim, c.hidden];
+        for (target, matrix) in self.matrices.iter().enumerate() {
+            file.f32s(&name(target), shape.to_vec(), matrix.clone());
+        }
+        file.save(path).map_err(failed("write", path))
+    }
+
+    /// Reads matrices that [`Forecast::save`] wrote for this model, and the grid they were trained for.
+    ///
+    /// # Errors
+    /// [`CalibrateError::File`]; [`CalibrateError::OtherRun`] for a file of another model or without a matrix.
+    pub fn load(
+        path: &Path,
+        c: &ModelConfig,
+        fingerprint: &str,
+    ) -> Result<(Self, Grid), CalibrateError> {
+        let other = |what: String| CalibrateError::OtherRun { path: path.into(), what };
+        let read =
+            TensorFile::load(path).and_then(|f| f.ok_or(std::io::ErrorKind::NotFound.into()));
+        let mut file = read.map_err(failed("read", path))?;
+        let model = file.about.get("model").cloned().unwrap_or_default();
+        if model != fingerprint {
+            return Err(other(format!("it belongs to model {model}, this is {fingerprint}")));
+        }
+        let grid = file.about.get("grid").and_then(|g| serde_json::from_str::<Grid>(g).ok());
+        let grid = grid.ok_or_else(|| other("it does not say its grid".into()))?;
+        grid.check()?;
+        let len = c.n_kv_heads * c.head_dim * c.hidden;
+        let mut matrix = |target| {
+            let name = name(target);
+            let found = file.take_f32s(&name, len);
+            found.ok_or_else(|| other(format!("it has no f32 matrix {name} of {len} numbers")))
+        };
+        let matrices = (0..c.n_layers).map(&mut matrix).collect::<Result<_, _>>()?;
+        Ok((Forecast { matrices }, grid))
+    }
+}
+
+/// [`Start::Queries`] for one layer. With x the residual stream that layer `source` reads, its input is
+/// `x / rms * norm[source]`; dividing by that norm's weight and multiplying by the target's gives the target's input.
+fn mean_queries(checkpoint: &Checkpoint, target: usize) -> Result<Vec<f32>, ModelError> {
+    let c = checkpoint.config();
+    let read = |layer, weight| checkpoint.read(Weight::Layer(layer, weight));
+    let q = read(target, LayerWeight::Q)?;
+    let norm_of = |layer| read(layer, LayerWeight::AttnNorm);
+    let (from, to) = (norm_of(super::learn::source(target))?, norm_of(target)?);
+    let ratio: Vec<f32> =
+        from.iter().zip(&to).map(|(f, t)| if *f == 0.0 { 0.0 } else { t / f }).collect();
+    // A norm of queries: its weight is kept, the length that it takes away is not known here.
+    let head_norm = match c.qk_norm {
+        true => read(target, LayerWeight::QNorm)?,
+        false => vec![1.0; c.head_dim],
+    };
+    let (d, group) = (c.head_dim, c.n_heads / c.n_kv_heads);
+    let mut out = vec![0.0; c.n_kv_heads * d * c.hidden];
+    for (r, row) in out.chunks_exact_mut(c.hidden).enumerate() {
+        let (head, dim) = (r / d, r % d);
+        for g in 0..group {
+            let at = ((head * group + g) * d + dim) * c.hidden;
+            row.iter_mut().zip(&q[at..]).for_each(|(o, q)| *o += q);
+        }
+        let scale = head_norm[dim] / group as f32;
+        row.iter_mut().zip(&ratio).for_each(|(o, ratio)| *o *= scale * ratio);
+    }
+    Ok(out)
+}

@@ -1,0 +1,70 @@
+//! A method's own selector over one layer of random keys.
+
+use super::cache::{Heads, Layer, Picked, upload};
+use longsight::backend::{
+    DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
+};
+use longsight::select::{LayerContext, MethodSpec, ModelShape, Scratch, Selection, build};
+
+/// Summaries of all tokens of the layer.
+pub fn summaries(l: &Layer, tokens: usize, kind: SummaryKind) -> Tensor {
+    let pool = l.pool();
+    let data = l.alloc(DType::F32, pool.n_pages * pool.kv_heads * kind.page_len(pool.head_dim));
+    let mut record = [0u32; META_WORDS];
+    record[Meta::Q_LEN] = tokens as u32;
+    record[Meta::KV_LEN] = tokens as u32;
+    let meta = l.alloc(DType::U32, META_WORDS);
+    l.dev.upload(&meta, bytemuck::cast_slice(&record)).unwrap();
+    let pages = l.seqs().pages;
+    let seqs = Seqs { meta: &meta, pages, n: 1, max_kv: tokens, max_q: tokens, rows: tokens };
+    let summaries = Summaries { data: &data, kind };
+    l.dev.kv_summaries(&KvSummaries { seqs, cache: pool, summaries }).unwrap();
+    data
+}
+
+/// The mean query of each KV head's group: a Forecast without training.
+pub fn mean_queries(q: &[f32], kv_heads: usize, dim: usize) -> Vec<f32> {
+    let group = q.len() / dim / kv_heads;
+    let of = |head: &[f32]| -> Vec<f32> {
+        (0..dim).map(|i| head[i..].iter().step_by(dim).sum::<f32>() / group as f32).collect()
+    };
+    q.chunks_exact(group * dim).flat_map(of).collect()
+}
+
+/// Runs a method's own selector over the layer, whose query is `q`.
+pub fn select(l: &Layer, q: &[f32], spec: &MethodSpec) -> Picked {
+    let heads = l.heads;
+    let Heads { query, kv: kv_heads, dim: head_dim } = heads;
+    let model = ModelShape { model: "m", windows: &[None], heads: query, kv_heads, head_dim };
+    let plan = &spec.plan(&model, 4096).unwrap().layers[0];
+    let mut selector = build(&*l.dev, &l.shape(), plan, None).unwrap().expect("a sparse layer");
+    let rows = l.rows(plan.pool);
+    let scratch = Scratch {
+        scores: l.alloc(DType::F32, rows * l.capacity),
+        head_scores: Some(l.alloc(DType::F32, heads.query * l.capacity)),
+        stride: l.capacity,
+    };
+    let k = plan.budget.tokens;
+    let out = Selection {
+        indices: l.alloc(DType::U32, rows * k),
+        counts: l.alloc(DType::U32, rows),
+        k,
+        rows_per_seq: rows,
+    };
+    let tokens = l.seqs().max_kv;
+    let data = plan.summary().map(|kind| (summaries(l, tokens, kind), kind));
+    let forecast = upload(&*l.dev, &mean_queries(q, heads.kv, heads.dim));
+    let cx = LayerContext {
+        backend: &*l.dev,
+        seqs: l.seqs(),
+        cache: l.pool(),
+        int8: Some(l.int8()),
+        stats: Some(&l.stats),
+        summaries: data.as_ref().map(|(data, kind)| Summaries { data, kind: *kind }),
+        forecast: Some(&forecast),
+        shape: l.shape(),
+        scratch: &scratch,
+    };
+    selector.select(&cx, &l.q, &out).unwrap();
+    Picked::read(&*l.dev, out.indices, out.counts, k)
+}
