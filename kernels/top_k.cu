@@ -34,7 +34,7 @@ struct TopKArgs {
     u32* masks;               // device memory for them, or null: shared
     u64 stride;
     u32 rows_per_seq, k, unit, permille, at_least, among_k;
-    u32 span;                 // scores of a block, a multiple of 32
+    u32 span;                 // scores of a block, a multiple of 64
     u32 pad;
 };
 

@@ -44,10 +44,13 @@ impl Memory {
         let ptr = match unsafe { result::malloc_sync(bytes.max(LEAST)) } {
             Ok(ptr) => ptr,
             Err(e) => {
-                let free = ctx.mem_get_info().map_or(0, |(free, _)| free as u64);
+                // After a fault every call fails, this one too: that is no lack of memory.
+                let free = ctx.mem_get_info().ok().map(|(free, _)| free as u64);
                 let need = bytes as u64;
-                if e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY || need > free {
-                    return Err(BackendError::OutOfMemory { what: what.into(), need, free });
+                let full = e.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+                if full || free.is_some_and(|free| need > free) {
+                    let (what, free) = (what.into(), free.unwrap_or(0));
+                    return Err(BackendError::OutOfMemory { what, need, free });
                 }
                 return Err(e).said(&format!("allocating {what}"));
             }

@@ -232,7 +232,8 @@ impl CudaBackend {
         p.check()?;
         let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
         let room = self.limits.shared.saturating_sub(FIXED);
-        let span = |blocks: usize| n.div_ceil(blocks).next_multiple_of(32);
+        // Masks of whole 16 bytes, behind which the scores lie.
+        let span = |blocks: usize| n.div_ceil(blocks).next_multiple_of(64);
         // A score is a word and a bit in each of two masks.
         let masks = |span: usize| span / 4;
         let bytes = |span: usize| 4 * span + masks(span);
