@@ -107,7 +107,7 @@ impl MethodSpec {
         let lists = anchor.lists(m.heads, m.kv_heads);
         let map: Result<Vec<u8>, _> =
             (0..m.kv_heads).map(|h| u8::try_from(h * lists / m.kv_heads)).collect();
-        map.or_else(|_| Err(self.bad(format!("{lists} token lists; head maps name 256 at most"))))
+        map.map_err(|_| self.bad(format!("{lists} token lists; head maps name 256 at most")))
     }
 
     fn anchor_layers(&self, windows: &[Option<usize>]) -> Result<Vec<usize>, SelectError> {
