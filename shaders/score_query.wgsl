@@ -87,16 +87,6 @@ fn load_queries(base: u32, slot_head: u32, first: u32, lane: u32) {
     }
 }
 
-// LOWEST for what is not finite; tested by bits, because drivers may assume that there is no NaN.
-fn finite(x: f32) -> f32 {
-    return select(x, LOWEST, (bitcast<u32>(x) & PLUS_INF) == PLUS_INF);
-}
-
-// Bits of a score; -infinity, which top_k never takes, for LOWEST.
-fn score_bits(x: f32) -> u32 {
-    return select(MINUS_INF, bitcast<u32>(x), x > LOWEST);
-}
-
 struct Eight {
     a: vec4<f32>,
     b: vec4<f32>,
