@@ -87,11 +87,6 @@ fn load_queries(base: u32, slot_head: u32, first: u32, lane: u32) {
     }
 }
 
-struct Eight {
-    a: vec4<f32>,
-    b: vec4<f32>,
-}
-
 // One element of the K pages.
 fn key_element(at: u32) -> f32 {
     let word = word_of(at);
