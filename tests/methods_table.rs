@@ -97,6 +97,11 @@ fn decode_tolerance(variant: Variant, dtype: DType, activations_follow: bool) ->
 /// The method as it is by default, sized for the tiny model.
 fn spec(variant: Variant) -> MethodSpec {
     let update = (variant == Variant::SparcasPaper).then_some(UPDATE);
+    if matches!(variant, Variant::Kascade | Variant::KascadePooled | Variant::Refined) {
+        // The first layer attends to everything: the others have to leave out more to be as far from dense.
+        let (sinks, recent, candidates) = (Some(0), Some(1), Some(BUDGET));
+        return MethodSpec { sinks, recent, candidates, ..sparse(variant, BUDGET / 8) };
+    }
     MethodSpec { update, ..sparse(variant, BUDGET) }
 }
 
