@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Prints the Markdown tables of docs/performance.md from raw runs.
+"""Prints the Markdown tables of docs/performance.md and docs/frontier.md from raw runs.
 
     tools/tables.py bench/runs/2026-11-22-h100-kernels_cuda.json bench/runs/2026-11-22-h100-bench_cuda.json ...
 
-Takes what `longsight bench kernels -o` and `longsight bench -o` write; standard library only.
+Takes what `longsight bench kernels -o`, `longsight bench -o` and `longsight eval -o` write; several evaluations of
+the same samples make one table. Standard library only.
 """
 import json
 import sys
@@ -48,8 +49,44 @@ def end_to_end(run):
         print(f"Prefill, {a['rows']} rows: linear layers {100 * a['linear_share']:.0f} % of the GEMM crate at the same shapes.\n")
 
 
+def evaluation(runs):
+    """Means over samples; their errors add as variances."""
+    methods = {}
+    for run in runs:
+        for r in run["rows"]:
+            methods.setdefault(r["method"], {})[r.get("sample", r.get("problem"))] = r
+    dense = methods["dense"]
+    dense_bytes = sum(r["kv_bytes"] for r in dense.values()) / len(dense)
+    rows = []
+    for name, samples in methods.items():
+        n, of = len(samples), samples.values()
+        size = sum(r["kv_bytes"] for r in of) / n
+        row = [f"`{name.removesuffix('.plan.json')}`", f"{size / 1e6:.1f} MB", f"{100 * size / dense_bytes:.1f} %"]
+        if "score" in next(iter(of)):
+            score = 100 * sum(r["score"] for r in of) / n
+            row.append(f"{score:.1f}")
+        else:
+            mean = sum(r["nll_difference"]["mean"] for r in of) / n
+            error = sum(r["nll_difference"]["error"] ** 2 for r in of) ** 0.5 / n
+            top1 = [100 * (r["top1"] - dense[s]["top1"]) for s, r in samples.items()]
+            points = sum(top1) / n
+            spread = (sum((t - points) ** 2 for t in top1) / max(n - 1, 1) / n) ** 0.5
+            row += [f"{mean:+.4f} +- {error:.4f}", f"{100 * sum(r['top1'] for r in of) / n:.2f} %",
+                    f"{points:+.2f} +- {spread:.2f}", f"{sum(r['exact'] for r in of)}/{n}"]
+        rows.append((size, row))
+    head = ["method", "KV read per token", "of dense"]
+    head += ["score"] if len(rows[0][1]) == 4 else ["NLL to dense", "top-1", "points to dense", "exact"]
+    table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
+
+
+evaluations = []
 for path in sys.argv[1:]:
     with open(path, encoding="utf-8") as f:
         run = json.load(f)
+    if "task" in run:
+        evaluations.append(run)
+        continue
     print(f"<!-- {path.rsplit('/', 1)[-1]}, commit {run['environment']['commit']} -->")
     {"kernels": kernels, "end_to_end": end_to_end}[run["kind"]](run)
+if evaluations:
+    evaluation(evaluations)
