@@ -77,21 +77,19 @@ pub(super) fn draft(
     })
 }
 
-/// Sentences of the prose from a random one on, enough for `tokens`.
+/// Sentences of the prose from a random one on, over and over, enough for `tokens`.
 fn sentences(rng: &mut ChaCha8Rng, prose: &str, tokens: usize) -> Result<Vec<Piece>, SampleError> {
     let all: Vec<&str> = prose.split_inclusive(['.', '!', '?']).filter(|s| s.len() > 2).collect();
-    // A token is less than a word, and about four characters.
-    let need = tokens * 3;
-    if all.iter().map(|s| s.len()).sum::<usize>() < need / 2 {
-        let have = prose.len() / 4;
-        return Err(SampleError::TextTooShort { text: "the prose".into(), have, need: tokens });
+    if all.is_empty() {
+        return Err(SampleError::TextTooShort { text: "the prose".into(), have: 0, need: tokens });
     }
     let start = rng.random_range(0..all.len());
-    let mut chars = 0;
-    let from = all.iter().cycle().skip(start).take(all.len());
-    let taken = from.take_while(|s| {
-        chars += s.len();
-        chars < 2 * need
+    // A token has about four characters; what is too much is left out later.
+    let mut room = tokens.saturating_mul(6);
+    let from = all.iter().cycle().skip(start).take_while(|s| {
+        let more = room > 0;
+        room = room.saturating_sub(s.len());
+        more
     });
-    Ok(taken.map(|s| Piece::filler(*s)).collect())
+    Ok(from.map(|s| Piece::filler(*s)).collect())
 }

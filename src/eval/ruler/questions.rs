@@ -75,7 +75,7 @@ impl World {
         let names = different(rng, people, full);
         let people = names.into_iter().map(|name| Person {
             name,
-            trade: *pick::<&str>(rng, TRADES),
+            trade: pick::<&str>(rng, TRADES),
             town: rng.random_range(0..towns.len()),
             year: rng.random_range(1701..1899),
             work: format!("The {} of {}", pick(rng, FAMILY), pick(rng, RIVERS)),
