@@ -103,8 +103,7 @@ fn forecasts_are_saved_under_the_published_names() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("forecast.safetensors");
     let grid = serde_json::to_string(&GRID).unwrap();
-    let about = [("model", engine.fingerprint().to_string()), ("grid", grid)];
-    forecast.save(&path, c, &about).unwrap();
+    forecast.save(&path, c, engine.fingerprint(), &[("grid", grid)]).unwrap();
     let bytes = std::fs::read(&path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut names = file.names();
@@ -113,11 +112,15 @@ fn forecasts_are_saved_under_the_published_names() {
     let future = format!("{attention}.q_future_proj.weight");
     assert_eq!(names, [&format!("{attention}.q_curr_proj.weight"), &future]);
     assert_eq!(file.tensor(&future).unwrap().shape(), [2 * 16, 64]);
-    let (back, grid) = Forecast::load(&path, c, engine.fingerprint()).unwrap();
-    assert_eq!((back, grid), (forecast, GRID));
-    let e = Forecast::load(&path, c, "another").unwrap_err().to_string();
+    let saved = longsight::model::Forecast::open(&path, c, engine.fingerprint()).unwrap();
+    let matrices = (0..c.n_layers).map(|l| saved.matrix(l).unwrap()).collect();
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+    let grid: Grid = serde_json::from_str(&header.metadata().as_ref().unwrap()["grid"]).unwrap();
+    assert_eq!((Forecast { matrices }, grid), (forecast, GRID));
+    let open = |path, model| longsight::model::Forecast::open(path, c, model);
+    let e = open(&path, "another").unwrap_err().to_string();
     assert!(e.contains("another"), "{e}");
-    assert!(Forecast::load(&dir.path().join("none"), c, "x").is_err());
+    assert!(open(&dir.path().join("none"), "x").is_err());
 }
 
 #[test]

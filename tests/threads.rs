@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::cache::{Data, Heads, Layer, Rule, backends};
+use common::cache::{Data, Heads, Layer, Rule, backends, upload};
 use longsight::backend::{
     Backend, DType, HeadPool, Linear, LogitScale, PoolScores, ScoreSource, Tensor,
 };
@@ -107,13 +107,11 @@ fn matrix_products_keep_their_partial_sums() {
         let mine = [1u32, 2].map(|seed| {
             SHAPES.map(|[rows, inputs, outputs]| {
                 let random = |n: usize, salt: u32| {
-                    let t = alloc(n);
                     let next =
                         |i: u32| (i.wrapping_mul(2_654_435_761) ^ salt).wrapping_mul(seed) >> 8;
                     let x: Vec<f32> =
                         (0..n as u32).map(|i| next(i) as f32 / (1 << 23) as f32 - 1.0).collect();
-                    dev.upload(&t, bytemuck::cast_slice(&x)).unwrap();
-                    t
+                    upload(&*dev, &x)
                 };
                 let y = alloc(ROUNDS * rows * outputs);
                 (random(rows * inputs, 77), random(outputs * inputs, 99), y)

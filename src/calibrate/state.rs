@@ -24,6 +24,42 @@ pub(crate) fn failed(
     move |source| CalibrateError::File { doing, path: path.into(), source }
 }
 
+/// A state file to fill, of this version and these settings.
+pub(crate) fn begin(version: &str, settings: String) -> TensorFile {
+    let mut file = TensorFile::default();
+    file.about.insert("version".into(), version.into());
+    file.about.insert("settings".into(), settings);
+    file
+}
+
+/// A state that was saved before; `None` when there is none. `what`: what it should hold.
+///
+/// # Errors
+/// [`CalibrateError::OtherRun`] for another version or other settings, [`CalibrateError::File`].
+pub(crate) fn resume(
+    path: &Path,
+    version: &str,
+    what: &str,
+    settings: &str,
+) -> Result<Option<TensorFile>, CalibrateError> {
+    let Some(file) = TensorFile::load(path).map_err(failed("read", path))? else {
+        return Ok(None);
+    };
+    if file.word("version") != version {
+        return Err(other(path, format!("{what} of this version of the program")));
+    }
+    let was = file.word("settings");
+    if was != settings {
+        return Err(other(path, format!("it was made with {was}, this run has {settings}")));
+    }
+    Ok(Some(file))
+}
+
+/// A state that does not belong to this run.
+pub(crate) fn other(path: &Path, what: String) -> CalibrateError {
+    CalibrateError::OtherRun { path: path.into(), what }
+}
+
 /// Saves statistics of the texts named `texts`.
 pub(super) fn save(
     path: &Path,
@@ -31,9 +67,7 @@ pub(super) fn save(
     texts: &[String],
     s: &Statistics,
 ) -> Result<(), CalibrateError> {
-    let mut file = TensorFile::default();
-    file.about.insert("version".into(), VERSION.into());
-    file.about.insert("settings".into(), settings.line());
+    let mut file = begin(VERSION, settings.line());
     file.about.insert("texts".into(), texts.join(" "));
     for (o, sums) in Objective::ALL.iter().zip(&s.sums) {
         file.f64s(&format!("similarity.{}", o.name()), sums.clone());
@@ -52,34 +86,21 @@ pub(super) fn load(
     texts: &[String],
     empty: &Statistics,
 ) -> Result<Option<Statistics>, CalibrateError> {
-    let Some(mut file) = TensorFile::load(path).map_err(failed("read", path))? else {
-        return Ok(None);
-    };
-    let other = |what: String| CalibrateError::OtherRun { path: path.into(), what };
-    let about = |key: &str| file.about.get(key).map_or("", String::as_str);
-    if about("version") != VERSION {
-        return Err(other("it holds no statistics of this version of the program".into()));
-    }
-    if about("settings") != settings.line() {
-        return Err(other(format!(
-            "it was made with {}, this run has {}",
-            about("settings"),
-            settings.line()
-        )));
-    }
-    let done: Vec<String> = about("texts").split_whitespace().map(String::from).collect();
+    let found = resume(path, VERSION, "it holds no statistics", &settings.line())?;
+    let Some(mut file) = found else { return Ok(None) };
+    let done: Vec<String> = file.word("texts").split_whitespace().map(String::from).collect();
     if done.len() > texts.len() || done.iter().zip(texts).any(|(a, b)| a != b) {
-        return Err(other(format!(
-            "it holds {} texts, which are not the first of the {} texts of this run",
-            done.len(),
-            texts.len()
-        )));
+        let (held, all) = (done.len(), texts.len());
+        let what = format!(
+            "it holds {held} texts, which are not the first of the {all} texts of this run"
+        );
+        return Err(other(path, what));
     }
     let mut s = Statistics { texts: done.len(), ..empty.clone() };
     let values = len(s.layers.len(), s.kv_heads);
     let mut take = |name: &str, n: usize| {
         file.take_f64s(name, n)
-            .ok_or_else(|| other(format!("it has no array {name} of {n} numbers")))
+            .ok_or_else(|| other(path, format!("it has no array {name} of {n} numbers")))
     };
     for (o, sums) in Objective::ALL.iter().zip(&mut s.sums) {
         *sums = take(&format!("similarity.{}", o.name()), values)?;

@@ -27,6 +27,11 @@ fn invalid(e: impl std::fmt::Display) -> io::Error {
 }
 
 impl TensorFile {
+    /// What the file says under `key`; nothing where it says nothing.
+    pub fn word(&self, key: &str) -> &str {
+        self.about.get(key).map_or("", String::as_str)
+    }
+
     /// Adds an array of one dimension.
     pub fn f64s(&mut self, name: &str, numbers: Vec<f64>) {
         self.tensors.insert(name.into(), (vec![numbers.len()], Numbers::F64(numbers)));

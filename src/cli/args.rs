@@ -70,6 +70,22 @@ impl ModelArgs {
         Ok((checkpoint, tokenizer))
     }
 
+    /// An engine that reads one text of `context` tokens densely; what it says while it is built is shown.
+    ///
+    /// # Errors
+    /// Any [`EngineError`](crate::engine::EngineError).
+    pub fn reader(
+        &self,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        context: usize,
+    ) -> Result<Engine> {
+        let builder = self.builder().checkpoint(checkpoint).tokenizer(tokenizer);
+        let engine = builder.context(context).method(Variant::Dense.into()).build()?;
+        ui::notes(&engine);
+        Ok(engine)
+    }
+
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
         Engine::builder()

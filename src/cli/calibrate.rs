@@ -16,7 +16,6 @@ use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 #[derive(Args)]
 pub struct CalibrateArgs {
@@ -79,17 +78,7 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let start = start_of_text(&tokenizer)?;
     let texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, a.prompts)?;
     let report = a.report.as_deref().map(OutputFile::create).transpose()?;
-    let mut engine = a
-        .model
-        .builder()
-        .checkpoint(checkpoint)
-        .tokenizer(tokenizer)
-        .context(a.tokens)
-        .method("dense".parse()?)
-        .build()?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    let mut engine = a.model.reader(checkpoint, tokenizer, a.tokens)?;
     let settings = Settings {
         tile: a.tile,
         keys: a.keys,
@@ -99,11 +88,7 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     };
     let bar = ui::bar("calibrating", "tokens", 0);
     let cancel = interrupt.arm();
-    let progress = |done, all| {
-        bar.set_length(all);
-        bar.set_position(done);
-        !cancel.load(Ordering::Relaxed)
-    };
+    let progress = |done, all| ui::go_on(&bar, &cancel, done, all);
     let found = gather(&mut engine, &texts, &settings, Some(&state), &progress);
     bar.finish_and_clear();
     let statistics = match found {

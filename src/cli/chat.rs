@@ -28,9 +28,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     a.answer.sampling().check()?;
     let interrupt = Interrupt::install();
     let mut engine = a.method.apply(a.model.builder())?.audit(a.answer.audit()).build()?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    ui::notes(&engine);
     if engine.template().is_none() {
         bail!("this model brings no chat template; use `longsight run --raw`");
     }

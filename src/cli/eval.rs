@@ -6,18 +6,17 @@ use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::OutputFile;
 use super::ruler::{self, RulerArgs};
 use super::sweep::Sweep;
-use super::ui;
+use super::{texts, ui};
 use crate::engine::EngineError;
 use crate::eval::{
     DEPTHS, Sample, continuation, copy, evaluate, key_sequence, passkey, solve, start_of_text,
 };
 use crate::model::Tokenizer;
 use crate::select::MethodSpec;
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 /// What is predicted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -113,9 +112,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
         // Both sequences share the prompt's pages; the second adds what it decodes.
         .kv_tokens(context + longest.min(context) / 4 + 1024)
         .build()?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    ui::notes(&engine);
     let c = engine.decoder().config().clone();
     let mut plans = specs
         .iter()
@@ -127,11 +124,7 @@ pub fn eval(a: EvalArgs) -> Result<ExitCode> {
     plans.extend(files.iter().cloned());
     let bar = ui::bar("evaluating", "tokens", 0);
     let cancel = interrupt.arm();
-    let progress = |done, all| {
-        bar.set_length(all);
-        bar.set_position(done);
-        !cancel.load(Ordering::Relaxed)
-    };
+    let progress = |done, all| ui::go_on(&bar, &cancel, done, all);
     let audit = (a.audit > 0).then_some(a.audit);
     let outcome = match a.task {
         Task::Ruler => {
@@ -189,9 +182,7 @@ fn samples(a: &EvalArgs, tokenizer: &Tokenizer) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
     let start = start_of_text(tokenizer)?;
     for path in &a.text {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the text {}", path.display()))?;
-        let ids = tokenizer.encode(&text, false)?;
+        let ids = tokenizer.encode(&texts::read(path)?, false)?;
         let name = path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
         let mut keys = key_sequence();
         for &n in &a.lengths {

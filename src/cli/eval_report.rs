@@ -2,9 +2,9 @@
 
 use super::eval::Task;
 use super::plot::{Point, frontier};
-use super::table::Table;
+use super::table::{Table, distinct};
 use super::ui;
-use crate::eval::{Answer, Row};
+use crate::eval::{Answer, Difference, Row};
 use anyhow::Result;
 use std::path::PathBuf;
 
@@ -64,23 +64,15 @@ impl Outcome {
                 all.iter().map(|a| (a.method.as_str(), a.kv_bytes, 100.0 * a.score)).collect()
             }
         };
-        let mut methods: Vec<&str> = Vec::new();
-        for (method, _, _) in &samples {
-            if !methods.contains(method) {
-                methods.push(method);
-            }
-        }
+        let methods = distinct(samples.iter().map(|s| s.0));
         let bytes = |method: &str| -> f64 {
             samples.iter().filter(|s| s.0 == method).map(|s| s.1 as f64).sum()
         };
         let all = bytes("dense").max(1.0);
         let points = methods.iter().map(|method| {
             let of: Vec<f64> = samples.iter().filter(|s| s.0 == *method).map(|s| s.2).collect();
-            let n = of.len() as f64;
-            let y = of.iter().sum::<f64>() / n;
-            let var = of.iter().map(|v| (v - y).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-            let (name, error) = ((*method).to_string(), (var / n).sqrt());
-            Point { name, x: 100.0 * bytes(method) / all, y, error }
+            let Difference { mean: y, error } = Difference::of(&of);
+            Point { name: (*method).to_string(), x: 100.0 * bytes(method) / all, y, error }
         });
         let quality = match task {
             Task::Ppl => "NLL difference to dense, nats",
@@ -126,16 +118,8 @@ pub fn tables(task: Task, layers: bool, rows: &[Row]) -> Vec<Table> {
         Task::Passkey => r.sample.split(' ').next().unwrap_or_default().to_string(),
         _ => r.sample.clone(),
     };
-    let mut groups: Vec<String> = Vec::new();
-    let mut methods: Vec<&str> = Vec::new();
-    for r in rows {
-        if !groups.contains(&group(r)) {
-            groups.push(group(r));
-        }
-        if !methods.contains(&r.method.as_str()) {
-            methods.push(&r.method);
-        }
-    }
+    let groups = distinct(rows.iter().map(group));
+    let methods = distinct(rows.iter().map(|r| r.method.as_str()));
     let several = groups.len() > 1;
     for g in groups.iter().map(Some).chain(several.then_some(None)) {
         for m in &methods {

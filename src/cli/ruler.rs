@@ -1,8 +1,8 @@
 //! The RULER-style part of `longsight eval`: problems with written answers.
 
 use super::eval::EvalArgs;
-use super::table::Table;
-use super::ui;
+use super::table::{Table, distinct};
+use super::{texts, ui};
 use crate::eval::{Answer, Problem, RULER_TASKS, RulerSource, RulerTask, mean_score, ruler};
 use crate::model::{ChatTemplate, Checkpoint, EncodeOptions, Message, ModelError, Tokenizer};
 use anyhow::{Context, Result, bail};
@@ -38,10 +38,7 @@ pub fn problems(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Problem>> {
-    let prose = a.text.iter().map(|path| {
-        std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the text {}", path.display()))
-    });
+    let prose = a.text.iter().map(|path| texts::read(path));
     let prose = prose.collect::<Result<Vec<_>>>()?.join("\n");
     let (before, after) = frame(a, checkpoint, tokenizer)?;
     let source = RulerSource { tokenizer, prose: &prose, before: &before, after: &after };
@@ -95,15 +92,8 @@ pub const NOTE: &str =
 /// Scores per task and method, and their mean over tasks.
 pub fn table(answers: &[Answer]) -> Table {
     let mut table = Table::new(&["task", "method", ">score", ">to dense", ">KV read/token"]);
-    let (mut tasks, mut methods): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
-    for a in answers {
-        if !tasks.contains(&a.task) {
-            tasks.push(a.task);
-        }
-        if !methods.contains(&a.method.as_str()) {
-            methods.push(&a.method);
-        }
-    }
+    let tasks = distinct(answers.iter().map(|a| a.task));
+    let methods = distinct(answers.iter().map(|a| a.method.as_str()));
     let of = |task: Option<&str>, method: &str| -> Vec<&Answer> {
         let wanted = |a: &&Answer| a.method == method && task.is_none_or(|t| a.task == t);
         answers.iter().filter(wanted).collect()

@@ -51,9 +51,7 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     };
     let model = checkpoint.config().name.clone();
     let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    ui::notes(&engine);
     let chat = question && !a.raw && engine.template().is_some();
     let request = if chat { Request::chat(text) } else { Request::text(text) };
     let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());

@@ -1,5 +1,15 @@
 //! Aligned text tables.
 
+/// Each value once, in the order of first appearance.
+pub fn distinct<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
+    values.fold(Vec::new(), |mut all, v| {
+        if !all.contains(&v) {
+            all.push(v);
+        }
+        all
+    })
+}
+
 /// A table whose columns are as wide as their widest cell.
 #[derive(Debug)]
 pub struct Table {

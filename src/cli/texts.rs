@@ -13,12 +13,16 @@ pub fn encoded(files: &[PathBuf], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>
     if files.is_empty() {
         return Ok(vec![tokenizer.encode(BUILT_IN_TEXT, false)?]);
     }
-    let read = |path: &PathBuf| {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the text {}", path.display()))?;
-        Ok(tokenizer.encode(&text, false)?)
-    };
-    files.iter().map(read).collect()
+    files.iter().map(|path| Ok(tokenizer.encode(&read(path)?, false)?)).collect()
+}
+
+/// A text file.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the text {}", path.display()))
 }
 
 /// Name of the file beside `output` that an interrupted run leaves.

@@ -93,17 +93,7 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
     let mut texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, all)?;
     let unseen = texts.split_off(a.pieces);
     let context = a.model.size.ctx.unwrap_or(a.tokens);
-    let mut engine = a
-        .model
-        .builder()
-        .checkpoint(checkpoint)
-        .tokenizer(tokenizer)
-        .context(context)
-        .method("dense".parse()?)
-        .build()?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    let mut engine = a.model.reader(checkpoint, tokenizer, context)?;
     let settings = TrainSettings {
         grid: Grid {
             budget: a.blocks,
@@ -142,13 +132,12 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
         other => other?,
     };
     let about = [
-        ("model", settings.model.clone()),
         ("grid", serde_json::to_string(&settings.grid)?),
         ("steps", losses.len().to_string()),
         ("texts", settings.texts.clone()),
         ("settings", serde_json::to_string(&settings)?),
     ];
-    forecast.save(&a.output, engine.decoder().config(), &about)?;
+    forecast.save(&a.output, engine.decoder().config(), &settings.model, &about)?;
     ui::note("measuring on held-out text");
     let before = Forecast::new(engine.checkpoint(), a.start, a.seed)?;
     let (grid, matrices) = (settings.grid, (&forecast, &before));

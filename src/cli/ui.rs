@@ -1,8 +1,9 @@
 //! Progress bars and small formatting.
 
-use crate::engine::Progress;
+use crate::engine::{Engine, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template)
@@ -16,6 +17,20 @@ pub fn bar(what: &'static str, unit: &'static str, all: u64) -> ProgressBar {
     bar.set_style(style(&format!("{{msg:<10}} [{{bar:30}}] {{human_pos}}/{{human_len}} {unit}")));
     bar.set_message(what);
     bar
+}
+
+/// Moves a bar; whether to go on, which a set `cancel` says no to.
+pub fn go_on(bar: &ProgressBar, cancel: &AtomicBool, done: u64, all: u64) -> bool {
+    bar.set_length(all);
+    bar.set_position(done);
+    !cancel.load(Ordering::Relaxed)
+}
+
+/// Says what the engine had to say while it was built.
+pub fn notes(engine: &Engine) {
+    for n in engine.notes() {
+        note(format!("note: {n}"));
+    }
 }
 
 fn bytes_bar(what: &'static str, all: Option<u64>) -> ProgressBar {

@@ -18,6 +18,11 @@ impl Difference {
     /// Of `a - b`, pair by pair.
     pub fn paired(a: &[f32], b: &[f32]) -> Self {
         let d: Vec<f64> = a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)).collect();
+        Difference::of(&d)
+    }
+
+    /// Of differences to 0.
+    pub fn of(d: &[f64]) -> Self {
         let n = d.len().max(1) as f64;
         let mean = d.iter().sum::<f64>() / n;
         let var = d.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
@@ -75,36 +80,28 @@ pub fn evaluate(
     mut progress: impl FnMut(u64, u64) -> bool,
     mut each: impl FnMut(&Row),
 ) -> Result<Vec<Row>, EngineError> {
-    let layers = engine.plan().layers.len();
-    let dense = ("dense".to_string(), Plan::dense(layers));
-    let others = plans.iter().filter(|(_, p)| p.method != "dense");
-    let plans: Vec<&(String, Plan)> = std::iter::once(&dense).chain(others).collect();
+    let plans = dense_first(engine, plans);
     let steps = |s: &Sample| s.tokens.len() - s.decode_from;
     let all: u64 = samples.iter().map(|s| (s.decode_from + plans.len() * steps(s)) as u64).sum();
     let mut done = 0;
     let mut rows = Vec::with_capacity(samples.len() * plans.len());
     for sample in samples {
         let prefilled = done + sample.decode_from as u64;
-        engine.set_audit(None);
-        engine.set_plan(dense.1.clone())?;
-        let base = engine.open_sequence()?;
-        let outcome = with(engine, base, |engine| {
-            let text = &sample.tokens[..sample.decode_from];
-            let on = |n: usize| progress(done + n as u64, all);
-            engine.prefill(base, text, WantLogits::None, |_, _| (), on)?;
-            let mut reference: Option<Vec<f32>> = None;
-            for (i, (name, plan)) in plans.iter().enumerate() {
-                engine.set_plan(plan.clone())?;
-                engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
-                let before = prefilled + (i * steps(sample)) as u64;
-                let step = |n: usize| progress(before + n as u64, all);
-                let mut row = decoded(engine, base, sample, step)?;
-                row.method.clone_from(name);
-                let dense = reference.get_or_insert_with(|| row.nlls.clone());
-                row.nll_difference = Difference::paired(&row.nlls, dense);
-                each(&row);
-                rows.push(row);
-            }
+        let mut reference: Option<Vec<f32>> = None;
+        let text = &sample.tokens[..sample.decode_from];
+        // Of the prefill, or of the i-th method.
+        let on = |i: Option<usize>, n: usize| {
+            let before = i.map_or(done, |i| prefilled + (i * steps(sample)) as u64);
+            progress(before + n as u64, all)
+        };
+        let outcome = continued(engine, text, &plans, on, |engine, seq, name, step| {
+            engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
+            let mut row = decoded(engine, seq, sample, step)?;
+            row.method = name.into();
+            let dense = reference.get_or_insert_with(|| row.nlls.clone());
+            row.nll_difference = Difference::paired(&row.nlls, dense);
+            each(&row);
+            rows.push(row);
             Ok(())
         });
         // An engine that goes on must not measure, nor keep what was measured.
@@ -118,6 +115,42 @@ pub fn evaluate(
     Ok(rows)
 }
 
+/// The plans in order, after a dense one; other dense ones are left out.
+pub(super) fn dense_first(engine: &Engine, plans: &[(String, Plan)]) -> Vec<(String, Plan)> {
+    let dense = ("dense".to_string(), Plan::dense(engine.plan().layers.len()));
+    let others = plans.iter().filter(|(_, p)| p.method != "dense").cloned();
+    std::iter::once(dense).chain(others).collect()
+}
+
+/// Prefills `text` densely, then hands `f` a fork of it under each plan, with the plan's name and a report of the
+/// steps done that answers whether to go on. `progress` gets the number of the plan, none for the prefill, and the
+/// tokens done.
+pub(super) fn continued(
+    engine: &mut Engine,
+    text: &[u32],
+    plans: &[(String, Plan)],
+    mut progress: impl FnMut(Option<usize>, usize) -> bool,
+    mut f: impl FnMut(
+        &mut Engine,
+        SeqId,
+        &str,
+        &mut dyn FnMut(usize) -> bool,
+    ) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
+    engine.set_audit(None);
+    engine.set_plan(Plan::dense(engine.plan().layers.len()))?;
+    let base = engine.open_sequence()?;
+    with(engine, base, |engine| {
+        engine.prefill(base, text, WantLogits::None, |_, _| (), |n| progress(None, n))?;
+        for (i, (name, plan)) in plans.iter().enumerate() {
+            engine.set_plan(plan.clone())?;
+            let seq = engine.fork(base)?;
+            with(engine, seq, |engine| f(engine, seq, name, &mut |n| progress(Some(i), n)))?;
+        }
+        Ok(())
+    })
+}
+
 /// Runs `f` and closes `seq` whatever comes out.
 fn with<T>(
     engine: &mut Engine,
@@ -129,31 +162,28 @@ fn with<T>(
     outcome
 }
 
-/// Decodes and scores the end of `sample` on a fork of `base`, which holds what comes before, under the engine's
-/// plan. `step` gets the decode steps done and answers whether to go on.
+/// Decodes and scores the end of `sample` in `seq`, which holds what comes before, under the engine's plan. `step`
+/// gets the decode steps done and answers whether to go on.
 fn decoded(
     engine: &mut Engine,
-    base: SeqId,
+    seq: SeqId,
     sample: &Sample,
-    mut step: impl FnMut(usize) -> bool,
+    step: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Row, EngineError> {
-    let seq = engine.fork(base)?;
     let start = std::time::Instant::now();
     let (mut nlls, mut hits) = (Vec::new(), 0);
-    let tokens = with(engine, seq, |engine| {
-        for t in sample.decode_from..sample.tokens.len() - 1 {
-            let logits = engine.decode(seq, sample.tokens[t])?;
-            if t + 1 >= sample.score_from {
-                let (nll, hit) = score(&logits, sample.tokens[t + 1]);
-                nlls.push(nll);
-                hits += usize::from(hit);
-            }
-            if !step(t + 1 - sample.decode_from) {
-                return Err(EngineError::Interrupted);
-            }
+    for t in sample.decode_from..sample.tokens.len() - 1 {
+        let logits = engine.decode(seq, sample.tokens[t])?;
+        if t + 1 >= sample.score_from {
+            let (nll, hit) = score(&logits, sample.tokens[t + 1]);
+            nlls.push(nll);
+            hits += usize::from(hit);
         }
-        engine.cached(seq)
-    })?;
+        if !step(t + 1 - sample.decode_from) {
+            return Err(EngineError::Interrupted);
+        }
+    }
+    let tokens = engine.cached(seq)?;
     let n = nlls.len().max(1) as f64;
     Ok(Row {
         sample: sample.name.clone(),

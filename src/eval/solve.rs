@@ -1,7 +1,8 @@
 //! Problems with written answers: the question is decoded token by token, the answer is generated greedily.
 
 use super::Difference;
-use crate::engine::{Engine, EngineError, SeqId, WantLogits, greedy};
+use super::runner::{continued, dense_first};
+use crate::engine::{Engine, EngineError, SeqId, greedy};
 use crate::select::Plan;
 use serde::Serialize;
 
@@ -71,37 +72,25 @@ pub fn solve(
     mut progress: impl FnMut(u64, u64) -> bool,
     mut each: impl FnMut(&Answer),
 ) -> Result<Vec<Answer>, EngineError> {
-    let layers = engine.plan().layers.len();
-    let dense = ("dense".to_string(), Plan::dense(layers));
-    let others = plans.iter().filter(|(_, p)| p.method != "dense");
-    let plans: Vec<&(String, Plan)> = std::iter::once(&dense).chain(others).collect();
+    let plans = dense_first(engine, plans);
     let steps = |p: &Problem| p.tokens.len() - p.decode_from + p.answer_tokens;
     let work = |p: &Problem| (p.decode_from + plans.len() * steps(p)) as u64;
     let all: u64 = problems.iter().map(work).sum();
     let mut done = 0;
     let mut answers = Vec::new();
     for problem in problems {
-        engine.set_audit(None);
-        engine.set_plan(dense.1.clone())?;
-        let base = engine.open_sequence()?;
-        let outcome: Result<(), EngineError> = (|| {
-            let text = &problem.tokens[..problem.decode_from];
-            let on = |n: usize| progress(done + n as u64, all);
-            engine.prefill(base, text, WantLogits::None, |_, _| (), on)?;
-            for (i, (name, plan)) in plans.iter().enumerate() {
-                engine.set_plan(plan.clone())?;
-                let seq = engine.fork(base)?;
-                let before = done + (problem.decode_from + i * steps(problem)) as u64;
-                let answer = answered(engine, seq, problem, |n| progress(before + n as u64, all));
-                engine.close(seq);
-                let answer = Answer { method: name.clone(), ..answer? };
-                each(&answer);
-                answers.push(answer);
-            }
+        let text = &problem.tokens[..problem.decode_from];
+        let on = |i: Option<usize>, n: usize| {
+            let before = i.map_or(0, |i| problem.decode_from + i * steps(problem));
+            progress(done + (before + n) as u64, all)
+        };
+        continued(engine, text, &plans, on, |engine, seq, name, step| {
+            let answer = answered(engine, seq, problem, step)?;
+            let answer = Answer { method: name.into(), ..answer };
+            each(&answer);
+            answers.push(answer);
             Ok(())
-        })();
-        engine.close(base);
-        outcome?;
+        })?;
         done += work(problem);
     }
     Ok(answers)
@@ -111,7 +100,7 @@ fn answered(
     engine: &mut Engine,
     seq: SeqId,
     problem: &Problem,
-    mut step: impl FnMut(usize) -> bool,
+    step: &mut dyn FnMut(usize) -> bool,
 ) -> Result<Answer, EngineError> {
     let start = std::time::Instant::now();
     let ends = engine.decoder().config().eos.clone();

@@ -2,8 +2,7 @@
 
 use super::train::TrainSettings;
 use crate::calibrate::CalibrateError;
-use crate::calibrate::state::failed;
-use crate::calibrate::tensor_file::TensorFile;
+use crate::calibrate::state::{begin, failed, other, resume};
 use std::path::Path;
 
 /// Raised when the state changes its meaning.
@@ -30,9 +29,7 @@ impl Progress {
     }
 
     pub fn save(&self, path: &Path, settings: &TrainSettings) -> Result<(), CalibrateError> {
-        let mut file = TensorFile::default();
-        file.about.insert("version".into(), VERSION.into());
-        file.about.insert("settings".into(), settings.line());
+        let mut file = begin(VERSION, settings.line());
         file.about.insert("steps".into(), self.steps.to_string());
         file.f64s("losses", self.losses.clone());
         for (t, parts) in self.targets.iter().enumerate() {
@@ -52,20 +49,11 @@ impl Progress {
         settings: &TrainSettings,
         fresh: &Progress,
     ) -> Result<Option<Progress>, CalibrateError> {
-        let Some(mut file) = TensorFile::load(path).map_err(failed("read", path))? else {
-            return Ok(None);
-        };
-        let other = |what: String| CalibrateError::OtherRun { path: path.into(), what };
-        let about = |key: &str| file.about.get(key).map_or("", String::as_str);
-        if about("version") != VERSION {
-            return Err(other("it is no training run of this version of the program".into()));
-        }
-        if about("settings") != settings.line() {
-            let (was, is) = (about("settings"), settings.line());
-            return Err(other(format!("it was made with {was}, this run has {is}")));
-        }
-        let steps: usize = about("steps").parse().map_err(|_| other("its step is lost".into()))?;
-        let missing = |name: &str| other(format!("it has no array {name}"));
+        let found = resume(path, VERSION, "it is no training run", &settings.line())?;
+        let Some(mut file) = found else { return Ok(None) };
+        let steps: usize =
+            file.word("steps").parse().map_err(|_| other(path, "its step is lost".into()))?;
+        let missing = |name: &str| other(path, format!("it has no array {name}"));
         let losses = file.take_f64s("losses", steps).ok_or_else(|| missing("losses"))?;
         let mut targets = fresh.targets.clone();
         for (t, parts) in targets.iter_mut().enumerate() {

@@ -1,9 +1,9 @@
 //! Forecast matrices: where training starts, and the file they end in.
 
-use super::grid::Grid;
 use crate::calibrate::CalibrateError;
 use crate::calibrate::state::failed;
 use crate::calibrate::tensor_file::TensorFile;
+use crate::model::forecast::{MODEL, name_of};
 use crate::model::{Checkpoint, LayerWeight, ModelConfig, ModelError, Weight};
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -30,14 +30,6 @@ pub struct Forecast {
     pub matrices: Vec<Vec<f32>>,
 }
 
-/// Name of the matrix that predicts the blocks of layer `target`.
-fn name(target: usize) -> String {
-    match target {
-        0 => "model.layers.0.self_attn.q_curr_proj.weight".into(),
-        t => format!("model.layers.{}.self_attn.q_future_proj.weight", t - 1),
-    }
-}
-
 impl Forecast {
     /// Matrices before training.
     ///
@@ -59,7 +51,8 @@ impl Forecast {
         Ok(Forecast { matrices: matrices? })
     }
 
-    /// Writes the matrices under the published checkpoint's names, with what they were made of.
+    /// Writes the matrices for the model of this fingerprint under the published checkpoint's names, with what they
+    /// were made of; [`model::Forecast`](crate::model::Forecast) reads them.
     ///
     /// # Errors
     /// [`CalibrateError::File`].
@@ -67,47 +60,19 @@ impl Forecast {
         &self,
         path: &Path,
         c: &ModelConfig,
+        fingerprint: &str,
         about: &[(&str, String)],
     ) -> Result<(), CalibrateError> {
         let mut file = TensorFile::default();
+        file.about.insert(MODEL.into(), fingerprint.into());
         for (key, value) in about {
             file.about.insert((*key).into(), value.clone());
         }
         let shape = [c.n_kv_heads * c.head_dim, c.hidden];
         for (target, matrix) in self.matrices.iter().enumerate() {
-            file.f32s(&name(target), shape.to_vec(), matrix.clone());
+            file.f32s(&name_of(target), shape.to_vec(), matrix.clone());
         }
         file.save(path).map_err(failed("write", path))
-    }
-
-    /// Reads matrices that [`Forecast::save`] wrote for this model, and the grid they were trained for.
-    ///
-    /// # Errors
-    /// [`CalibrateError::File`]; [`CalibrateError::OtherRun`] for a file of another model or without a matrix.
-    pub fn load(
-        path: &Path,
-        c: &ModelConfig,
-        fingerprint: &str,
-    ) -> Result<(Self, Grid), CalibrateError> {
-        let other = |what: String| CalibrateError::OtherRun { path: path.into(), what };
-        let read =
-            TensorFile::load(path).and_then(|f| f.ok_or(std::io::ErrorKind::NotFound.into()));
-        let mut file = read.map_err(failed("read", path))?;
-        let model = file.about.get("model").cloned().unwrap_or_default();
-        if model != fingerprint {
-            return Err(other(format!("it belongs to model {model}, this is {fingerprint}")));
-        }
-        let grid = file.about.get("grid").and_then(|g| serde_json::from_str::<Grid>(g).ok());
-        let grid = grid.ok_or_else(|| other("it does not say its grid".into()))?;
-        grid.check()?;
-        let len = c.n_kv_heads * c.head_dim * c.hidden;
-        let mut matrix = |target| {
-            let name = name(target);
-            let found = file.take_f32s(&name, len);
-            found.ok_or_else(|| other(format!("it has no f32 matrix {name} of {len} numbers")))
-        };
-        let matrices = (0..c.n_layers).map(&mut matrix).collect::<Result<_, _>>()?;
-        Ok((Forecast { matrices }, grid))
     }
 }
 

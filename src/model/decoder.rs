@@ -187,33 +187,21 @@ impl Decoder {
             cols: c.hidden,
             vocab: c.vocab,
         })?;
+        let mut show = |l: usize, stage: Stage| match observer.as_deref_mut() {
+            Some(observe) => {
+                observe(&LayerView::new(&*b, c, &self.order, &self.ws, (l, stage), &step))
+            }
+            None => Ok(()),
+        };
         for l in 0..c.n_layers {
             let shape = self.layer_shape(l, cache.shape().dtype);
             let w = &self.weights.layers[l];
             self.queries_and_keys(w, &step)?;
-            if let Some(observe) = observer.as_deref_mut() {
-                observe(&LayerView::new(
-                    &*b,
-                    c,
-                    &self.order,
-                    &self.ws,
-                    (l, Stage::Projected),
-                    &step,
-                ))?;
-            }
+            show(l, Stage::Projected)?;
             let forecast = self.forecast(l, &step, attention)?;
             attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
             self.output(w, step.rows)?;
-            if let Some(observe) = observer.as_deref_mut() {
-                observe(&LayerView::new(
-                    &*b,
-                    c,
-                    &self.order,
-                    &self.ws,
-                    (l, Stage::Attended),
-                    &step,
-                ))?;
-            }
+            show(l, Stage::Attended)?;
             self.mlp(w, step.rows)?;
         }
         Ok(step)

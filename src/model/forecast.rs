@@ -12,10 +12,10 @@ use super::weights::Place;
 use super::weights_hf::{place, read_header};
 
 /// Key of the model's fingerprint in the file's metadata.
-const MODEL: &str = "model";
+pub(crate) const MODEL: &str = "model";
 
 /// The name of the matrix that forecasts the query of a layer.
-fn name_of(layer: usize) -> String {
+pub(crate) fn name_of(layer: usize) -> String {
     match layer.checked_sub(1) {
         Some(before) => format!("model.layers.{before}.self_attn.q_future_proj.weight"),
         None => "model.layers.0.self_attn.q_curr_proj.weight".into(),

@@ -10,7 +10,7 @@ mod config_hf;
 mod decoder;
 pub mod error;
 pub mod fetch;
-mod forecast;
+pub(crate) mod forecast;
 mod forecaster;
 pub mod gguf;
 mod gguf_cursor;

@@ -1,8 +1,8 @@
 //! The second look at an anchor's tokens: a layer scores only those with its own query and keeps its budget.
 
-use super::selector::{pick, score_target};
+use super::selector::{pool_and_pick_among, score_target};
 use super::{LayerContext, LayerPlan, Refine, Scorer, SelectError, Selection};
-use crate::backend::{Among, PoolScores, ScoreRows, ScoreSource, Tensor};
+use crate::backend::{Among, ScoreRows, ScoreSource, Tensor};
 
 /// Records the ops that pick the layer's tokens for `out` from `candidates`; both have as many lists as the plan's
 /// pool makes. What the layer keeps (sinks, recent tokens) is among the candidates, because the anchor keeps it too.
@@ -31,8 +31,6 @@ pub fn refine(
     };
     let (indices, counts) = (&candidates.indices, &candidates.counts);
     let among = Among { indices, counts, k: candidates.k };
-    let s = cx.scratch;
-    let scores = score_target(cx, plan.pool)?;
     cx.backend.score_rows(&ScoreRows {
         q,
         seqs: cx.seqs,
@@ -43,20 +41,8 @@ pub fn refine(
         scale: plan.scale,
         among,
         lists: candidates.rows_per_seq,
-        scores,
-        stride: s.stride,
+        scores: score_target(cx, plan.pool)?,
+        stride: cx.scratch.stride,
     })?;
-    if plan.pool.softmax() {
-        cx.backend.pool_scores(&PoolScores {
-            scores,
-            out: &s.scores,
-            seqs: cx.seqs,
-            heads: cx.shape.heads,
-            kv_heads: cx.shape.kv_heads,
-            stride: s.stride,
-            pool: plan.pool,
-            lengths: Some(counts),
-        })?;
-    }
-    pick(cx, plan, out, Some(among))
+    pool_and_pick_among(cx, plan, out, Some(among))
 }

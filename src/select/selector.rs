@@ -171,6 +171,16 @@ pub fn pool_and_pick(
     plan: &LayerPlan,
     out: &Selection,
 ) -> Result<(), SelectError> {
+    pool_and_pick_among(cx, plan, out, None)
+}
+
+/// As [`pool_and_pick`], for scores of all tokens or of listed ones.
+pub(super) fn pool_and_pick_among(
+    cx: &LayerContext<'_>,
+    plan: &LayerPlan,
+    out: &Selection,
+    among: Option<Among<'_>>,
+) -> Result<(), SelectError> {
     let s = cx.scratch;
     if plan.pool.softmax() {
         cx.backend.pool_scores(&PoolScores {
@@ -181,21 +191,9 @@ pub fn pool_and_pick(
             kv_heads: cx.shape.kv_heads,
             stride: s.stride,
             pool: plan.pool,
-            lengths: None,
+            lengths: among.map(|a| a.counts),
         })?;
     }
-    pick(cx, plan, out, None)
-}
-
-/// Forces sinks and recent tokens and takes the best of the pooled scores, which belong to all tokens or to listed
-/// ones.
-pub(super) fn pick(
-    cx: &LayerContext<'_>,
-    plan: &LayerPlan,
-    out: &Selection,
-    among: Option<Among<'_>>,
-) -> Result<(), SelectError> {
-    let s = cx.scratch;
     cx.backend.force(&Force {
         scores: &s.scores,
         seqs: cx.seqs,

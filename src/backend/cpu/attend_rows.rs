@@ -4,7 +4,7 @@
 use super::attention::{Cache, Job, Queries, run_jobs};
 use super::memory::{Io, with_float};
 use super::seqs::sequences;
-use crate::backend::{AttendRows, PAGE, Result};
+use crate::backend::{AttendRows, Result};
 
 pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
     let (hkv, lists, parts) = (p.cache.kv_heads, p.rows_per_seq, p.parts_per_seq());
@@ -30,14 +30,8 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
             // A list that is not there is empty.
             let list_no = Some(list_of(map, r)).filter(|l| *l < lists).map(|l| s * lists + l);
             let count = list_no.map_or(0, |l| p.k.min(counts[l] as usize));
-            // Only pages of listed tokens need to be there.
             let tokens = &indices[list_no.unwrap_or(0) * p.k..][..count];
-            let resident = |&&j: &&u32| {
-                j as usize >= seq.kv_len || (list[j as usize / PAGE] as usize) < p.cache.n_pages
-            };
-            if let Some(j) = tokens.iter().find(|j| !resident(j)) {
-                return Err(io.bad(format!("token {j} lies in a page outside the pool")));
-            }
+            seq.check_listed(io, list, p.cache.n_pages, tokens)?;
             let per = count.div_ceil(p.splits);
             for split in 0..p.splits {
                 let keys = count.min(split * per)..count.min((split + 1) * per);

@@ -1,22 +1,18 @@
 //! Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, all tokens' or listed ones'.
 
 use super::memory::Io;
-use super::seqs::sequences;
+use super::seqs::{Lists, sequences};
 use crate::backend::{Force, Result};
 
 pub(super) fn run(io: &Io<'_>, p: &Force<'_>) -> Result<()> {
     let scores = io.write::<f32>(p.scores)?;
-    let listed = match &p.among {
-        Some(a) => Some((io.read::<u32>(a.indices)?, io.read::<u32>(a.counts)?, a.k)),
-        None => None,
-    };
+    let listed = p.among.map(|a| Lists::read(io, a)).transpose()?;
     for (s, seq) in sequences(io, &p.seqs)?.iter().enumerate() {
         for r in s * p.rows_per_seq..(s + 1) * p.rows_per_seq {
             let row = &mut scores[r * p.stride..][..p.stride];
-            if let Some((indices, counts, k)) = listed {
+            if let Some(lists) = listed {
                 let first_recent = seq.kv_len.saturating_sub(p.recent);
-                let n = k.min(counts[r] as usize);
-                for (score, &j) in row.iter_mut().zip(&indices[r * k..][..n]) {
+                for (score, &j) in row.iter_mut().zip(lists.of(r)) {
                     let j = j as usize;
                     if j < p.sinks.min(seq.kv_len) || (first_recent..seq.kv_len).contains(&j) {
                         *score = f32::INFINITY;

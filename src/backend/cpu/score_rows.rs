@@ -5,7 +5,7 @@ use super::kv_append::check_list;
 use super::memory::{Io, Parts, with_float};
 use super::par;
 use super::score_dims::{chosen, finite, pool};
-use super::seqs::{Sequence, sequences};
+use super::seqs::{Lists, Sequence, sequences};
 use super::simd::{self, Lane};
 use crate::backend::{KvPool, PAGE, Result, ScoreRows};
 
@@ -16,8 +16,7 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreRows<'_>) -> Result<()> {
     let (d, hkv) = (p.cache.head_dim, p.cache.kv_heads);
     let q = io.read::<f32>(p.q)?;
     let page_lists = io.read::<u32>(p.seqs.pages)?;
-    let indices = io.read::<u32>(p.among.indices)?;
-    let counts = io.read::<u32>(p.among.counts)?;
+    let lists = Lists::read(io, p.among)?;
     let seqs = sequences(io, &p.seqs)?;
     let (n, dims) = p.dims();
     let dims = dims.map(|d| io.read::<u32>(d)).transpose()?;
@@ -30,19 +29,11 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreRows<'_>) -> Result<()> {
             check_list(io, list.ok_or_else(|| io.bad(format!("no slot {}", seq.slot)))?, d)?;
         }
         for l in s * p.lists..(s + 1) * p.lists {
-            let tokens = &indices[l * p.among.k..][..p.among.k.min(counts[l] as usize)];
-            // Only pages of listed tokens need to be there.
-            let absent = |&&j: &&u32| {
-                let j = j as usize;
-                j < seq.kv_len && list[j / PAGE] as usize >= p.cache.n_pages
-            };
-            if let Some(j) = tokens.iter().find(absent) {
-                return Err(io.bad(format!("token {j} lies in a page outside the pool")));
-            }
+            seq.check_listed(io, list, p.cache.n_pages, lists.of(l))?;
         }
     }
     let scores = io.write::<f32>(p.scores)?;
-    let call = Call { p, q, seqs: &seqs, pages: &pages, indices, counts, n, dims };
+    let call = Call { p, q, seqs: &seqs, pages: &pages, lists, n, dims };
     with_float!(io, p.cache.k.dtype(), T => {
         score(&call, io.read::<T>(p.cache.k)?, scores);
         Ok(())
@@ -54,8 +45,7 @@ struct Call<'a> {
     q: &'a [f32],
     seqs: &'a [Sequence],
     pages: &'a [&'a [u32]],
-    indices: &'a [u32],
-    counts: &'a [u32],
+    lists: Lists<'a>,
     n: usize,
     dims: Option<&'a [u32]>,
 }
@@ -71,9 +61,8 @@ fn score<T: Lane>(c: &Call<'_>, keys: &[T], scores: &mut [f32]) {
     par::tasks(c.seqs.len() * parts * per_part, work, |i| {
         let (s, part, chunk) = (i / (parts * per_part), i / per_part % parts, i % per_part);
         let (seq, kv_head) = (&c.seqs[s], part * hkv / parts);
-        let list = s * p.lists + part * p.lists / parts;
-        let count = p.among.k.min(c.counts[list] as usize);
-        let columns = count.min(chunk * CHUNK)..count.min((chunk + 1) * CHUNK);
+        let listed = c.lists.of(s * p.lists + part * p.lists / parts);
+        let columns = chunk * CHUNK..listed.len().min((chunk + 1) * CHUNK);
         if seq.q_len == 0 || columns.is_empty() {
             return;
         }
@@ -84,7 +73,7 @@ fn score<T: Lane>(c: &Call<'_>, keys: &[T], scores: &mut [f32]) {
         let mut logits = vec![0.0; heads * PAGE];
         let mut block = Block { c, keys, kv_head, at: Vec::new(), gathered: Vec::new() };
         for first in columns.clone().step_by(PAGE) {
-            let tokens = &c.indices[list * p.among.k + first..][..PAGE.min(columns.end - first)];
+            let tokens = &listed[first..columns.end.min(first + PAGE)];
             block.dots(seq, c.pages[s], dims, tokens, &q, &mut logits);
             let put = |row: usize| {
                 let at = (s * rows_per_seq + row) * p.stride + first;

@@ -1,7 +1,7 @@
 //! The sequence records of a step, read and checked on the host before an op uses them.
 
 use super::memory::Io;
-use crate::backend::{META_WORDS, Meta, PAGE, Result, Seqs};
+use crate::backend::{Among, META_WORDS, Meta, PAGE, Result, Seqs};
 
 /// One sequence of the step; see [`Meta`].
 #[derive(Clone, Copy, Debug)]
@@ -44,6 +44,43 @@ impl Sequence {
             .get(self.pages_start..)
             .and_then(|l| l.get(..n))
             .ok_or_else(|| io.bad(format!("the page lists end before token {}", self.kv_len)))
+    }
+
+    /// The pages of listed tokens are there; others need not be. `pages`: from [`Sequence::page_list`].
+    pub fn check_listed(
+        &self,
+        io: &Io<'_>,
+        pages: &[u32],
+        n_pages: usize,
+        tokens: &[u32],
+    ) -> Result<()> {
+        let absent = |&&j: &&u32| {
+            let j = j as usize;
+            j < self.kv_len && pages[j / PAGE] as usize >= n_pages
+        };
+        match tokens.iter().find(absent) {
+            Some(j) => Err(io.bad(format!("token {j} lies in a page outside the pool"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Lists of tokens on the host.
+#[derive(Clone, Copy)]
+pub(super) struct Lists<'a> {
+    indices: &'a [u32],
+    counts: &'a [u32],
+    k: usize,
+}
+
+impl<'a> Lists<'a> {
+    pub fn read(io: &'a Io<'_>, a: Among<'a>) -> Result<Self> {
+        Ok(Lists { indices: io.read(a.indices)?, counts: io.read(a.counts)?, k: a.k })
+    }
+
+    /// The entries of a list that count.
+    pub fn of(&self, list: usize) -> &'a [u32] {
+        &self.indices[list * self.k..][..self.k.min(self.counts[list] as usize)]
     }
 }
 

@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 
 use super::memory::{Io, Parts};
-use super::seqs::sequences;
+use super::seqs::{Lists, sequences};
 use super::{par, simd};
 use crate::backend::{Result, TopK};
 
@@ -17,15 +17,12 @@ pub(super) fn run(io: &Io<'_>, p: &TopK<'_>) -> Result<()> {
     let indices = Parts::new(io.write::<u32>(p.indices)?);
     let counts = Parts::new(io.write::<u32>(p.counts)?);
     let seqs = sequences(io, &p.seqs)?;
-    let among = p.among.map(|a| Ok((io.read::<u32>(a.indices)?, io.read::<u32>(a.counts)?, a.k)));
-    let among = among.transpose()?;
+    let among = p.among.map(|a| Lists::read(io, a)).transpose()?;
     // A score is looked at some twenty times, by vectors.
     let work = seqs.iter().map(|s| 4 * s.kv_len / p.unit * p.rows_per_seq).sum();
     par::tasks(seqs.len() * p.rows_per_seq, work, |row| {
         let kv_len = seqs[row / p.rows_per_seq].kv_len;
-        let candidates = among
-            .as_ref()
-            .map(|(indices, counts, k)| &indices[row * k..][..(counts[row] as usize).min(*k)]);
+        let candidates = among.map(|lists| lists.of(row));
         let n = candidates.map_or(kv_len.div_ceil(p.unit), <[u32]>::len);
         // SAFETY: one row a task.
         let (indices, count) = unsafe { (indices.part(row * p.k, p.k), counts.part(row, 1)) };

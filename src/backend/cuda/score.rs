@@ -4,8 +4,8 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    Among, Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
-    ScoreSource, Tensor, TopK,
+    Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
+    ScoreSource, TopK,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -227,11 +227,12 @@ impl CudaBackend {
     pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {
         const OP: &str = "top_k";
         const THREADS: usize = 1024;
-        /// Shared memory beside masks and scores: three histograms of 2048 bins, and what is declared in the kernel.
-        const FIXED: usize = 3 * 2048 * 4 + 1024;
+        /// Shared memory beside masks and scores: three histograms of 2048 bins, and more than the kernel declares.
+        const HISTOGRAMS: usize = 3 * 2048 * 4;
+        const DECLARED: usize = 1024;
         p.check()?;
         let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
-        let room = self.limits.shared.saturating_sub(FIXED);
+        let room = self.limits.shared.saturating_sub(HISTOGRAMS + DECLARED);
         // Masks of whole 16 bytes, behind which the scores lie.
         let span = |blocks: usize| n.div_ceil(blocks).next_multiple_of(64);
         // A score is a word and a bit in each of two masks.
@@ -247,16 +248,13 @@ impl CudaBackend {
             () if masks(span) <= room => (masks(span), None),
             () => (0, Some(self.scratch(rows * blocks * masks(span))?)),
         };
-        let among = |t: fn(&Among<'_>) -> Tensor| -> Result<u64> {
-            p.among.as_ref().map_or(Ok(0), |a| self.ptr(OP, &t(a)))
-        };
         let args = TopKArgs {
             scores: self.ptr(OP, p.scores)?,
             seqs: self.seqs(OP, &p.seqs)?,
             indices: self.ptr(OP, p.indices)?,
             counts: self.ptr(OP, p.counts)?,
-            among: among(|a| a.indices.clone())?,
-            among_counts: among(|a| a.counts.clone())?,
+            among: p.among.map_or(Ok(0), |a| self.ptr(OP, a.indices))?,
+            among_counts: p.among.map_or(Ok(0), |a| self.ptr(OP, a.counts))?,
             masks: scratch.as_ref().map_or(0, |s| s.ptr),
             stride: p.stride as u64,
             rows_per_seq: word(OP, "rows_per_seq", p.rows_per_seq)?,
@@ -271,7 +269,7 @@ impl CudaBackend {
         let kind = if cached { "cached" } else { "streamed" };
         let cluster = if blocks > 1 { "_cluster" } else { "" };
         let grid = [blocks, p.rows_per_seq, p.seqs.n];
-        let shape = Shape::new(grid, THREADS).shared(FIXED - 1024 + shared).cluster(blocks);
+        let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS + shared).cluster(blocks);
         self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
     }
 }

@@ -96,9 +96,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
             }
             e => e.into(),
         })?;
-    for note in engine.notes() {
-        ui::note(format!("note: {note}"));
-    }
+    ui::notes(&engine);
     let filling = ui::bar("filling", "tokens", 0);
     let measuring = ui::bar("measuring", "measurements", 0);
     let report = bench.run(&mut engine, &mut |p| match p {

@@ -1,12 +1,9 @@
 //! Tasks that gather what is spread over the whole text: variable tracking, common words, frequent words.
 
-use super::words::{different, plain, shuffle};
+use super::words::{FILLER, different, plain, shuffle};
 use super::{Draft, Piece};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-
-const FILLER: &str =
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n";
 
 fn letters(rng: &mut ChaCha8Rng, n: usize, first: u8) -> String {
     (0..n).map(|_| char::from(first + rng.random_range(0..26u8))).collect()

@@ -1,13 +1,10 @@
 //! Needles in haystacks: values of keys that are hidden among other lines.
 
-use super::words::{different, number, pick, shuffle, uuid, word};
+use super::words::{FILLER, different, number, pick, shuffle, uuid, word};
 use super::{Draft, Piece, RulerTask as T};
 use crate::eval::SampleError;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
-
-const FILLER: &str =
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n";
 
 fn needle(kind: &str, key: &str, value: &str) -> String {
     format!("One of the special magic {kind}s for {key} is: {value}.\n")

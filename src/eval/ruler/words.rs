@@ -3,6 +3,10 @@
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
+/// The line of haystacks that say nothing.
+pub const FILLER: &str =
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n";
+
 const ADJECTIVES: &[&str] = &[
     "able", "ample", "amber", "ancient", "autumn", "bitter", "bold", "brave", "bright", "brisk",
     "broad", "calm", "careful", "cheerful", "clear", "clever", "coarse", "cold", "common", "crisp",
