@@ -106,7 +106,7 @@ fn method_help() -> String {
 }
 
 /// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 16] = [
+const PLANNED: [&str; 18] = [
     "method",
     "budget",
     "dims",
@@ -123,6 +123,8 @@ const PLANNED: [&str; 16] = [
     "budget_min",
     "anchors",
     "candidates",
+    "tile",
+    "prompt_dense",
 ];
 
 /// Which tokens are attended to.
@@ -196,6 +198,13 @@ pub struct OtherOptions {
     /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
     #[arg(long, value_name = "TOKENS")]
     pub candidates: Option<usize>,
+    /// Let the prompt, too, be read sparsely: so many of its tokens share a choice (kascade, oracle and window: 32 as
+    /// published by Kascade; other methods: 1) [default: 0, prompts are read densely]
+    #[arg(long, value_name = "TOKENS")]
+    pub tile: Option<usize>,
+    /// Leading layers that read the prompt densely all the same [default: 0]
+    #[arg(long, value_name = "LAYERS")]
+    pub prompt_dense: Option<usize>,
 }
 
 /// Refuses an option that none of the methods, called `names`, reads.
@@ -238,6 +247,8 @@ impl MethodOptions {
         spec.budget_min = o.budget_min.or(spec.budget_min);
         spec.anchors = o.anchors.clone().or(spec.anchors);
         spec.candidates = o.candidates.or(spec.candidates);
+        spec.tile = o.tile.or(spec.tile);
+        spec.prompt_dense = o.prompt_dense.or(spec.prompt_dense);
         spec
     }
 }

@@ -122,7 +122,8 @@ pub(super) fn dense_first(engine: &Engine, plans: &[(String, Plan)]) -> Vec<(Str
     std::iter::once(dense).chain(others).collect()
 }
 
-/// Prefills `text` densely, then hands `f` a fork of it under each plan, with the plan's name and a report of the
+/// Prefills `text` densely, then hands `f` a fork of it under each plan (a plan that reads prompts sparsely prefills it
+/// for itself), with the plan's name and a report of the
 /// steps done that answers whether to go on. `progress` gets the number of the plan, none for the prefill, and the
 /// tokens done.
 pub(super) fn continued(
@@ -144,8 +145,15 @@ pub(super) fn continued(
         engine.prefill(base, text, WantLogits::None, |_, _| (), |n| progress(None, n))?;
         for (i, (name, plan)) in plans.iter().enumerate() {
             engine.set_plan(plan.clone())?;
-            let seq = engine.fork(base)?;
-            with(engine, seq, |engine| f(engine, seq, name, &mut |n| progress(Some(i), n)))?;
+            let own = plan.reads_prompts_sparsely();
+            let seq = if own { engine.open_sequence()? } else { engine.fork(base)? };
+            with(engine, seq, |engine| {
+                if own {
+                    let go_on = |_| progress(Some(i), 0);
+                    engine.prefill(seq, text, WantLogits::None, |_, _| (), go_on)?;
+                }
+                f(engine, seq, name, &mut |n| progress(Some(i), n))
+            })?;
         }
         Ok(())
     })
