@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 /// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
 pub struct SizeArgs {
-    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), or `smollm2` (fetched once)
+    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once) or `tiny`
+    /// (built in, for tests)
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on

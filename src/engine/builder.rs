@@ -89,7 +89,7 @@ impl Engine {
 }
 
 impl<'a> EngineBuilder<'a> {
-    /// A folder, a `.gguf` file, a hub id, or `smollm2` (the default).
+    /// A folder, a `.gguf` file, a hub id, `smollm2` (the default) or `tiny`.
     pub fn model(mut self, name_or_path: impl Into<String>) -> Self {
         self.model = name_or_path.into();
         self
