@@ -11,7 +11,6 @@ use longsight::backend::{Backend, open};
 use longsight::calibrate::{Calibration, Choice, Objective, Settings, gather};
 use longsight::engine::{Engine, EngineBuilder};
 use longsight::eval::{DEPTHS, Row, Sample, evaluate, key_sequence, passkey, start_of_text};
-use longsight::forecast::{Forecast, Start};
 use longsight::select::{METHODS, MethodInfo, MethodSpec, Plan, Variant};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -50,16 +49,13 @@ fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tiny")
 }
 
-/// A folder with the order of the keys, measured once on the cpu, and an untrained Forecast.
-fn files() -> &'static Path {
+/// A folder with the order of the keys, measured once on the cpu.
+fn key_order_dir() -> &'static Path {
     static DIR: OnceLock<tempfile::TempDir> = OnceLock::new();
     let make = || {
         let dir = tempfile::tempdir().unwrap();
         let first = Engine::builder().model(text(&model())).device("cpu").context(64);
-        let engine = first.key_order_dir(dir.path()).build().unwrap();
-        let untrained = Forecast::new(engine.checkpoint(), Start::Queries, 0).unwrap();
-        let path = dir.path().join("forecast.safetensors");
-        untrained.save(&path, engine.decoder().config(), engine.fingerprint(), &[]).unwrap();
+        first.key_order_dir(dir.path()).build().unwrap();
         dir
     };
     DIR.get_or_init(make).path()
@@ -76,7 +72,7 @@ fn builder(dev: &Arc<dyn Backend>, context: usize) -> EngineBuilder<'static> {
         .model(text(&model()))
         .backend(dev.clone())
         .method(Variant::Dense.into())
-        .key_order_dir(files())
+        .key_order_dir(key_order_dir())
         .context(context)
 }
 
@@ -91,8 +87,7 @@ fn engine(
     methods: &[(String, MethodSpec)],
 ) -> (Engine, Vec<(String, Plan)>) {
     let specs: Vec<MethodSpec> = methods.iter().map(|m| m.1.clone()).collect();
-    let forecast = files().join("forecast.safetensors");
-    let all = builder(dev, context).summaries_for(&specs).forecast(forecast).sequences(2);
+    let all = builder(dev, context).summaries_for(&specs).lookahead(true).sequences(2);
     let engine = all.build().unwrap();
     let plan = |m: &(String, MethodSpec)| (m.0.clone(), plan_of(&engine, &m.1, context));
     let plans = methods.iter().map(plan).collect();
