@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 /// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
 pub struct SizeArgs {
-    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), or `smollm2` (fetched once)
+    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once) or `tiny`
+    /// (built in, for tests)
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
@@ -40,7 +41,8 @@ pub struct ModelArgs {
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = 512)]
     pub chunk: usize,
-    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors)
+    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
+    /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]
     pub forecast: Option<PathBuf>,
 }
@@ -88,6 +90,7 @@ impl ModelArgs {
 
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
+        let lookahead = self.forecast.as_deref() == Some(Path::new("lookahead"));
         Engine::builder()
             .model(&self.size.model)
             .device(&self.device)
@@ -95,7 +98,8 @@ impl ModelArgs {
             .kv_dtype(self.size.kv_dtype)
             .context(self.size.ctx)
             .chunk(self.chunk)
-            .forecast(self.forecast.clone())
+            .forecast(self.forecast.clone().filter(|_| !lookahead))
+            .lookahead(lookahead)
             .on_progress(ui::build_progress())
     }
 }

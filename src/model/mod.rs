@@ -17,6 +17,7 @@ mod gguf_cursor;
 mod key_order;
 mod lists;
 mod load;
+pub(crate) mod lookahead;
 pub mod mapped;
 mod plan_shape;
 mod prefill;
