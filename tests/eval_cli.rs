@@ -199,7 +199,11 @@ fn options_of_an_evaluation_are_named_when_they_are_wrong() {
         ("needle", &["--lengths", "513"], &["513 tokens", "512", "--lengths"]),
         ("multikey", &["--lengths", "480", "--keys", "90"], &["--keys 90", "480", "--lengths"]),
         ("multikey", &["--keys", "18446744073709551615"], &["--keys", "too few"]),
-        ("recall", &["--lengths", "60", "--steps", "4"], &["no layer was sparse", "--budget"]),
+        (
+            "recall",
+            &["--lengths", "60", "--steps", "4", "--methods", "window"],
+            &["no layer was sparse", "--budget"],
+        ),
         ("recall", &["--lengths", "200", "--methods", "dense"], &["dense", "--methods"]),
         ("ppl", &["--block", "0"], &["--block"]),
         ("ppl", &["--text", "/no/such/text"], &["/no/such/text"]),

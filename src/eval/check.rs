@@ -43,6 +43,11 @@ pub struct Items {
 }
 
 impl Check {
+    /// [`Check::Items`] of a written list.
+    pub fn items(list: &str) -> Check {
+        Check::Items(items(list).map(str::to_string).collect())
+    }
+
     /// Compares an answer.
     pub fn verdict(&self, answer: &str) -> Verdict {
         let plain = |score: f64| Verdict { score, exact: score == 1.0, items: None };
@@ -114,7 +119,7 @@ mod tests {
     use super::*;
 
     fn strings(list: &str) -> Vec<String> {
-        items(list).map(str::to_string).collect()
+        Check::items(list).references().to_vec()
     }
 
     #[test]
@@ -143,7 +148,7 @@ mod tests {
 
     #[test]
     fn lists_are_compared_in_order() {
-        let check = Check::Items(strings("1 2 3 4 5"));
+        let check = Check::items("1 2 3 4 5");
         let of = |answer: &str| {
             let v = check.verdict(answer);
             let i = v.items.unwrap();

@@ -1,6 +1,6 @@
 //! Tasks with long answers that have one right form: the answer is written freely and compared item by item.
 
-use super::words::{pick, plain, shuffle, word};
+use super::words::{different, plain, shuffle, word};
 use super::{Cell, Check, Problem, SampleError, seeded};
 use crate::model::Tokenizer;
 use rand::RngExt;
@@ -15,7 +15,7 @@ pub enum LongTask {
     Copy,
     /// The numbers of a list in rising order.
     Sort,
-    /// A counter after each of many steps.
+    /// The state of a lamp after each of many named steps: press or wait.
     State,
 }
 
@@ -34,68 +34,69 @@ impl LongTask {
     }
 }
 
-/// One list: the text that asks for it, the words before the answer, and its items.
+/// One list: what comes before the question, the question with the start of the answer, and the answer.
 struct List {
     given: String,
-    prefix: &'static str,
-    items: Vec<String>,
+    question: String,
+    answer: String,
+}
+
+fn listed<T: ToString>(items: &[T]) -> String {
+    items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}
+
+/// Different words: common ones as long as there are any.
+fn words(rng: &mut ChaCha8Rng, n: usize) -> Vec<String> {
+    let mut all: Vec<String> = plain().map(str::to_string).collect();
+    shuffle(rng, &mut all);
+    all.truncate(n);
+    let more = different(rng, n - all.len(), word);
+    all.extend(more);
+    all
 }
 
 impl List {
+    /// With `n` items; a step of the lamp has two of them.
     fn new(rng: &mut ChaCha8Rng, task: LongTask, n: usize) -> List {
-        let strings =
-            |numbers: &[i64]| -> Vec<String> { numbers.iter().map(|n| n.to_string()).collect() };
         match task {
             LongTask::Count => {
                 let first = rng.random_range(1..100i64);
-                let all: Vec<i64> = (first..).take(n).collect();
-                let last = all.last().copied().unwrap_or(first);
-                let given = format!("Count from {first} to {last}.");
-                List { given, prefix: "\nNumbers:", items: strings(&all) }
+                let last = first + n as i64 - 1;
+                let question = format!("From {first} to {last}:");
+                let answer = listed(&(first..=last).collect::<Vec<_>>());
+                List { given: String::new(), question, answer }
             }
             LongTask::Copy => {
-                let mut items: Vec<String> = plain().map(str::to_string).collect();
-                shuffle(rng, &mut items);
-                items.truncate(n);
-                items.extend((items.len()..n).map(|_| word(rng)));
-                List { given: format!("List: {}", items.join(", ")), prefix: "\nCopy:", items }
+                let answer = listed(&words(rng, n));
+                List { given: format!("List: {answer}"), question: "\nCopy:".into(), answer }
             }
             LongTask::Sort => {
-                // Ten times as many numbers as items: few come twice.
-                let most = 10 * n.max(10) as i64;
-                let mut all: Vec<i64> = (0..n).map(|_| rng.random_range(1..most)).collect();
-                let given = format!("Numbers: {}", strings(&all).join(", "));
+                // Out of twice as many numbers as items, so that the next one is not simply one more.
+                let mut all: Vec<i64> = (1..=99.max(2 * n as i64)).collect();
+                shuffle(rng, &mut all);
+                all.truncate(n);
+                let given = format!("Numbers: {}", listed(&all));
                 all.sort_unstable();
-                List { given, prefix: "\nSorted:", items: strings(&all) }
+                List { given, question: "\nSorted:".into(), answer: listed(&all) }
             }
             LongTask::State => {
-                let start = rng.random_range(20..60i64);
-                let mut steps = Vec::with_capacity(n);
-                let mut values = Vec::with_capacity(n);
-                let mut value = start;
-                for _ in 0..n {
-                    let mut step = *pick(rng, &[-3, -2, -1, 1, 2, 3]);
-                    // Stays at two digits.
-                    if !(10..100).contains(&(value + step)) {
-                        step = -step;
-                    }
-                    value += step;
-                    steps.push(format!("{step:+}"));
-                    values.push(value);
+                let (mut steps, mut states) = (Vec::new(), Vec::new());
+                let mut on = false;
+                for name in words(rng, n.div_ceil(2)) {
+                    let press = rng.random_bool(0.5);
+                    on ^= press;
+                    steps.push(format!("{name} {}", if press { "press" } else { "wait" }));
+                    states.push(format!("{name} {}", if on { "on" } else { "off" }));
                 }
-                let given = format!("A counter is at {start}. Steps: {}", steps.join(", "));
-                List { given, prefix: "\nCounter after each step:", items: strings(&values) }
+                let given = format!("The lamp is off. Steps: {}", listed(&steps));
+                List { given, question: "\nLamp:".into(), answer: listed(&states) }
             }
         }
     }
-
-    fn answer(&self) -> String {
-        format!(" {}", self.items.join(", "))
-    }
 }
 
-/// Problem number `number` with `items` items, behind two solved ones of eight; it is decoded from the last list on
-/// (`\nCopy:`), and the answer ends with its line. The model may write half as much again as the right answer has.
+/// Problem number `number` with `items` items, behind two solved ones of eight; its question
+/// (`Copy:`) is decoded token by token, and the answer ends with its line. The model may write half as much again as the right answer has.
 ///
 /// # Errors
 /// [`SampleError::TooFewTokens`] for no items; the tokenizer's.
@@ -114,14 +115,14 @@ pub fn long_output(
     let mut rng = seeded(seed, &[index, items as u64, number]);
     let shown: String = (0..2)
         .map(|_| List::new(&mut rng, task, 8))
-        .map(|l| format!("{}{}{}\n\n", l.given, l.prefix, l.answer()))
+        .map(|l| format!("{}{} {}\n\n", l.given, l.question, l.answer))
         .collect();
     let list = List::new(&mut rng, task, items);
     let encode = |s: &str| tokenizer.encode(s, false);
     let mut tokens = [start, &encode(&format!("{shown}{}", list.given))?].concat();
     let decode_from = tokens.len();
-    tokens.extend(encode(list.prefix)?);
-    let answer_tokens = encode(&list.answer())?.len() * 3 / 2 + 8;
+    tokens.extend(encode(&list.question)?);
+    let answer_tokens = encode(&format!(" {}", list.answer))?.len() * 3 / 2 + 8;
     let all = tokens.len() + answer_tokens;
     Ok(Problem {
         task: task.name(),
@@ -131,7 +132,7 @@ pub fn long_output(
         decode_from,
         answer_tokens,
         stop: Some("\n"),
-        check: Check::Items(list.items),
+        check: Check::items(&list.answer),
     })
 }
 
@@ -143,16 +144,17 @@ mod tests {
     fn right_answers_are_right_and_others_are_not() {
         for (name, task) in LONG_TASKS {
             let mut rng = seeded(1, &[0]);
-            for n in [1, 8, 300] {
+            for n in [2, 8, 300] {
                 let list = List::new(&mut rng, task, n);
-                assert_eq!(list.items.len(), n, "{name}");
-                let check = Check::Items(list.items.clone());
-                let right = check.verdict(&list.answer());
-                assert!(right.exact, "{name}: {}", list.answer());
+                let check = Check::items(&list.answer);
+                assert_eq!(check.references().len(), n, "{name}");
+                let right = check.verdict(&format!(" {}.", list.answer));
+                assert!(right.exact, "{name}: {}", list.answer);
                 assert_eq!(right.items.map(|i| (i.prefix, i.written)), Some((n, n)), "{name}");
-
-                let cut = list.items[..n / 2].join(", ");
-                assert!(!check.verdict(&cut).exact, "{name}");
+                let (first, rest) = list.answer.split_once(", ").unwrap();
+                for wrong in [rest, first, &format!("{}, {first}", list.answer)] {
+                    assert!(!check.verdict(wrong).exact, "{name}: {wrong}");
+                }
             }
         }
     }
@@ -160,22 +162,27 @@ mod tests {
     #[test]
     fn lists_are_what_they_say() {
         let mut rng = seeded(7, &[0]);
-        let numbers =
-            |list: &List| -> Vec<i64> { list.items.iter().map(|i| i.parse().unwrap()).collect() };
-        let count = numbers(&List::new(&mut rng, LongTask::Count, 50));
+        let numbers = |list: &str| -> Vec<i64> {
+            list.split(", ").map(|item| item.parse().unwrap()).collect()
+        };
+        let count = numbers(&List::new(&mut rng, LongTask::Count, 50).answer);
         assert!(count.windows(2).all(|w| w[1] == w[0] + 1));
         let sort = List::new(&mut rng, LongTask::Sort, 50);
-        let sorted = numbers(&sort);
-        assert!(sorted.is_sorted() && sorted.iter().all(|n| sort.given.contains(&n.to_string())));
-        let state = List::new(&mut rng, LongTask::State, 400);
-        let (start, steps) = state.given.split_once(". Steps: ").unwrap();
-        let mut value: i64 = start.rsplit(' ').next().unwrap().parse().unwrap();
-        for (step, after) in steps.split(", ").zip(numbers(&state)) {
-            value += step.parse::<i64>().unwrap();
-            assert_eq!(value, after);
-            assert!((10..100).contains(&value));
+        let (sorted, mut given) =
+            (numbers(&sort.answer), numbers(sort.given.strip_prefix("Numbers: ").unwrap()));
+        assert_ne!(sorted, given);
+        given.sort_unstable();
+        assert_eq!(sorted, given);
+        let state = List::new(&mut rng, LongTask::State, 600);
+        let steps = state.given.split_once("Steps: ").unwrap().1;
+        let mut on = false;
+        for (step, after) in steps.split(", ").zip(state.answer.split(", ")) {
+            let ((name, what), (same, lamp)) =
+                (step.split_once(' ').unwrap(), after.split_once(' ').unwrap());
+            on = if what == "press" { !on } else { on };
+            assert_eq!((same, lamp), (name, if on { "on" } else { "off" }));
         }
         let copy = List::new(&mut rng, LongTask::Copy, 300);
-        assert!(copy.given.ends_with(&copy.answer()));
+        assert_eq!(copy.given, format!("List: {}", copy.answer));
     }
 }

@@ -50,7 +50,7 @@ pub fn multikey(source: &TaskSource<'_>, spec: &MultikeySpec) -> Result<Vec<Prob
         task: "multikey",
         name: format!("{tokens} tokens, {keys} keys, #{text}"),
         cell: Cell { tokens, depth: None, size: Some(keys) },
-        answer_tokens: 16,
+        answer_tokens: 12,
         stop: None,
     };
     assemble(source, &frame, Draft { head, pieces, questions: questions.collect() })

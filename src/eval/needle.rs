@@ -68,7 +68,7 @@ pub fn needle(source: &TaskSource<'_>, spec: &NeedleSpec) -> Result<Vec<Problem>
         task: "needle",
         name: format!("{tokens} tokens, depth {depth} %, #{text}"),
         cell: Cell { tokens, depth: Some(depth), size: None },
-        answer_tokens: 16,
+        answer_tokens: 12,
         stop: None,
     };
     assemble(source, &frame, Draft { head, pieces, questions })

@@ -45,7 +45,7 @@ enum Evaluation {
     Needle(tasks::NeedleArgs),
     /// Many keys with a value each in prose, some of which are asked for, by number of keys
     Multikey(tasks::MultikeyArgs),
-    /// Long answers that have one right form: counting, copying a list, sorting, a counter's states
+    /// Long answers that have one right form: counting, copying a list, sorting, the states of a lamp
     LongOutput(tasks::LongOutputArgs),
     /// The thirteen tasks of RULER on generated texts: needles, variable tracking, word counts, questions
     Ruler(ruler::RulerArgs),

@@ -33,8 +33,10 @@ pub struct RecallArgs {
     common: Common,
 }
 
-/// What is measured of a KV head.
-const MEASURES: [(&str, fn(&HeadRecall) -> Option<f64>); 4] = [
+/// What is measured of a KV head; none where there is nothing to measure.
+type Measure = fn(&HeadRecall) -> Option<f64>;
+
+const MEASURES: [(&str, Measure); 4] = [
     ("attention mass", |h| Some(h.mass)),
     ("top-k recall", |h| Some(h.topk)),
     ("churn", |h| Some(h.churn)),
@@ -159,11 +161,7 @@ fn head_table(rows: &[RecallRow]) -> Table {
 }
 
 /// One measure of a method by layer and KV head, means over texts; none where nothing was measured.
-fn heat(
-    method: &str,
-    (name, measure): &(&str, fn(&HeadRecall) -> Option<f64>),
-    rows: &[RecallRow],
-) -> Option<Heat> {
+fn heat(method: &str, (name, measure): &(&str, Measure), rows: &[RecallRow]) -> Option<Heat> {
     let of: Vec<&RecallRow> = rows.iter().filter(|r| r.method == method).collect();
     let mut layers = distinct(of.iter().flat_map(|r| r.layers.iter().map(|l| l.layer)));
     layers.sort_unstable();

@@ -48,7 +48,7 @@ pub fn run(a: RulerArgs) -> Result<ExitCode> {
         }
         Ok(problems)
     };
-    a.haystack.run(make, |answers| report(answers))
+    a.haystack.run(make, report)
 }
 
 fn report(answers: &[Answer]) -> Result<Report> {

@@ -53,7 +53,7 @@ pub struct MultikeyArgs {
 
 /// The model sees two solved examples of eight items and one of --items items to solve, and writes freely, so that an
 /// error changes what comes after it: count (numbers from one to another), copy (a list of words), sort (numbers), state
-/// (a counter after each step). The answer is compared item by item: how many items from the start are right, the score
+/// (of a lamp after named steps; a step has two items). The answer is compared item by item: how many items from the start are right, the score
 /// (longest common subsequence over the longer list), and how long it is beside the dense one. Lists are short, so give
 /// a small --budget; below it every token is attended to.
 #[derive(Args)]
