@@ -31,6 +31,7 @@ mod rope;
 mod score_dims;
 mod score_rows;
 mod score_summaries;
+mod score_tiles;
 mod select_dims;
 mod seqs;
 mod simd;
@@ -181,6 +182,7 @@ impl Backend for CpuBackend {
         rebuild_slice: RebuildSlice,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
+        score_tiles: ScoreTiles,
         pool_scores: PoolScores,
         force: Force,
         top_k: TopK,

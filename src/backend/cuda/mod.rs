@@ -19,12 +19,13 @@ mod memory;
 mod nvrtc;
 mod parts;
 mod score;
+mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
     ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
     PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
-    SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -261,6 +262,9 @@ impl Backend for CudaBackend {
     }
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
         self.score_rows_op(p)
+    }
+    fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()> {
+        self.score_tiles_op(p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         self.pool_scores_op(p)

@@ -12,6 +12,7 @@ mod kv;
 mod pool_scores;
 mod score;
 mod score_rows;
+mod score_tiles;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
@@ -23,6 +24,7 @@ pub use kv::{
 pub use pool_scores::PoolScores;
 pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
+pub use score_tiles::ScoreTiles;
 
 use super::{BackendError, DType, Result, Tensor};
 

@@ -12,6 +12,7 @@ mod dims;
 mod kv;
 mod score;
 mod score_rows;
+mod score_tiles;
 
 pub use attend::{attend_dense, attend_rows, merge};
 pub use blocks::{expand_blocks, kv_summaries, pool_blocks, score_summaries};
@@ -20,6 +21,7 @@ pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use kv::{key_stats, kv_append};
 pub use score::{force, pool_scores, score_dims, top_k};
 pub use score_rows::score_rows;
+pub use score_tiles::score_tiles;
 
 use super::{Backend, DType, KvPool, META_WORDS, Meta, PAGE, Result, Seqs, Tensor};
 use half::{bf16, f16};
