@@ -24,6 +24,8 @@ pub struct HeadRecall {
     pub churn: f64,
     /// Share of the chosen key dimensions that were not chosen a step before; none where the query chooses none.
     pub dims_churn: Option<f64>,
+    /// Share of the steps that changed any of them: churn of a changing step is `dims_churn / dims_changed`.
+    pub dims_changed: Option<f64>,
 }
 
 /// One layer.
@@ -191,7 +193,9 @@ impl Head {
         if s.steps > 0 {
             s.churn += churn(&self.tokens, &selected);
             if !dims.is_empty() {
-                *s.dims_churn.get_or_insert(0.0) += churn(&self.dims, &dims);
+                let new = churn(&self.dims, &dims);
+                *s.dims_churn.get_or_insert(0.0) += new;
+                *s.dims_changed.get_or_insert(0.0) += f64::from(u8::from(new > 0.0));
             }
             self.changes += 1;
         }
@@ -215,6 +219,7 @@ impl Head {
             topk: s.topk / n,
             churn: s.churn / changes,
             dims_churn: s.dims_churn.map(|c| c / changes),
+            dims_changed: s.dims_changed.map(|c| c / changes),
         }
     }
 }
@@ -257,6 +262,7 @@ mod tests {
         near(head.topk, (1.0 + 0.5 + 1.0) / 3.0);
         near(head.churn, (0.5 + 0.5) / 2.0);
         near(head.dims_churn.unwrap(), (0.5 + 0.0) / 2.0);
+        near(head.dims_changed.unwrap(), 0.5);
         for (got, want) in row.mass_by_step.iter().zip([0.7, 0.5, 1.0]) {
             near(*got, want);
         }
