@@ -39,12 +39,23 @@ pub struct ModelArgs {
     #[arg(short, long, default_value = "auto")]
     pub device: String,
     /// Prompt tokens per step
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     pub chunk: usize,
     /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
     /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]
     pub forecast: Option<PathBuf>,
+}
+
+/// A number from 1 on.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "give a whole number from 1 on".into())
+}
+
+/// A temperature.
+fn temperature(text: &str) -> Result<f32, String> {
+    let t = text.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0);
+    t.ok_or_else(|| "give 0 (the most likely token) or a number above it, such as 0.7".into())
 }
 
 impl SizeArgs {
@@ -323,16 +334,16 @@ pub struct AnswerArgs {
     #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS")]
     pub max_tokens: usize,
     /// Temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
     pub temp: f32,
     /// Draw from the K most likely tokens; 0 = all
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: usize,
     /// Draw from the fewest tokens that hold this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the most likely one
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
     pub min_p: f32,
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]

@@ -3,6 +3,7 @@
 use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
 use super::output::OutputFile;
 use super::ui;
+use crate::engine::EngineError;
 use crate::select::{Budget, LayerPlan, Plan, Query, Role, Scorer, read_head_maps};
 use anyhow::Result;
 use clap::Args;
@@ -29,7 +30,11 @@ pub struct PlanArgs {
 pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let checkpoint = a.model.checkpoint()?;
     let c = checkpoint.config();
-    let context = a.model.ctx.unwrap_or(c.max_context);
+    let most = c.max_context;
+    let context = a.model.ctx.unwrap_or(most);
+    if context == 0 || context > most {
+        return Err(EngineError::BadContext { context, most }.into());
+    }
     let print = checkpoint.fingerprint();
     let shape = c.plan_shape(&print);
     let plan = match (&a.method.plan, &a.head_maps) {

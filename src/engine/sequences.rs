@@ -3,7 +3,9 @@
 use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
-use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, Tokenizer};
+use crate::model::{
+    Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, LayerProbe, Probe, Tokenizer,
+};
 use crate::select::{KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -156,7 +158,9 @@ impl Engine {
         }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
-        self.attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
+        let attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
+        let before = std::mem::replace(&mut self.attention, attention);
+        self.attention.probe = before.probe;
         Ok(())
     }
 
@@ -168,6 +172,23 @@ impl Engine {
     /// Takes the audit results collected so far.
     pub fn take_audits(&mut self) -> Vec<LayerAudit> {
         std::mem::take(&mut self.attention.audits)
+    }
+
+    /// Stops the audit and forgets what it has collected: an engine that goes on must neither measure nor keep it.
+    pub fn stop_audit(&mut self) {
+        self.set_audit(None);
+        self.take_audits();
+    }
+
+    /// Looks at the selections of every sparse layer from now on (in steps that decode a single sequence), or stops
+    /// and forgets what was found. A look reads every key and copies a score of every token to the host.
+    pub fn set_probe(&mut self, on: bool) {
+        self.attention.probe = on.then(Probe::new);
+    }
+
+    /// Takes what was found since the last call: a [`LayerProbe`] for each sparse layer of each step.
+    pub fn take_probes(&mut self) -> Vec<LayerProbe> {
+        self.attention.probe.as_mut().map(|p| std::mem::take(&mut p.found)).unwrap_or_default()
     }
 
     /// Opens an empty sequence. Where every slot is in use, the oldest kept sequence makes way.

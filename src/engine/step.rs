@@ -75,6 +75,9 @@ impl Engine {
                 decode: w.decode.then_some(s.decode_steps),
             });
         }
+        if let Some(probe) = &mut self.attention.probe {
+            probe.begin(&seqs);
+        }
         let (cache, attention) = (&self.cache, &mut self.attention);
         let step = self.decoder.forward_observed(&seqs, cache, attention, observer)?;
         for w in work.iter().filter(|w| w.decode) {

@@ -4,6 +4,7 @@ use super::attend::{Dense, Partials};
 use super::audit::{LayerAudit, audit};
 use super::lists::{LayerLists, layer_lists};
 use super::prefill::{Tiles, for_prompts, prefill, room, tilings};
+use super::probe::Probe;
 use super::step::{GroupSeqs, Step, Tiling};
 use super::workspace::{Growing, Workspace};
 use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
@@ -29,6 +30,8 @@ pub struct Attention {
     pub audit_layers: Vec<usize>,
     /// Results, appended per step.
     pub audits: Vec<LayerAudit>,
+    /// Looks at what sparse layers select, where somebody wants to know.
+    pub(crate) probe: Option<Probe>,
 }
 
 impl std::fmt::Debug for Attention {
@@ -98,6 +101,7 @@ impl Attention {
             audit_lse: Growing::new(DType::F32, "audit"),
             audit_layers: Vec::new(),
             audits: Vec::new(),
+            probe: None,
         })
     }
 
@@ -233,6 +237,9 @@ impl Attention {
                 members.iter().map(|&i| (i, step.first_row[i])).collect();
             let sparse = (&ws.attn, &ws.lse);
             audit(b, shape, &rows, sparse, (&exact_out, &exact_lse), &mut self.audits)?;
+        }
+        if let Some(probe) = &mut self.probe {
+            probe.look(&cx, &p.role, lists, self.selectors[l].as_deref(), &ws.q)?;
         }
         Ok(())
     }

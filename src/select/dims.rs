@@ -67,6 +67,10 @@ impl Selector for DimsSelector {
         })
     }
 
+    fn dims(&self) -> Option<(&Tensor, usize)> {
+        Some((&self.dims, self.n_dims))
+    }
+
     fn select(
         &mut self,
         cx: &LayerContext<'_>,

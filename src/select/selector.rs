@@ -109,6 +109,12 @@ pub trait Selector: Send {
         None
     }
 
+    /// The key dimensions that the query has chosen, u32 `[slots, kv_heads, n]`, and `n`, for those who measure how
+    /// the choice changes.
+    fn dims(&self) -> Option<(&Tensor, usize)> {
+        None
+    }
+
     /// Records the ops that fill `out` for every sequence of `cx.seqs`.
     ///
     /// `q`: act `[rows, heads, head_dim]`, after the rotary embedding. Nothing may be read back to the host.
