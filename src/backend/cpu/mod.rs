@@ -19,12 +19,14 @@ mod kv_append;
 mod kv_summaries;
 mod linear;
 mod matmul;
+mod mean_value;
 mod memory;
 mod merge;
 mod par;
 mod pool;
 mod pool_blocks;
 mod pool_scores;
+mod project;
 mod rebuild_slice;
 mod rms_norm;
 mod rope;
@@ -37,6 +39,7 @@ mod simd;
 mod swiglu;
 mod tiles;
 mod top_k;
+mod trim_scores;
 
 use std::sync::Arc;
 
@@ -179,10 +182,12 @@ impl Backend for CpuBackend {
         kv_summaries: KvSummaries,
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
+        project: Project,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
         pool_scores: PoolScores,
         force: Force,
+        trim_scores: TrimScores,
         top_k: TopK,
         score_summaries: ScoreSummaries,
         pool_blocks: PoolBlocks,
@@ -190,5 +195,6 @@ impl Backend for CpuBackend {
         attend_dense: AttendDense,
         attend_rows: AttendRows,
         merge: Merge,
+        mean_value: MeanValue,
     }
 }
