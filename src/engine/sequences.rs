@@ -4,7 +4,7 @@ use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
 use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, Tokenizer};
-use crate::select::{KvReads, Plan, SelectorFactory};
+use crate::select::{Given, KeyProfile, KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -35,6 +35,8 @@ pub struct Engine {
     pub(super) cache: KvCache,
     pub(super) attention: Attention,
     pub(super) custom: Option<SelectorFactory>,
+    /// What was measured of the model, in the decoder's key order.
+    pub(super) profile: Option<KeyProfile>,
     pub(super) audit: Option<AuditConfig>,
     pub(super) fingerprint: String,
     pub(super) notes: Vec<String>,
@@ -139,6 +141,9 @@ impl Engine {
         if plan.key_stats() && !s.key_stats {
             return Err(missing("key statistics").into());
         }
+        if plan.value_stats() && !s.value_stats {
+            return Err(missing("the sums of the values").into());
+        }
         if plan.summaries().into_iter().any(|kind| !self.cache.keeps(kind)) {
             return Err(missing("summaries of the keys").into());
         }
@@ -150,7 +155,8 @@ impl Engine {
         }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
-        self.attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
+        let given = Given { custom: self.custom.as_ref(), profile: self.profile.as_ref() };
+        self.attention = Attention::new(&*b, plan, shape, given)?;
         Ok(())
     }
 

@@ -2,9 +2,9 @@
 
 use crate::calibrate::CalibrateError;
 use crate::calibrate::state::failed;
-use crate::calibrate::tensor_file::TensorFile;
 use crate::model::forecast::{MODEL, name_of};
 use crate::model::{Checkpoint, LayerWeight, ModelConfig, ModelError, Weight};
+use crate::tensor_file::TensorFile;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

@@ -2,7 +2,7 @@
 //! plans.
 
 use super::SelectError;
-use super::anchors::Anchors;
+use super::anchors::{AnchorScorer, Anchors};
 use super::catalog::{METHODS, Variant};
 use crate::backend::{DimMetric, HeadPool};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,18 @@ pub struct MethodSpec {
     /// Tokens that an anchor hands down to layers that score them once more.
     #[serde(default)]
     pub candidates: Option<usize>,
+    /// Share of the estimated softmax mass at which a list ends, in front of its budget.
+    #[serde(default)]
+    pub mass: Option<f32>,
+    /// The KV heads of a layer share their budgets; each is sure of this share of its own.
+    #[serde(default)]
+    pub floor: Option<f32>,
+    /// The mean value stands for the tokens that are left out.
+    #[serde(default)]
+    pub correct: Option<bool>,
+    /// How anchors score tokens.
+    #[serde(default)]
+    pub scorer: Option<AnchorScorer>,
 }
 
 impl Default for MethodSpec {
@@ -73,6 +85,10 @@ impl From<Variant> for MethodSpec {
             budget_min: None,
             anchors: None,
             candidates: None,
+            mass: None,
+            floor: None,
+            correct: None,
+            scorer: None,
         }
     }
 }
@@ -141,6 +157,10 @@ impl MethodSpec {
             "budget-min" => to(&mut self.budget_min, value.parse().ok()),
             "anchors" => to(&mut self.anchors, value.parse().ok()),
             "candidates" => to(&mut self.candidates, value.parse().ok()),
+            "mass" => to(&mut self.mass, value.parse().ok()),
+            "floor" => to(&mut self.floor, value.parse().ok()),
+            "correct" => to(&mut self.correct, value.parse().ok()),
+            "scorer" => to(&mut self.scorer, parse_name(value).ok()),
             _ => false,
         }
     }
@@ -163,6 +183,10 @@ impl MethodSpec {
             ("budget-min", self.budget_min.is_some()),
             ("anchors", self.anchors.is_some()),
             ("candidates", self.candidates.is_some()),
+            ("mass", self.mass.is_some()),
+            ("floor", self.floor.is_some()),
+            ("correct", self.correct.is_some()),
+            ("scorer", self.scorer.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, set)| set.then_some(name))
@@ -189,6 +213,10 @@ impl MethodSpec {
         keep(&mut self.budget_min, v.takes("budget-min"));
         keep(&mut self.anchors, v.takes("anchors"));
         keep(&mut self.candidates, v.takes("candidates"));
+        keep(&mut self.mass, v.takes("mass"));
+        keep(&mut self.floor, v.takes("floor"));
+        keep(&mut self.correct, v.takes("correct"));
+        keep(&mut self.scorer, v.takes("scorer"));
         self
     }
 

@@ -60,6 +60,7 @@ pub fn select(l: &Layer, q: &[f32], spec: &MethodSpec) -> Picked {
         cache: l.pool(),
         int8: Some(l.int8()),
         stats: Some(&l.stats),
+        value_stats: Some(&l.value_stats),
         summaries: data.as_ref().map(|(data, kind)| Summaries { data, kind: *kind }),
         forecast: Some(&forecast),
         shape: l.shape(),
