@@ -288,6 +288,50 @@ mod tests {
     }
 
     #[test]
+    fn filter_layers_are_dense_and_choose_for_those_behind_them() {
+        let plan = |spec: &str, n: usize| {
+            let windows = vec![None; n];
+            let windows = &windows;
+            let m = ModelShape { model: "m", windows, heads: 8, kv_heads: 4, head_dim: 64 };
+            spec.parse::<MethodSpec>().unwrap().plan(&m, 8192).unwrap()
+        };
+        let layers = |spec: &str, n: usize, role: fn(&Role) -> bool| -> Vec<usize> {
+            let p = plan(spec, n);
+            (0..n).filter(|l| role(&p.layers[*l].role)).collect()
+        };
+        let anchor = |r: &Role| *r == Role::DenseAnchor;
+        let dense = |r: &Role| *r == Role::Dense;
+        assert_eq!(layers("omnikv", 32, anchor), [2, 8, 18]);
+        assert_eq!(layers("omnikv", 32, dense), [0, 1, 3, 9, 19]);
+        assert_eq!(layers("lessismore", 32, anchor), [2, 13]);
+        assert_eq!(layers("lessismore", 32, dense), [0, 1]);
+        assert_eq!(layers("omnikv", 30, anchor), [2, 8, 17]);
+        assert_eq!(layers("omnikv:anchors=1+4", 6, dense), [0, 2, 5]);
+        assert_eq!(layers("lessismore", 3, anchor), [0]);
+        let last = &plan("lessismore:budget=400", 32).layers[31];
+        assert_eq!((last.keep, last.pool), (Keep { sinks: 4, recent: 96 }, HeadPool::AnySoftmax));
+        assert_eq!(last.lists(8, 4), 1);
+    }
+
+    #[test]
+    fn anchors_may_score_as_other_methods_do() {
+        let scorer = |spec: &str| {
+            let m =
+                ModelShape { model: "m", windows: &[None; 4], heads: 8, kv_heads: 4, head_dim: 64 };
+            let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
+            Ok::<_, SelectError>(plan.layers[0].scorer.clone())
+        };
+        assert_eq!(scorer("kascade:scorer=exact").unwrap(), Scorer::Exact);
+        let int8 = Scorer::Sorted { dims: 16, int8: true };
+        assert_eq!(scorer("kascade:scorer=int8").unwrap(), int8);
+        assert!(matches!(scorer("kascade:scorer=blocks").unwrap(), Scorer::Blocks { .. }));
+        for refused in ["refined:scorer=blocks", "kascade-pooled:scorer=blocks"] {
+            assert!(scorer(refused).is_err(), "{refused}");
+        }
+        assert!(scorer("kascade:scorer=best").is_err());
+    }
+
+    #[test]
     fn all_heads_may_share_one_list() {
         let Role::Reuse { head_map, .. } = &roles("kascade-pooled", &[None; 2]).unwrap()[1] else {
             panic!("no layer reuses");

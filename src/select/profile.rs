@@ -73,6 +73,7 @@ impl MethodSpec {
             Variant::Window => keep.sinks + keep.recent,
             _ => tokens,
         };
+        let scored = self.variant.takes("mass");
         let dense_below = self.dense_below.unwrap_or(if paper { 0 } else { 2048 });
         let budget = Budget::fixed(budget_tokens, dense_below);
         Ok(LayerPlan {
@@ -91,9 +92,9 @@ impl MethodSpec {
                 }
                 _ => LogitScale::Coverage,
             },
-            budget: self.following(budget, context)?,
+            budget: if scored { self.following(budget, context)? } else { budget },
             keep,
-            correct: self.correct.unwrap_or(self.variant == Variant::Sparq),
+            correct: scored && self.correct.unwrap_or(self.variant == Variant::Sparq),
         })
     }
 
