@@ -2,13 +2,12 @@
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
 // Plan. Decode (one row a sequence, 16-bit): decode.cuh, a CTA = (part of a split, KV head, sequence).
-// Prefill (16-bit): a CTA = (64 query vectors, KV head, sequence x split) where the vectors are (row, head)
-// pairs of the group, rows slowest, so that a K/V tile in shared memory serves all heads of the
-// group; 4 warps of 16 vectors, tiles of 64 keys in two stages by cp.async, tiles above the diagonal or
-// before the window skipped. Else: generic.cuh on 16 vectors at a time.
+// Prefill (16-bit): prefill.cuh, tiles above the diagonal or before the window skipped. Else: generic.cuh on 16
+// vectors at a time.
 // Bytes: decode 2 * kv_len * head_dim * kv per KV head; prefill is bound by arithmetic.
 #include "decode.cuh"
 #include "generic.cuh"
+#include "prefill.cuh"
 
 struct Contiguous {
     u32 b, e;
@@ -30,95 +29,42 @@ template <class T, int D> DEVICE void dense_decode(const AttendArgs& a) {
     decode<T, D>(a, seq, blockIdx.y, blockIdx.y * g, g, p.split, keys);
 }
 
-template <int D> struct PrefillShape {
-    static const int keys = D > 128 ? 32 : 64;
-    static const int row = Padded<D>::value;
-    static const int tile = keys * row;
+// Tokens [low, high) of the sequence, less those before the window and behind the position of a row.
+template <int TILE> struct Run {
+    struct Located {
+        u32 row0, there;
+        DEVICE u32 row(u32 key) const { return key < there ? row0 + key : ~0u; }
+    };
+    const Pool& pool;
+    const Seq& seq;
+    u32 kvh, window, b, e, all_low, all_high;
+    DEVICE u32 begin() const { return b; }
+    DEVICE u32 end() const { return e; }
+    DEVICE void prepare(u32) const {}
+    // A tile lies in one page.
+    DEVICE Located locate(u32 tile) const {
+        return {pool.row(seq, kvh, tile * TILE), seq.kv_len - tile * TILE};
+    }
+    DEVICE bool masked(u32 tile) const { return tile * TILE < all_low || (tile + 1) * TILE > all_high; }
+    DEVICE bool seen(u32 tile, u32 key, u32 p) const {
+        u32 token = tile * TILE + key;
+        return token >= max(window_low(p, window), b) && token < min(p + 1, e);
+    }
 };
 
 template <class T, int D> DEVICE void dense_prefill(const AttendArgs& a) {
-    typedef PrefillShape<D> Shape;
-    extern __shared__ uint4 shared4[];
-    T* q = (T*)shared4;  // [64][row]
-    T* ring = q + 64 * Shape::row;
-    const u32 chunks = D / 8;
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits, kvh = blockIdx.y;
     Seq seq = a.seqs.get(s);
-    u32 g = a.heads / a.pool.kv_heads, vectors = seq.q_len * g;
-    // The last tiles have the most keys: they start first.
-    u32 v0 = (gridDim.x - 1 - blockIdx.x) * 64;
-    if (v0 >= vectors) return;
-    u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    u32 offset = seq.kv_len - seq.q_len;
-    auto item = [&](u32 v) { return (u64)(seq.q_start + v / g) * a.heads + kvh * g + v % g; };
-
-    for (u32 i = threadIdx.x; i < 64 * chunks; i += blockDim.x) {
-        u32 v = v0 + i / chunks, c = i % chunks;
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (v < vectors) x = load8((const T*)a.q + item(v) * D + c * 8).v;
-        *(uint4*)(q + (i / chunks) * Shape::row + c * 8) = x;
-    }
-    u32 p_first = offset + v0 / g, p_last = offset + (min(v0 + 64, vectors) - 1) / g;
+    u32 g = a.heads / a.pool.kv_heads;
+    Tile vec = tile_of(seq, g, kvh * g);
+    if (vec.v0 >= vec.vectors) return;
     // Split ranges are the same for all tiles of the sequence; the tile takes its part of one.
-    Range all = split_range(window_low(offset, a.window), seq.kv_len, split, a.splits);
-    u32 low = max(window_low(p_first, a.window), all.begin), high = min(p_last + 1, all.end);
-    u32 t0 = low / Shape::keys, t1 = high > low ? (high + Shape::keys - 1) / Shape::keys : t0;
-
-    auto fill = [&](u32 tile) {
-        T* k = ring + (tile & 1) * 2 * Shape::tile;
-        T* v = k + Shape::tile;
-        u32 row0 = a.pool.row(seq, kvh, tile * Shape::keys);
-        for (u32 i = threadIdx.x; i < Shape::keys * chunks; i += blockDim.x) {
-            u32 key = i / chunks, c = i % chunks;
-            bool ok = tile * Shape::keys + key < seq.kv_len;
-            copy16(k + key * Shape::row + c * 8, (const T*)a.pool.k + a.pool.k_at(row0 + key, c * 8), ok);
-            copy16(v + key * Shape::row + c * 8, (const T*)a.pool.v + a.pool.v_at(row0 + key, c * 8), ok);
-        }
-    };
-    // Positions and windows of the thread's two vectors.
-    u32 begin[2], end[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        u32 p = offset + (v0 + warp * 16 + (lane >> 2) + 8 * h) / g;
-        begin[h] = max(window_low(p, a.window), all.begin);
-        end[h] = min(p + 1, all.end);
-    }
-    u32 all_low = max(window_low(p_last, a.window), all.begin), all_high = min(p_first + 1, all.end);
-    Flash<D> flash;
-    flash.init();
-    if (t0 < t1) fill(t0);
-    copy_commit();
-    for (u32 t = t0; t < t1; t++) {
-        if (t + 1 < t1) fill(t + 1);
-        copy_commit();
-        copy_wait<1>();
-        __syncthreads();
-        const T* k = ring + (t & 1) * 2 * Shape::tile;
-        u32 key0 = t * Shape::keys;
-        bool masked = key0 < all_low || key0 + Shape::keys > all_high;
-        flash.template step<T, Shape::keys>(
-            q + warp * 16 * Shape::row, k, k + Shape::tile, a.scale * LOG2E, masked,
-            [&](int h, u32 key) { return key0 + key >= begin[h] && key0 + key < end[h]; });
-        __syncthreads();
-    }
-    copy_wait<0>();
-    flash.finish();
-    Out<T> out = {a.out, a.out_f32};
-    u64 plane = (u64)split * a.rows * a.heads;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        u32 v = v0 + warp * 16 + (lane >> 2) + 8 * h;
-        if (v >= vectors) continue;
-        u64 at = plane + item(v);
-        float inv = flash.sum[h] > 0.0f ? 1.0f / flash.sum[h] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++) {
-            out.put(at * D + i * 8 + (lane & 3) * 2, flash.o[i][2 * h] * inv);
-            out.put(at * D + i * 8 + (lane & 3) * 2 + 1, flash.o[i][2 * h + 1] * inv);
-        }
-        if (a.lse && (lane & 3) == 0)
-            a.lse[at] = flash.sum[h] > 0.0f ? (flash.top[h] + log2f(flash.sum[h])) * LN2 : NEG_INF;
-    }
+    Range all = split_range(window_low(vec.offset, a.window), seq.kv_len, split, a.splits);
+    u32 low = max(window_low(vec.first(), a.window), all.begin), high = min(vec.last() + 1, all.end);
+    Run<PrefillShape<D>::keys> keys = {a.pool, seq, kvh, a.window, low, max(low, high),
+                                       max(window_low(vec.last(), a.window), all.begin),
+                                       min(vec.first() + 1, all.end)};
+    prefill<T, D>(a, seq, kvh, vec, split, keys);
 }
 
 // Query vectors v0.. of the sequence's (row, head) pairs.

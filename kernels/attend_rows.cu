@@ -1,10 +1,13 @@
-// attend_rows: decode attention over listed tokens; see attend_dense for the formula.
+// attend_rows: causal attention over listed tokens; see attend_dense for the formula.
 //
-// Plan: one CTA = (part of a split, query heads that share a list, sequence); the list's range of the part is gathered row by row, each K
-// row as two pieces (leading dimensions, rest), by the decode core (16-bit) or the generic core.
+// Plan. Decode (one row a sequence, 16-bit): one CTA = (part of a split, query heads that share a list, sequence); the
+// part's range of the list is gathered row by row, each K row as two pieces (leading dimensions, rest), by decode.cuh.
+// A tile of rows (16-bit): prefill.cuh, tiles of 64 list entries; where they lie is looked up two tiles ahead.
+// Else: generic.cuh on 16 vectors at a time.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
 #include "decode.cuh"
 #include "generic.cuh"
+#include "prefill.cuh"
 
 struct Listed {
     const u32* list;
@@ -14,12 +17,13 @@ struct Listed {
     DEVICE u32 token(u32 i) const { return list[i]; }
 };
 
-// Query vectors of one list: heads [head0, head0 + g) of the sequence's only row; no causal bound.
+// Query vectors v0.. of the sequence's (row, head) pairs of `g` heads; a row sees tokens up to its own.
 struct RowVectors {
-    u64 first;
-    DEVICE u64 item(u32 r) const { return first + r; }
+    u64 row0;
+    u32 v0, g, heads, head0, offset;
+    DEVICE u64 item(u32 r) const { return (row0 + (v0 + r) / g) * heads + head0 + (v0 + r) % g; }
     DEVICE u32 low(u32) const { return 0; }
-    DEVICE u32 high(u32) const { return ~0u; }
+    DEVICE u32 high(u32 r) const { return offset + (v0 + r) / g + 1; }
 };
 
 // Query heads of a block: those of a KV head where a map names its list, else those of list `blockIdx.y`.
@@ -27,41 +31,86 @@ DEVICE u32 heads_per_block(const AttendArgs& a) {
     return a.heads / (a.head_map ? a.pool.kv_heads : a.lists);
 }
 
-DEVICE Listed listed(const AttendArgs& a, const Part& p) {
+// Part `part` of `parts` of the list of sequence `s` for the heads of `blockIdx.y`, in whole tiles of `unit`.
+DEVICE Listed listed(const AttendArgs& a, u32 s, u32 part, u32 parts, u32 unit) {
     u32 own = a.head_map ? a.head_map[blockIdx.y] : blockIdx.y;
     bool there = own < a.lists;  // a list that is not there is empty
-    u32 list = blockIdx.z * a.lists + (there ? own : 0);
+    u32 list = s * a.lists + (there ? own : 0);
     u32 count = there ? min(a.counts[list], a.list_len) : 0;
-    u32 per = ((count + p.parts - 1) / p.parts + 15) & ~15u;  // whole tiles of 16
+    u32 per = ((count + parts - 1) / parts + unit - 1) / unit * unit;
     Listed keys;
     keys.list = a.indices + (u64)list * a.list_len;
-    keys.b = min(p.part * per, count);
+    keys.b = min(part * per, count);
     keys.e = min(keys.b + per, count);
     return keys;
 }
 
-template <class T, int D> DEVICE void rows_mma(const AttendArgs& a) {
+template <class T, int D> DEVICE void rows_decode(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
     Part p = part_of(a.splits);
-    Listed keys = listed(a, p);  // its loads go along with the record's
+    Listed keys = listed(a, blockIdx.z, p.part, p.parts, 16);  // its loads go along with the record's
     if (seq.q_len == 0) return;
     u32 per = heads_per_block(a), head0 = blockIdx.y * per;
     decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, keys);
 }
 
+// Entries of a list in tiles; tokens and cache rows of three tiles in turn are kept in shared memory.
+template <int TILE> struct Gathered {
+    struct Located {
+        const u32* rows;
+        DEVICE u32 row(u32 key) const { return rows[key]; }
+    };
+    const Pool& pool;
+    const Seq& seq;
+    Listed keys;
+    u32 kvh, first;
+    u32 (*tokens)[TILE];
+    u32 (*rows)[TILE];
+    DEVICE u32 begin() const { return keys.b; }
+    DEVICE u32 end() const { return keys.e; }
+    DEVICE void prepare(u32 tile) const {
+        if (threadIdx.x >= TILE) return;
+        u32 i = tile * TILE + threadIdx.x, token = i < keys.e ? keys.list[i] : ~0u;
+        token = token < seq.kv_len ? token : ~0u;
+        tokens[tile % 3][threadIdx.x] = token;
+        rows[tile % 3][threadIdx.x] = token == ~0u ? ~0u : pool.row(seq, kvh, token);
+    }
+    DEVICE Located locate(u32 tile) const { return {rows[tile % 3]}; }
+    // Lists are ascending: the last token decides.
+    DEVICE bool masked(u32 tile) const { return tokens[tile % 3][TILE - 1] > first; }
+    DEVICE bool seen(u32 tile, u32 key, u32 p) const { return tokens[tile % 3][key] <= p; }
+};
+
+template <class T, int D> DEVICE void rows_prefill(const AttendArgs& a) {
+    const int TILE = PrefillShape<D>::keys;
+    __shared__ u32 tokens[3][TILE], rows[3][TILE];
+    u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
+    Seq seq = a.seqs.get(s);
+    u32 per = heads_per_block(a), head0 = blockIdx.y * per, kvh = head0 / (a.heads / a.pool.kv_heads);
+    Tile vec = tile_of(seq, per, head0);
+    if (vec.v0 >= vec.vectors) return;
+    Gathered<TILE> keys = {a.pool, seq, listed(a, s, split, a.splits, TILE), kvh, vec.first(), tokens, rows};
+    prefill<T, D>(a, seq, kvh, vec, split, keys);
+}
+
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
-    Seq seq = a.seqs.get(blockIdx.z);
-    if (seq.q_len == 0) return;
+    u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
+    Seq seq = a.seqs.get(s);
     u32 per = heads_per_block(a), head0 = blockIdx.y * per;
-    RowVectors vec = {(u64)seq.q_start * a.heads + head0};
-    Part p = part_of(a.splits);
-    generic<A, T>(a, seq, head0 / (a.heads / a.pool.kv_heads), per, p.split, vec, listed(a, p));
+    u32 vectors = seq.q_len * per, v0 = blockIdx.x * VECTORS;
+    if (v0 >= vectors) return;
+    RowVectors vec = {seq.q_start, v0, per, a.heads, head0, seq.kv_len - seq.q_len};
+    u32 kvh = head0 / (a.heads / a.pool.kv_heads);
+    generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, listed(a, s, split, a.splits, 16));
 }
 
 #define MMA(T, D)                                                                              \
     extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32)                   \
         attend_rows_##T##_d##D(AttendArgs a) {                                                 \
-        rows_mma<T, D>(a);                                                                     \
+        rows_decode<T, D>(a);                                                                  \
+    }                                                                                          \
+    extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) {   \
+        rows_prefill<T, D>(a);                                                                 \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)

@@ -12,6 +12,25 @@ template <int D> struct Padded {
     static const int value = D + 8;
 };
 
+// s += Q K^T of 16 query vectors and KEYS keys (padded rows): a thread holds vectors lane/4 and lane/4 + 8 (j >> 1) and
+// keys 8 n + 2 * (lane % 4) + (j & 1).
+template <class T, int D, int KEYS> DEVICE void logits(const T* q, const T* k, float (&s)[KEYS / 8][4]) {
+    const int P = Padded<D>::value;
+    u32 lane = threadIdx.x & 31;
+#pragma unroll
+    for (int d = 0; d < D; d += 16) {
+        u32 a[4];
+        ldmatrix4(a, q + (lane & 15) * P + d + (lane >> 4) * 8);
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            u32 b[4];
+            ldmatrix4(b, k + (n * 16 + (lane & 7) + (lane >> 4) * 8) * P + d + (lane >> 3 & 1) * 8);
+            mma16816(s[2 * n], a, b[0], b[1], T());
+            mma16816(s[2 * n + 1], a, b[2], b[3], T());
+        }
+    }
+}
+
 // Running softmax of 16 query vectors: a thread holds vectors lane/4 and lane/4 + 8, and of each output
 // tile of 8 dimensions the two at 2 * (lane % 4). `sum` is the thread's own part until `finish`.
 template <int D> struct Flash {
@@ -35,18 +54,7 @@ template <int D> struct Flash {
         const int P = Padded<D>::value;
         u32 lane = threadIdx.x & 31;
         float s[KEYS / 8][4] = {};
-#pragma unroll
-        for (int d = 0; d < D; d += 16) {
-            u32 a[4];
-            ldmatrix4(a, q + (lane & 15) * P + d + (lane >> 4) * 8);
-#pragma unroll
-            for (int n = 0; n < KEYS / 16; n++) {
-                u32 b[4];
-                ldmatrix4(b, k + (n * 16 + (lane & 7) + (lane >> 4) * 8) * P + d + (lane >> 3 & 1) * 8);
-                mma16816(s[2 * n], a, b[0], b[1], T());
-                mma16816(s[2 * n + 1], a, b[2], b[3], T());
-            }
-        }
+        logits<T, D, KEYS>(q, k, s);
         float best[2] = {top[0], top[1]};
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)

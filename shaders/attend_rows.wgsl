@@ -1,4 +1,4 @@
-// Decode attention over listed tokens; workgroups of (split, heads that share a list, sequence).
+// Causal attention over listed tokens; workgroups of (split, heads that share a list, sequence and row).
 
 struct Params {
     rows: u32,
@@ -13,6 +13,8 @@ struct Params {
     head_dim: u32,
     // 1 where `head_map` names the list of each KV head.
     mapped: u32,
+    // Most rows of a sequence.
+    max_q: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -33,8 +35,11 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let sequence = group.z;
-    if record(sequence, META_Q_LEN) == 0u {
+    let sequence = group.z / p.max_q;
+    let i = group.z % p.max_q;
+    let q_len = record(sequence, META_Q_LEN);
+    let kv_len = record(sequence, META_KV_LEN);
+    if i >= q_len || kv_len < q_len {
         return;
     }
     let head = group.y * HEADS;
@@ -47,9 +52,10 @@ fn main(
     // A list that is not there is empty.
     let there = own < p.lists;
     let list = sequence * p.lists + select(0u, own, there);
-    let row = record(sequence, META_Q_START);
+    let row = record(sequence, META_Q_START) + i;
     list_base = list * p.k;
-    list_tokens = record(sequence, META_KV_LEN);
+    // Tokens up to the row's own.
+    list_tokens = kv_len - q_len + i + 1u;
     let count = select(0u, min(counts[list], p.k), there);
     let piece = (count + p.splits - 1u) / p.splits;
     let first = min(group.x * piece, count);

@@ -144,6 +144,8 @@ pub trait Backend: Send + Sync {
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
     /// Partial logits of listed tokens; see [`ScoreRows`].
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()>;
+    /// Probabilities of keys, summed over a tile of rows; see [`ScoreTiles`].
+    fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()>;
     /// Pools per-query-head logits over a GQA group; see [`PoolScores`].
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
     /// Forces sink and recent tokens into the selection; see [`Force`].

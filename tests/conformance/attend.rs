@@ -8,12 +8,12 @@ use longsight::backend::reference::{self, Cell, Output};
 use longsight::backend::{AttendDense, AttendRows, DType, Merge, Tensor};
 
 #[derive(Clone, Copy)]
-struct Heads {
-    shape: Shape,
-    group: usize,
+pub(super) struct Heads {
+    pub shape: Shape,
+    pub group: usize,
 }
 
-const fn heads(d: usize, kv_heads: usize, group: usize, lead: usize) -> Heads {
+pub(super) const fn heads(d: usize, kv_heads: usize, group: usize, lead: usize) -> Heads {
     Heads { shape: Shape { kv_heads, d, lead }, group }
 }
 
@@ -29,7 +29,7 @@ const DECODE: &[(&str, &[(usize, usize)])] = &[
 ];
 
 impl Heads {
-    fn name(&self) -> String {
+    pub fn name(&self) -> String {
         format!("d{}_g{}_lead{}", self.shape.d, self.group, self.shape.lead)
     }
 }
@@ -153,8 +153,8 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
 }
 
 /// Lists of a sequence.
-#[derive(Clone, Copy)]
-enum Lists {
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Lists {
     PerKvHead,
     PerHead,
     /// So many, of which each KV head takes one by a random map, the last entry of which names none where there is
@@ -163,16 +163,16 @@ enum Lists {
 }
 
 #[derive(Clone, Copy)]
-struct Rows {
-    h: Heads,
-    lists: Lists,
-    k: usize,
-    splits: usize,
+pub(super) struct Rows {
+    pub h: Heads,
+    pub lists: Lists,
+    pub k: usize,
+    pub splits: usize,
     /// With `lse`, which splits need.
-    lse: bool,
+    pub lse: bool,
 }
 
-fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
+pub(super) fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) -> Outcome {
     let Shape { kv_heads, d, .. } = c.h.shape;
     let heads = kv_heads * c.h.group;
     let b = Batch::new(rig, seqs)?;

@@ -323,8 +323,6 @@ fn attend(rig: &mut Rig) -> Outcome {
     rig.refuses("f32 counts", dev.attend_rows(&AttendRows { counts: &q, ..p() }))?;
     rig.refuses("k that wraps", dev.attend_rows(&AttendRows { k: WRAPS, ..p() }))?;
     rig.refuses("out is q", dev.attend_rows(&AttendRows { out: &q, ..p() }))?;
-    let seqs = Seqs { max_q: 3, ..b.seqs() };
-    rig.refuses("prefill", dev.attend_rows(&AttendRows { seqs, ..p() }))?;
     let (part, part_lse, seqs) = (&two, &lse, b.seqs());
     let (out, lse, head_dim) = (&out, None, 64);
     let p = Merge { part, part_lse, seqs, splits: 2, heads, head_dim, out, lse };

@@ -18,6 +18,7 @@ pub mod report;
 pub mod rig;
 mod score;
 pub mod table;
+mod tiles;
 mod tolerance;
 mod top_k;
 
@@ -52,8 +53,15 @@ pub struct Cases {
 }
 
 /// Ops that take f32 activations over a narrower KV cache on every backend.
-const MIXED: &[&str] =
-    &["score_dims", "score_rows", "score_summaries", "project", "attend_dense", "attend_rows"];
+const MIXED: &[&str] = &[
+    "score_dims",
+    "score_rows",
+    "score_tiles",
+    "score_summaries",
+    "project",
+    "attend_dense",
+    "attend_rows",
+];
 
 impl Cases {
     /// Adds a case; its name gets the dtype.
@@ -87,6 +95,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         blocks::cases(&mut c);
         attend::cases(&mut c);
         neighbours::cases(&mut c);
+        tiles::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
             top_k::cases(&mut c);
@@ -103,6 +112,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             blocks::cases(&mut c);
             attend::cases(&mut c);
             neighbours::cases(&mut c);
+            tiles::cases(&mut c);
             all.append(&mut c.all);
         }
     }

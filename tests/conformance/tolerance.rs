@@ -44,6 +44,8 @@ const TABLE: &[(&str, f64, f64, f64)] = &[
     ("select_dims", F32, F16, BF16),
     ("score_dims", F32, F16, BF16),
     ("score_rows", F32, F16, BF16),
+    // Probabilities: an error in the exponent is a relative one.
+    ("score_tiles", F32, F16, BF16),
     ("pool_scores", F32, F16, BF16),
     ("project", F32, F16, BF16),
     ("kv_summaries", F32, F16, BF16),

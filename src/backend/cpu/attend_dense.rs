@@ -194,13 +194,16 @@ fn run_tile<T: Lane>(
     x.sum.clear();
     x.sum.resize(n, 0.0);
     x.logits.resize(n * TILE_KEYS, 0.0);
+    x.k.resize(TILE_KEYS * d, 0.0);
+    x.v.resize(TILE_KEYS * d, 0.0);
 
     let pos = |r: usize| seq.first_pos() + r;
     let seen = visible(p.window, pos(t.rows.start)).start..pos(t.rows.end - 1) + 1;
     let keys = split(&seen, p.splits, t.split);
     for start in keys.clone().step_by(TILE_KEYS) {
         let tile = start..keys.end.min(start + TILE_KEYS);
-        widen_keys(cache, pages, t.kv_head, &tile, &mut x.k, &mut x.v);
+        cache.widen_keys(pages, t.kv_head, &tile, &mut x.k);
+        cache.widen_values(pages, t.kv_head, &tile, &mut x.v);
         let nk = tile.len();
         let logits = &mut x.logits[..n * nk];
         let (a, b) = (Matrix::rows(&x.q, d), Matrix::columns(&x.k, d));
@@ -228,37 +231,5 @@ fn run_tile<T: Lane>(
         let (a, b) = (Matrix::rows(logits, nk), Matrix::rows(&x.v, d));
         // SAFETY: `acc` is `n` rows of `d`.
         unsafe { matmul((n, d, nk), x.acc.as_mut_ptr(), d, true, a, b) };
-    }
-}
-
-/// Copies the tile's keys and values to f32 rows.
-fn widen_keys<T: Lane>(
-    cache: &Cache<'_, T>,
-    pages: &[u32],
-    kv_head: usize,
-    tokens: &Range<usize>,
-    k: &mut Vec<f32>,
-    v: &mut Vec<f32>,
-) {
-    let (d, lead) = (cache.d, cache.lead);
-    k.resize(TILE_KEYS * d, 0.0);
-    v.resize(TILE_KEYS * d, 0.0);
-    let mut at = tokens.start;
-    while at < tokens.end {
-        let (row, n) = (at % PAGE, (PAGE - at % PAGE).min(tokens.end - at));
-        let tile = cache.tile(pages[at / PAGE], kv_head);
-        let to = (at - tokens.start) * d..(at - tokens.start + n) * d;
-        simd::widen(&cache.v[tile + row * d..][..n * d], &mut v[to.clone()]);
-        if lead == d {
-            simd::widen(&cache.k[tile + row * d..][..n * d], &mut k[to]);
-        } else {
-            for (i, k) in k[to].chunks_exact_mut(d).enumerate() {
-                let (first, rest) = k.split_at_mut(lead);
-                simd::widen(&cache.k[tile + (row + i) * lead..][..lead], first);
-                let from = tile + PAGE * lead + (row + i) * (d - lead);
-                simd::widen(&cache.k[from..][..d - lead], rest);
-            }
-        }
-        at += n;
     }
 }

@@ -1,5 +1,6 @@
-//! Decode attention over listed tokens:
-//! `out = sum_j softmax_j(scale * q . K[j]) V[j]` with `j` running over the row's list.
+//! Attention over listed tokens:
+//! `out = sum_j softmax_j(scale * q . K[j]) V[j]` with `j` running over the list that the sequence's rows share, up to
+//! each row's own position.
 
 use super::attention::{Cache, Job, Queries, run_jobs};
 use super::memory::{Io, with_float};
@@ -22,9 +23,6 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
     for (s, seq) in seqs.iter().enumerate() {
         let list = seq.page_list(io, page_lists)?;
         pages.push(list);
-        if seq.q_len == 0 {
-            continue;
-        }
         for r in 0..parts {
             let heads = p.heads / parts;
             // A list that is not there is empty.
@@ -33,18 +31,10 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
             let tokens = &indices[list_no.unwrap_or(0) * p.k..][..count];
             seq.check_listed(io, list, p.cache.n_pages, tokens)?;
             let per = count.div_ceil(p.splits);
-            for split in 0..p.splits {
+            for (row, split) in (0..seq.q_len).flat_map(|i| (0..p.splits).map(move |s| (i, s))) {
                 let keys = count.min(split * per)..count.min((split + 1) * per);
-                let kv_head = r * hkv / parts;
-                jobs.push(Job {
-                    seq: s,
-                    row: seq.q_start,
-                    head: r * heads,
-                    heads,
-                    kv_head,
-                    split,
-                    keys,
-                });
+                let (row, kv_head) = (seq.q_start + row, r * hkv / parts);
+                jobs.push(Job { seq: s, row, head: r * heads, heads, kv_head, split, keys });
             }
         }
     }
@@ -53,7 +43,8 @@ pub(super) fn run(io: &Io<'_>, p: &AttendRows<'_>) -> Result<()> {
     let token = |job: &Job, i: usize| {
         let list = list_of(map, job.head / job.heads);
         let j = indices[(job.seq * lists + list) * p.k + i] as usize;
-        (j < seqs[job.seq].kv_len).then_some(j)
+        let seq = &seqs[job.seq];
+        (j <= seq.first_pos() + (job.row - seq.q_start)).then_some(j)
     };
     with_float!(io, p.cache.k.dtype(), T => {
         let cache = Cache::<T>::new(io, &p.cache)?;

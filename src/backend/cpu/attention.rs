@@ -27,6 +27,55 @@ impl<'a, T: Lane> Cache<'a, T> {
     pub fn tile(&self, page: u32, kv_head: usize) -> usize {
         tile(page, kv_head, self.kv_heads, self.d)
     }
+
+    /// Copies the keys of a run of tokens to f32 rows at the start of `to`.
+    pub fn widen_keys(&self, pages: &[u32], kv_head: usize, tokens: &Range<usize>, to: &mut [f32]) {
+        let (d, lead) = (self.d, self.lead);
+        for (tile, row, to) in self.pieces(pages, kv_head, tokens, to) {
+            if lead == d {
+                simd::widen(&self.k[tile + row * d..][..to.len()], to);
+                continue;
+            }
+            for (i, k) in to.chunks_exact_mut(d).enumerate() {
+                let (first, rest) = k.split_at_mut(lead);
+                simd::widen(&self.k[tile + (row + i) * lead..][..lead], first);
+                let from = tile + PAGE * lead + (row + i) * (d - lead);
+                simd::widen(&self.k[from..][..d - lead], rest);
+            }
+        }
+    }
+
+    /// Copies the values of a run of tokens to f32 rows at the start of `to`.
+    pub fn widen_values(
+        &self,
+        pages: &[u32],
+        kv_head: usize,
+        tokens: &Range<usize>,
+        to: &mut [f32],
+    ) {
+        for (tile, row, to) in self.pieces(pages, kv_head, tokens, to) {
+            simd::widen(&self.v[tile + row * self.d..][..to.len()], to);
+        }
+    }
+
+    /// The run of tokens page by page: tile, first row in it, and the part of `to` for its rows.
+    fn pieces<'t>(
+        &self,
+        pages: &[u32],
+        kv_head: usize,
+        tokens: &Range<usize>,
+        mut to: &'t mut [f32],
+    ) -> Vec<(usize, usize, &'t mut [f32])> {
+        let mut pieces = Vec::with_capacity(tokens.len() / PAGE + 2);
+        let mut at = tokens.start;
+        while at < tokens.end {
+            let (row, n) = (at % PAGE, (PAGE - at % PAGE).min(tokens.end - at));
+            let (part, rest) = to.split_at_mut(n * self.d);
+            pieces.push((self.tile(pages[at / PAGE], kv_head), row, part));
+            (to, at) = (rest, at + n);
+        }
+        pieces
+    }
 }
 
 /// First element of a (page, KV head) tile of `PAGE * width` elements.

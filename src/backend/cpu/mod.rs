@@ -33,6 +33,7 @@ mod rope;
 mod score_dims;
 mod score_rows;
 mod score_summaries;
+mod score_tiles;
 mod select_dims;
 mod seqs;
 mod simd;
@@ -185,6 +186,7 @@ impl Backend for CpuBackend {
         project: Project,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
+        score_tiles: ScoreTiles,
         pool_scores: PoolScores,
         force: Force,
         trim_scores: TrimScores,

@@ -68,7 +68,7 @@ struct MeanValueArgs {
 }
 
 /// Head sizes with tensor-core kernels.
-const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
+pub(super) const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
 /// Query vectors of one block of the prefill and of the CUDA-core kernels.
 const PREFILL_VECTORS: usize = 64;
 const GENERIC_VECTORS: usize = 16;
@@ -81,7 +81,7 @@ fn decode_shape(d: usize) -> (usize, usize) {
     (warps, tile + warps * stages * 2 * tile)
 }
 
-/// Shared memory of `dense_prefill` (`attend_dense.cu`): queries, and two stages of K and V tiles.
+/// Shared memory of `prefill.cuh`: queries, and two stages of K and V tiles.
 fn prefill_shared(d: usize) -> usize {
     let keys = if d > 128 { 32 } else { 64 };
     (PREFILL_VECTORS + 2 * 2 * keys) * (d + 8) * 2
@@ -180,13 +180,19 @@ impl CudaBackend {
             list_len: word(OP, "k", p.k)?,
             ..self.attend_args(OP, p.q, &p.seqs, &p.cache, (p.out, p.lse))?
         };
-        let grid = [p.splits, p.parts_per_seq(), p.seqs.n];
+        let parts = p.parts_per_seq();
+        let vectors = p.seqs.max_q * (p.heads / parts);
+        let tiles = |size: usize| [vectors.div_ceil(size), parts, p.seqs.n * p.splits];
         let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
-        let (entry, shape) = if mma {
-            let pairs = p.parts_per_seq() * p.seqs.n;
-            (format!("attend_rows_{kv}_d{d}"), self.decode_grid(grid, d, pairs, p.k))
+        let (entry, shape) = if mma && p.seqs.max_q <= 1 {
+            let grid = [p.splits, parts, p.seqs.n];
+            let shape = self.decode_grid(grid, d, parts * p.seqs.n, p.k);
+            (format!("attend_rows_{kv}_d{d}"), shape)
+        } else if mma {
+            let shape = Shape::new(tiles(PREFILL_VECTORS), 128).shared(prefill_shared(d));
+            (format!("attend_tile_{kv}_d{d}"), shape)
         } else {
-            let shape = Shape::new(grid, 128).shared(generic_shared(d));
+            let shape = Shape::new(tiles(GENERIC_VECTORS), 128).shared(generic_shared(d));
             (format!("attend_rows_{act}_{kv}"), shape)
         };
         self.launch(OP, &entry, shape, Args::new().with(args))

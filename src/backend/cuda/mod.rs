@@ -19,12 +19,14 @@ mod memory;
 mod nvrtc;
 mod parts;
 mod score;
+mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
     ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
     PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
-    ScoreSummaries, SelectDims, SwiGlu, Tensor, TopK, TrimScores, check_copy, check_host,
+    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores, check_copy,
+    check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -264,6 +266,9 @@ impl Backend for CudaBackend {
     }
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
         self.score_rows_op(p)
+    }
+    fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()> {
+        self.score_tiles_op(p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         self.pool_scores_op(p)

@@ -51,11 +51,12 @@ impl AttendDense<'_> {
     }
 }
 
-/// Decode attention over listed tokens: as [`AttendDense`] with `j` running over
+/// Causal attention over listed tokens: as [`AttendDense`] with `j` running over
 /// `indices[s, row, ..counts[s, row]]`, where `row` is the KV head (or the query head, see `rows_per_seq`).
+/// The rows of a sequence (one in decode, a tile in prefill) share its lists.
 ///
-/// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index from `kv_len` on
-/// is skipped. An empty list gives zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
+/// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index beyond a row's position
+/// is skipped by that row. A row that is left without tokens gets zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
 /// pieces, which ones is the backend's choice.
 ///
 /// With a `head_map` the query heads of KV head `h` share list `head_map[h]`, so that one layer can attend with the
@@ -94,7 +95,7 @@ impl AttendRows<'_> {
     /// Shapes and dtypes fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "attend_rows";
-        self.seqs.check_decode(OP)?;
+        self.seqs.check(OP)?;
         self.cache.check(OP)?;
         let d = self.cache.head_dim;
         check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;

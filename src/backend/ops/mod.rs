@@ -14,6 +14,7 @@ mod pool_scores;
 mod project;
 mod score;
 mod score_rows;
+mod score_tiles;
 mod trim_scores;
 
 pub use attend::{AttendDense, AttendRows, Merge};
@@ -28,6 +29,7 @@ pub use pool_scores::PoolScores;
 pub use project::Project;
 pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
+pub use score_tiles::ScoreTiles;
 pub use trim_scores::{Trim, TrimScores};
 
 use super::{BackendError, DType, Result, Tensor};

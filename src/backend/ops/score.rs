@@ -159,7 +159,8 @@ impl ScoreDims<'_> {
 
 /// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
 /// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`. With `among` the scores are
-/// those of listed tokens, in list order; a forced token that is not on the list stays off it.
+/// those of listed tokens, in list order; a forced token that is not on the list stays off it. A sequence's rows share
+/// its scores; how many there are makes no difference.
 #[derive(Debug)]
 pub struct Force<'a> {
     /// f32 `[n, rows_per_seq, stride]`, in and out.
@@ -182,7 +183,7 @@ impl Force<'_> {
     /// Shapes and dtypes fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "force";
-        self.seqs.check_decode(OP)?;
+        self.seqs.check(OP)?;
         ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
         if let Some(among) = &self.among {
             among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
@@ -250,7 +251,7 @@ impl Among<'_> {
 ///
 /// A row holds a score for each run of `unit` tokens, `ceil(kv_len / unit)` in all, and the results are their
 /// numbers; or one for each candidate of `among`, and the results are the candidates themselves. Of a row
-/// `min(k, share of its sequence)` are chosen.
+/// `min(k, share of its sequence)` are chosen. A sequence's query rows share its scores.
 ///
 /// Exact and deterministic: the order is by (score descending, index ascending); -0 equals +0; NaN and
 /// -infinity are never chosen. `counts` = chosen ones = min(that k, scores that may be chosen); entries of
@@ -283,7 +284,7 @@ impl TopK<'_> {
     /// Shapes and dtypes fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "top_k";
-        self.seqs.check_decode(OP)?;
+        self.seqs.check(OP)?;
         ensure(OP, self.k > 0, || "k must be positive".into())?;
         ensure(OP, self.unit == 1 || self.unit > 1 && self.among.is_none(), || {
             format!("{} tokens a score: at least 1, and 1 for candidates", self.unit)

@@ -107,8 +107,10 @@ pub fn attend_rows<'a>(p: &AttendRows<'a>, dev: &dyn Backend) -> Result<Vec<Outp
     let a = Attention { q: &q, k: &k, v: &v, at, scale: f64::from(p.scale) };
     let mut heads = Vec::new();
     for (n, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
-        heads.par_extend((0..p.splits * p.heads).into_par_iter().map(|job| {
-            let (split, h) = (job / p.heads, job % p.heads);
+        let jobs = p.splits * s.q_len * p.heads;
+        heads.par_extend((0..jobs).into_par_iter().map(|job| {
+            let (split, rest) = (job / (s.q_len * p.heads), job % (s.q_len * p.heads));
+            let (i, h) = (rest / p.heads, rest % p.heads);
             let kv_head = h / (p.heads / at.kv_heads);
             let list = match &map {
                 Some(map) => map[kv_head] as usize,
@@ -121,8 +123,9 @@ pub fn attend_rows<'a>(p: &AttendRows<'a>, dev: &dyn Backend) -> Result<Vec<Outp
                 &[]
             };
             let mine = &listed[part(listed.len(), p.splits, split)];
-            let tokens = mine.iter().map(|j| *j as usize).filter(|j| *j < s.kv_len);
-            let row_head = s.q_start * p.heads + h;
+            let position = s.kv_len - s.q_len + i;
+            let tokens = mine.iter().map(|j| *j as usize).filter(|j| *j <= position);
+            let row_head = (s.q_start + i) * p.heads + h;
             (split, row_head, a.head(s, kv_head, row_head * at.d, &tokens.collect::<Vec<_>>()))
         }));
     }

@@ -14,6 +14,7 @@ mod mean_value;
 mod project;
 mod score;
 mod score_rows;
+mod score_tiles;
 mod trim_scores;
 
 pub use attend::{attend_dense, attend_rows, merge};
@@ -25,6 +26,7 @@ pub use mean_value::mean_value;
 pub use project::project;
 pub use score::{force, pool_scores, score_dims, top_k};
 pub use score_rows::score_rows;
+pub use score_tiles::score_tiles;
 pub use trim_scores::trim_scores;
 
 use super::{Backend, DType, KvPool, META_WORDS, Meta, PAGE, Result, Seqs, Tensor};

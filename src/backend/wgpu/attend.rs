@@ -114,8 +114,9 @@ pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {
             p.scale.to_bits(),
             word(OP, cache.head_dim)?,
             u32::from(p.head_map.is_some()),
+            word(OP, p.seqs.max_q)?,
         ],
-        grid: grid(OP, [p.splits, p.heads / heads, p.seqs.n])?,
+        grid: grid(OP, [p.splits, p.heads / heads, p.seqs.n * p.seqs.max_q])?,
     })
 }
 

@@ -16,7 +16,7 @@ use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
     ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
     PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
-    ScoreSummaries, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
+    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -246,6 +246,9 @@ impl Backend for WgpuBackend {
     }
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
         score::score_rows(&self.gpu, p)
+    }
+    fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()> {
+        score::score_tiles(&self.gpu, p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
         score::pool_scores(&self.gpu, p)

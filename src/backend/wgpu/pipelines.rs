@@ -45,6 +45,7 @@ const SCORE_DIMS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
 const SCORE_ROWS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_rows.wgsl")];
+const SCORE_TILES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/score_tiles.wgsl")];
 const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
 const SCORE_SUMMARIES_SRC: &[&str] =
     &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
@@ -141,6 +142,12 @@ pub static SCORE_ROWS: Kernel = kernel(
     "main",
     SCORE_ROWS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Read), (7, Write), (8, Read)],
+);
+pub static SCORE_TILES: Kernel = kernel(
+    "score_tiles",
+    "main",
+    SCORE_TILES_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write)],
 );
 pub static POOL_PARTIALS: Kernel = kernel(
     "pool_scores",

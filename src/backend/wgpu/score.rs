@@ -1,4 +1,4 @@
-//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, score_rows, pool_scores, force, trim_scores,
+//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, score_rows, score_tiles, pool_scores, force, trim_scores,
 //! top_k.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
@@ -6,7 +6,7 @@ use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
     BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh,
-    Result, ScoreDims, ScoreRows, ScoreSource, SelectDims, TopK, Trim, TrimScores,
+    Result, ScoreDims, ScoreRows, ScoreSource, ScoreTiles, SelectDims, TopK, Trim, TrimScores,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -174,6 +174,40 @@ pub fn score_rows(gpu: &Gpu, p: &ScoreRows<'_>) -> Result<()> {
             word(OP, p.among.k)?,
         ],
         grid: grid(OP, [p.among.k.div_ceil(64).min(MAX_GROUPS), parts, p.seqs.n])?,
+    })
+}
+
+pub fn score_tiles(gpu: &Gpu, p: &ScoreTiles<'_>) -> Result<()> {
+    const OP: &str = "score_tiles";
+    p.check()?;
+    acts_are_f32(OP, &[p.q])?;
+    let cache = &p.cache;
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::SCORE_TILES,
+        constants: &[
+            ("DTYPE", dtype_code(cache.k.dtype())),
+            ("HEAD_DIM", word(OP, cache.head_dim)?),
+            ("LEAD", word(OP, cache.lead)?),
+            ("GROUP", word(OP, p.heads / cache.kv_heads)?),
+        ],
+        binds: &[
+            Bind::Tensor(p.q),
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(cache.k),
+            Bind::Tensor(p.lse),
+            Bind::Tensor(p.scores),
+        ],
+        params: &[
+            word(OP, p.heads)?,
+            word(OP, cache.kv_heads)?,
+            word(OP, p.lists())?,
+            word(OP, cache.n_pages)?,
+            word(OP, p.stride)?,
+            p.scale.to_bits(),
+            word(OP, cache.head_dim)?,
+        ],
+        grid: grid(OP, [p.seqs.max_kv.div_ceil(PAGE), p.lists(), p.seqs.n])?,
     })
 }
 
