@@ -20,7 +20,7 @@ pub(super) fn run(io: &Io<'_>, p: &TrimScores<'_>) -> Result<()> {
                 let row = row(i / p.rows_per_seq, i % p.rows_per_seq);
                 let best = falling(row);
                 let mass = with_mass(&best, f64::from(permille) / 1000.0);
-                cut(row, lowest(mass, floor(&best, at_least)));
+                cut(row, mass.min(floor(&best, at_least)));
             });
         }
         Trim::Together { tokens, at_least } => par::tasks(seqs.len(), work, |s| {
@@ -40,7 +40,7 @@ pub(super) fn run(io: &Io<'_>, p: &TrimScores<'_>) -> Result<()> {
                 _ => room,
             };
             let u = rest[..whole].last().copied().unwrap_or(f32::INFINITY);
-            rows.into_iter().zip(floors).for_each(|(row, f)| cut(row, lowest(u, f)));
+            rows.into_iter().zip(floors).for_each(|(row, f)| cut(row, u.min(f)));
         }),
     }
     Ok(())
@@ -76,13 +76,9 @@ fn with_mass(best: &[f32], share: f64) -> f32 {
     *reached.or(best.last()).unwrap_or(top)
 }
 
-fn lowest(a: f32, b: f32) -> f32 {
-    a.min(b)
-}
-
 /// Drops the scores below `t`.
 fn cut(row: &mut [f32], t: f32) {
-    for x in row.iter_mut().filter(|x| !(**x >= t)) {
+    for x in row.iter_mut().filter(|x| x.is_nan() || **x < t) {
         *x = f32::NEG_INFINITY;
     }
 }
