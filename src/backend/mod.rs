@@ -147,6 +147,8 @@ pub trait Backend: Send + Sync {
     fn select_dims(&self, p: &SelectDims<'_>) -> Result<()>;
     /// Rewrites changed columns of the compact slice; see [`RebuildSlice`].
     fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()>;
+    /// Queries and keys on directions of their own; see [`Project`].
+    fn project(&self, p: &Project<'_>) -> Result<()>;
 
     /// Partial logits on few key dimensions; see [`ScoreDims`].
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
@@ -154,10 +156,12 @@ pub trait Backend: Send + Sync {
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()>;
     /// Probabilities of keys, summed over a tile of rows; see [`ScoreTiles`].
     fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()>;
-    /// Pools per-query-head logits over a GQA group after a softmax; see [`PoolScores`].
+    /// Pools per-query-head logits over a GQA group; see [`PoolScores`].
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
     /// Forces sink and recent tokens into the selection; see [`Force`].
     fn force(&self, p: &Force<'_>) -> Result<()>;
+    /// Drops the scores that a budget leaves out; see [`TrimScores`].
+    fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()>;
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
 
@@ -174,6 +178,8 @@ pub trait Backend: Send + Sync {
     fn attend_rows(&self, p: &AttendRows<'_>) -> Result<()>;
     /// Merges split results by log-sum-exp; see [`Merge`].
     fn merge(&self, p: &Merge<'_>) -> Result<()>;
+    /// The mean value in place of the tokens that were left out; see [`MeanValue`].
+    fn mean_value(&self, p: &MeanValue<'_>) -> Result<()>;
 }
 
 /// Arguments of [`Backend::copy`] fit together: same dtype and length, no overlap.

@@ -4,7 +4,7 @@ use super::ui;
 use crate::backend::{DType, DimMetric, HeadPool};
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
-use crate::select::{Anchors, METHODS, MethodSpec, Plan, Variant, parse_name};
+use crate::select::{AnchorScorer, Anchors, METHODS, MethodSpec, Plan, Variant, parse_name};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::io::Read;
@@ -121,7 +121,7 @@ fn method_help() -> String {
 }
 
 /// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 18] = [
+const PLANNED: [&str; 22] = [
     "method",
     "budget",
     "dims",
@@ -140,6 +140,10 @@ const PLANNED: [&str; 18] = [
     "candidates",
     "tile",
     "prompt_dense",
+    "mass",
+    "floor",
+    "correct",
+    "scorer",
 ];
 
 /// Which tokens are attended to.
@@ -186,7 +190,8 @@ pub struct OtherOptions {
     /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
     #[arg(long, value_name = "DIMS")]
     pub unit: Option<usize>,
-    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, all-softmax, none
+    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none; one for all heads:
+    /// all-softmax, any-softmax
     #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
     pub pool: Option<HeadPool>,
     /// First tokens that are always attended to
@@ -220,6 +225,18 @@ pub struct OtherOptions {
     /// Leading layers that read the prompt densely all the same [default: 0]
     #[arg(long, value_name = "LAYERS")]
     pub prompt_dense: Option<usize>,
+    /// End a list where its tokens hold this share of the estimated softmax mass (top-p), at the budget at the latest
+    #[arg(long, value_name = "SHARE")]
+    pub mass: Option<f32>,
+    /// Let the KV heads of a layer share their budgets by the scores; each is sure of this share of its own
+    #[arg(long, value_name = "SHARE", conflicts_with = "mass")]
+    pub floor: Option<f32>,
+    /// Let the mean of all values stand for the tokens left out: true or false [default: sparq: true; else false]
+    #[arg(long, value_name = "BOOL")]
+    pub correct: Option<bool>,
+    /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
+    #[arg(long, value_parser = parse_name::<AnchorScorer>, value_name = "SCORER")]
+    pub scorer: Option<AnchorScorer>,
 }
 
 /// Refuses an option that none of the methods, called `names`, reads.
@@ -264,6 +281,10 @@ impl MethodOptions {
         spec.candidates = o.candidates.or(spec.candidates);
         spec.tile = o.tile.or(spec.tile);
         spec.prompt_dense = o.prompt_dense.or(spec.prompt_dense);
+        spec.mass = o.mass.or(spec.mass);
+        spec.floor = o.floor.or(spec.floor);
+        spec.correct = o.correct.or(spec.correct);
+        spec.scorer = o.scorer.or(spec.scorer);
         spec
     }
 }

@@ -6,7 +6,7 @@ use crate::kv::{KvCache, PageTable};
 use crate::model::{
     Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, LayerProbe, Probe, Tokenizer,
 };
-use crate::select::{KvReads, Plan, SelectorFactory};
+use crate::select::{Given, KeyProfile, KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -37,6 +37,8 @@ pub struct Engine {
     pub(super) cache: KvCache,
     pub(super) attention: Attention,
     pub(super) custom: Option<SelectorFactory>,
+    /// What was measured of the model, in the decoder's key order.
+    pub(super) profile: Option<KeyProfile>,
     pub(super) audit: Option<AuditConfig>,
     pub(super) fingerprint: String,
     pub(super) notes: Vec<String>,
@@ -141,6 +143,9 @@ impl Engine {
         if plan.key_stats() && !s.key_stats {
             return Err(missing("key statistics").into());
         }
+        if plan.value_stats() && !s.value_stats {
+            return Err(missing("the sums of the values").into());
+        }
         if plan.summaries().into_iter().any(|kind| !self.cache.keeps(kind)) {
             return Err(missing("summaries of the keys").into());
         }
@@ -158,7 +163,8 @@ impl Engine {
         }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
-        let attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
+        let given = Given { custom: self.custom.as_ref(), profile: self.profile.as_ref() };
+        let attention = Attention::new(&*b, plan, shape, given)?;
         let before = std::mem::replace(&mut self.attention, attention);
         self.attention.probe = before.probe;
         Ok(())

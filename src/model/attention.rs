@@ -10,8 +10,8 @@ use super::workspace::{Growing, Workspace};
 use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
-    LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector,
-    SelectorFactory, build, hand_down, refine,
+    Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector, build,
+    correct, hand_down, refine,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
@@ -49,12 +49,12 @@ impl Attention {
         b: &dyn Backend,
         plan: Plan,
         shape: LayerShape,
-        custom: Option<&SelectorFactory>,
+        given: Given<'_>,
     ) -> std::result::Result<Self, SelectError> {
         let not_dense = || plan.layers.iter().filter(|p| p.role != Role::Dense);
         let stride = shape.capacity.next_multiple_of(64);
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
-        let per_head = not_dense().any(|p| p.pool.softmax() || p.summary().is_some());
+        let per_head = not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
         // What a sequence or a tile needs for its scores; scores of tiles by their rows need none per head.
         let heads_of = |per_head: bool| if per_head { shape.heads } else { 0 };
         let by_head = not_dense().any(|p| p.tile.is_some() && p.selects() && !p.scores_tiles());
@@ -63,7 +63,7 @@ impl Attention {
         let shape = LayerShape { at_once: shape.slots.max(batch), ..shape };
         let mut selectors = Vec::with_capacity(plan.layers.len());
         for (layer, p) in plan.layers.iter().enumerate() {
-            let selector = build(b, &LayerShape { layer, ..shape }, p, custom);
+            let selector = build(b, &LayerShape { layer, ..shape }, p, given);
             selectors.push(selector.map_err(|e| e.of_method(&plan.method))?);
         }
         let lists = layer_lists(b, &plan, &shape, stride)?;
@@ -180,6 +180,10 @@ impl Attention {
             let slots = cache.shape().slots;
             b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
         }
+        if let Some(stats) = cache.value_stats(l) {
+            let (slots, cache) = (cache.shape().slots, pool.of_values());
+            b.key_stats(&KeyStats { seqs: all.seqs(), cache, stats, slots })?;
+        }
         for summaries in cache.summaries(l) {
             b.kv_summaries(&KvSummaries { seqs: all.seqs(), cache: pool, summaries })?;
         }
@@ -201,6 +205,7 @@ impl Attention {
             cache: pool,
             int8: cache.int8(l),
             stats: cache.stats(l),
+            value_stats: cache.value_stats(l),
             summaries: p.summary().and_then(|kind| cache.summaries(l).find(|s| s.kind == kind)),
             forecast,
             shape,
@@ -227,6 +232,7 @@ impl Attention {
         }
         let map = lists.head_map.as_ref();
         dense.listed(&group, &lists.attend, map, &mut self.partials, &ws.attn, &ws.lse)?;
+        correct(&cx, p, &lists.attend, &ws.attn)?;
         if self.audit_layers.contains(&l) {
             let members = step.sparse_members(threshold);
             let exact_out =

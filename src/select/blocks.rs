@@ -57,6 +57,11 @@ pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
     if matches!(summary, SummaryKind::Windows { .. }) && plan.keep.recent == 0 {
         return Err("the newest tokens are in no window yet; keep at least 1 recent token".into());
     }
+    if plan.pool.shared() {
+        return Err(
+            "blocks are chosen for KV heads or query heads, not for all heads at once".into()
+        );
+    }
     if plan.budget.share.is_some() {
         return Err("a budget of blocks is a number of tokens, not a share of the length".into());
     }

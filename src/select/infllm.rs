@@ -29,6 +29,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
             sinks: spec.sinks.unwrap_or(if tokens > BLOCK { BLOCK } else { 0 }),
             recent: spec.recent.unwrap_or(local * BLOCK + 1),
         },
+        correct: false,
     }
 }
 

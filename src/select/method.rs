@@ -2,7 +2,7 @@
 //! plans.
 
 use super::SelectError;
-use super::anchors::Anchors;
+use super::anchors::{AnchorScorer, Anchors};
 use super::catalog::{METHODS, Variant};
 use crate::backend::{DimMetric, HeadPool};
 use serde::{Deserialize, Serialize};
@@ -52,6 +52,18 @@ pub struct MethodSpec {
     /// Leading layers that read prompts densely all the same. Default 0.
     #[serde(default)]
     pub prompt_dense: Option<usize>,
+    /// Share of the estimated softmax mass at which a list ends, in front of its budget.
+    #[serde(default)]
+    pub mass: Option<f32>,
+    /// The KV heads of a layer share their budgets; each is sure of this share of its own.
+    #[serde(default)]
+    pub floor: Option<f32>,
+    /// The mean value stands for the tokens that are left out.
+    #[serde(default)]
+    pub correct: Option<bool>,
+    /// How anchors score tokens.
+    #[serde(default)]
+    pub scorer: Option<AnchorScorer>,
 }
 
 impl Default for MethodSpec {
@@ -81,6 +93,10 @@ impl From<Variant> for MethodSpec {
             candidates: None,
             tile: None,
             prompt_dense: None,
+            mass: None,
+            floor: None,
+            correct: None,
+            scorer: None,
         }
     }
 }
@@ -151,6 +167,10 @@ impl MethodSpec {
             "candidates" => to(&mut self.candidates, value.parse().ok()),
             "tile" => to(&mut self.tile, value.parse().ok()),
             "prompt-dense" => to(&mut self.prompt_dense, value.parse().ok()),
+            "mass" => to(&mut self.mass, value.parse().ok()),
+            "floor" => to(&mut self.floor, value.parse().ok()),
+            "correct" => to(&mut self.correct, value.parse().ok()),
+            "scorer" => to(&mut self.scorer, parse_name(value).ok()),
             _ => false,
         }
     }
@@ -175,6 +195,10 @@ impl MethodSpec {
             ("candidates", self.candidates.is_some()),
             ("tile", self.tile.is_some()),
             ("prompt-dense", self.prompt_dense.is_some()),
+            ("mass", self.mass.is_some()),
+            ("floor", self.floor.is_some()),
+            ("correct", self.correct.is_some()),
+            ("scorer", self.scorer.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, set)| set.then_some(name))
@@ -203,6 +227,10 @@ impl MethodSpec {
         keep(&mut self.candidates, v.takes("candidates"));
         keep(&mut self.tile, v.takes("tile"));
         keep(&mut self.prompt_dense, v.takes("prompt-dense"));
+        keep(&mut self.mass, v.takes("mass"));
+        keep(&mut self.floor, v.takes("floor"));
+        keep(&mut self.correct, v.takes("correct"));
+        keep(&mut self.scorer, v.takes("scorer"));
         self
     }
 

@@ -252,10 +252,7 @@ fn score(rig: &mut Rig) -> Outcome {
         pool: HeadPool::MaxSoftmax,
         lengths: None,
     };
-    rig.refuses(
-        "pool of logits",
-        dev.pool_scores(&PoolScores { pool: HeadPool::SumLogit, ..p() }),
-    )?;
+    rig.refuses("nothing to pool", dev.pool_scores(&PoolScores { pool: HeadPool::None, ..p() }))?;
     rig.refuses("no KV heads", dev.pool_scores(&PoolScores { kv_heads: 0, ..p() }))?;
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
     rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;

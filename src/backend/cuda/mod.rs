@@ -24,9 +24,10 @@ mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
-    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
-    ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
+    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
+    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores, check_copy,
+    check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream};
@@ -280,6 +281,9 @@ impl Backend for CudaBackend {
     fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()> {
         self.rebuild_slice_op(p)
     }
+    fn project(&self, p: &Project<'_>) -> Result<()> {
+        self.project_op(p)
+    }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         self.score_dims_op(p)
     }
@@ -294,6 +298,9 @@ impl Backend for CudaBackend {
     }
     fn force(&self, p: &Force<'_>) -> Result<()> {
         self.force_op(p)
+    }
+    fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()> {
+        self.trim_scores_op(p)
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         self.top_k_op(p)
@@ -315,5 +322,8 @@ impl Backend for CudaBackend {
     }
     fn merge(&self, p: &Merge<'_>) -> Result<()> {
         self.merge_op(p)
+    }
+    fn mean_value(&self, p: &MeanValue<'_>) -> Result<()> {
+        self.mean_value_op(p)
     }
 }
