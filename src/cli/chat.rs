@@ -1,7 +1,8 @@
 //! `longsight chat`: a conversation on the terminal.
 
-use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::Interrupt;
+use super::method_args::MethodArgs;
 use super::run::{answer, statistics};
 use super::ui;
 use crate::engine::{EngineError, Prompt, Request};

@@ -8,6 +8,7 @@ mod devices;
 mod eval;
 mod hint;
 mod interrupt;
+mod method_args;
 mod output;
 mod plan;
 mod plot;

@@ -1,6 +1,7 @@
 //! `longsight plan`: a method as data.
 
-use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
+use super::args::{Format, SizeArgs, read_file, read_plan};
+use super::method_args::MethodArgs;
 use super::output::OutputFile;
 use super::ui;
 use crate::engine::EngineError;

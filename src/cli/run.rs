@@ -1,7 +1,8 @@
 //! `longsight run`: one prompt, one answer.
 
-use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
+use super::method_args::MethodArgs;
 use super::ui;
 use crate::engine::{AuditSummary, Engine, Finish, Generation, Request, Stats};
 use crate::model::{Checkpoint, Tokenizer};
