@@ -246,6 +246,32 @@ fn a_calibration_names_an_anchor_and_a_head_for_every_layer() {
     assert!((weighed.similarity[0][1] - want).abs() < 1e-12);
 }
 
+/// Written densely, whatever the engine's plan is.
+#[test]
+fn generated_tokens_are_part_of_the_statistics() {
+    let model = Model::new();
+    let mut engine = cpu_engine(&model);
+    let prompts = small(&engine);
+    let settings = Settings { generated: 9, ..prompts.clone() };
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("s.state");
+    let want = run(&mut engine, &texts(3), &settings, None).unwrap();
+    assert_ne!(want, run(&mut engine, &texts(3), &prompts, None).unwrap());
+    run(&mut engine, &texts(2), &settings, Some(&state)).unwrap();
+    assert_eq!(run(&mut engine, &texts(3), &settings, Some(&state)).unwrap(), want);
+    let e = run(&mut engine, &texts(3), &prompts, Some(&state)).unwrap_err().to_string();
+    assert!(e.contains("9 generated"), "{e}");
+    let dev = open("cpu").unwrap();
+    let mut window =
+        model.builder(&dev, &sparse(Variant::Window, 32)).chunk(32).sequences(1).build().unwrap();
+    let plan = window.plan().clone();
+    assert_eq!(run(&mut window, &texts(3), &settings, None).unwrap(), want);
+    assert_eq!(*window.plan(), plan);
+    // More than the context holds is refused, not cut.
+    let settings = Settings { generated: CONTEXT, ..settings };
+    assert!(run(&mut engine, &texts(1), &settings, None).is_err());
+}
+
 #[test]
 fn a_calibrated_plan_loads_and_runs() {
     let model = Model::new();

@@ -3,13 +3,14 @@
 
 mod common;
 
-use common::model::{Model, dense, prompt};
+use common::model::{Model, dense, prompt, sparse};
 use common::program::{Home, text};
 use longsight::backend::open;
 use longsight::calibrate::CalibrateError;
-use longsight::engine::{Engine, EngineError, LayerTrace, TraceParts};
+use longsight::engine::{Engine, EngineError, LayerTrace, TraceParts, WantLogits};
 use longsight::forecast::{Forecast, Grid, Start, Teacher, TrainSettings, held_out, train};
 use longsight::model::{LayerWeight, Weight};
+use longsight::select::Variant;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 fn texts(n: u32) -> Vec<Vec<u32>> {
@@ -51,13 +52,16 @@ fn training_lowers_the_loss_and_finds_more_of_the_teachers_blocks() {
         assert_eq!(found.len(), 2);
         for l in &found {
             assert!(l.samples > 50 && (l.teacher.recall - 1.0).abs() < 1e-9, "{l:?}");
-            for s in [l.forecast, l.untrained, l.own_query, l.previous, l.random] {
+            for s in [l.forecast, l.untrained, l.lookahead, l.own_query, l.previous, l.random] {
                 assert!(
                     s.recall > 0.0 && s.recall <= 1.0 && s.mass > 0.0 && s.mass <= 1.0,
                     "{l:?}"
                 );
             }
         }
+        // The first layer has no layer before: its own queries, so the teacher's picks but for rounding.
+        assert!(found[0].lookahead.recall > 0.99, "{:?}", found[0]);
+        assert!(found[1].lookahead.recall < 0.99, "{:?}", found[1]);
         let recall =
             |f: fn(&longsight::forecast::LayerRecall) -> f64| -> f64 { found.iter().map(f).sum() };
         let (trained, random) = (recall(|l| l.forecast.recall), recall(|l| l.random.recall));
@@ -194,4 +198,30 @@ fn a_start_from_queries_is_the_mean_query_of_the_layer_itself() {
         let first = head * 2 * c.head_dim + dim;
         assert!((got - (q(first) + q(first + c.head_dim)) / 2.0).abs() < 1e-3);
     }
+}
+
+/// The lookahead that needs no file decides like a file of matrices before training.
+#[test]
+fn sparda_runs_without_training() {
+    let model = Model::new();
+    let dev = open("cpu").unwrap();
+    let text = prompt(21, 200);
+    let builder = || model.builder(&dev, &sparse(Variant::Sparda, 128)).forecast(None);
+    let mut engine = builder().lookahead(true).build().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("f.safetensors");
+    let untrained = Forecast::new(engine.checkpoint(), Start::Queries, 0).unwrap();
+    untrained.save(&path, engine.decoder().config(), engine.fingerprint(), &[]).unwrap();
+    let mut from_file = builder().forecast(path).build().unwrap();
+    let mut random = builder().forecast(model.forecast()).build().unwrap();
+    let logits = |engine: &mut Engine| {
+        let seq = engine.open_sequence().unwrap();
+        let mut out = Vec::new();
+        let last = |_: usize, l: &[f32]| out = l.to_vec();
+        engine.prefill(seq, &text, WantLogits::Last, last, |_| true).unwrap();
+        engine.decode(seq, 7).unwrap()
+    };
+    let want = logits(&mut from_file);
+    assert_eq!(logits(&mut engine), want);
+    assert_ne!(logits(&mut random), want);
 }

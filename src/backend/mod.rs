@@ -101,6 +101,16 @@ pub trait Backend: Send + Sync {
         self.sync()?;
         Ok(t.elapsed().as_secs_f64() * 1e3)
     }
+    /// Runs `f`, which records ops in a way that repeats from call to call: a backend may list what they launch and
+    /// replay the list as one. Where `f` answers false, nothing of it need run. By default `f` just runs.
+    fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
+        f();
+        Ok(())
+    }
+    /// How many calls of [`Backend::replayable`] were replayed so far.
+    fn replayed(&self) -> u64 {
+        0
+    }
     /// How many splits of the KV range `attend_dense` (decode) or `attend_rows` should use so that
     /// `groups` independent (sequence, KV head) pairs over `tokens` keys each fill the device.
     fn splits(&self, groups: usize, tokens: usize) -> usize {

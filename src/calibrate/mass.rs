@@ -4,24 +4,24 @@ use super::TracedText;
 use crate::backend::cpu::host::{Matrix, product, softmax};
 use std::ops::Range;
 
-/// What one tile of queries attends to in one layer.
+/// What one tile of queries, or one generated token, attends to in one layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerTile {
-    /// `[kv_heads, tile start]`: probability of each key before the tile, summed over the tile's tokens and the query
-    /// heads of the KV head.
+    /// `[kv_heads, keys]`: probability of each key that a list may hold, summed over the tile's tokens and the query
+    /// heads of the KV head. A tile's lists hold keys before it, a generated token's any key up to its own.
     pub earlier: Vec<f32>,
-    /// `[kv_heads]`: the sum on keys inside the tile. With `earlier`, a KV head sums to tokens x query heads.
+    /// `[kv_heads]`: the sum on the other keys, those inside the tile. With `earlier`, a KV head sums to tokens x query heads.
     pub own: Vec<f32>,
-    /// Per KV head: the `k` keys before the tile with the most mass, ties to the smaller key; all where there are
+    /// Per KV head: the `k` of these keys with the most mass, ties to the smaller key; all where there are
     /// fewer. In no particular order.
     pub chosen: Vec<Vec<u32>>,
 }
 
 impl LayerTile {
-    /// Mass of KV head `head` on keys before the tile.
+    /// Mass of KV head `head` on the keys that a list may hold.
     pub fn mass(&self, head: usize) -> &[f32] {
-        let start = self.earlier.len() / self.own.len().max(1);
-        &self.earlier[head * start..][..start]
+        let keys = self.earlier.len() / self.own.len().max(1);
+        &self.earlier[head * keys..][..keys]
     }
 }
 
@@ -91,19 +91,31 @@ pub(crate) fn causal(window: Option<usize>, position: usize) -> Range<usize> {
 
 /// What the queries `tile` of a text attend to in a layer, and the `k` keys that each KV head would keep.
 pub fn tile_of(text: &TracedText, layer: usize, tile: Range<usize>, k: usize) -> LayerTile {
-    let (start, end) = (tile.start, tile.end);
+    let start = tile.start;
+    pooled(text, layer, tile, start, k)
+}
+
+/// What the token at `position`, decoded alone, attends to in a layer: its own key is one of those that each KV head
+/// chooses `k` from, and no mass is set aside.
+pub fn step_of(text: &TracedText, layer: usize, position: usize, k: usize) -> LayerTile {
+    pooled(text, layer, position..position + 1, position + 1, k)
+}
+
+/// The queries `tile`, whose lists hold keys before `keys`.
+fn pooled(text: &TracedText, layer: usize, tile: Range<usize>, keys: usize, k: usize) -> LayerTile {
+    let end = tile.end;
     let rows: Vec<usize> = tile.collect();
-    let mut out = LayerTile { earlier: vec![0.0; text.kv_heads * start], ..LayerTile::default() };
+    let mut out = LayerTile { earlier: vec![0.0; text.kv_heads * keys], ..LayerTile::default() };
     let mut p = Vec::new();
     for head in 0..text.kv_heads {
-        let keys = Keys { data: &text.layers[layer].k, count: end };
         let seen = |row| causal(text.windows[layer], row);
-        probabilities(text, (layer, head), &rows, keys, seen, &mut p);
-        let mass = &mut out.earlier[head * start..][..start];
+        let all = Keys { data: &text.layers[layer].k, count: end };
+        probabilities(text, (layer, head), &rows, all, seen, &mut p);
+        let mass = &mut out.earlier[head * keys..][..keys];
         let mut own = 0.0;
         for row in p.chunks_exact(end.max(1)) {
             mass.iter_mut().zip(row).for_each(|(m, p)| *m += p);
-            own += row[start..].iter().sum::<f32>();
+            own += row[keys..].iter().sum::<f32>();
         }
         out.chosen.push(largest(mass, k));
         out.own.push(own);
@@ -156,6 +168,24 @@ mod tests {
                 let above = mass.iter().filter(|&&m| m > least).count();
                 assert!(tile.chosen[head].len() == 3 && above <= 2);
             }
+        }
+    }
+
+    #[test]
+    fn a_generated_token_chooses_from_all_keys_up_to_its_own() {
+        let text = TracedText::random(2, 1, 20);
+        let (step, tile) = (step_of(&text, 0, 19, 4), tile_of(&text, 0, 19..20, 4));
+        for head in 0..2 {
+            assert_eq!(step.own[head], 0.0);
+            let (mass, earlier) = (step.mass(head), tile.mass(head));
+            assert_eq!((mass.len(), earlier.len()), (20, 19));
+            assert_eq!(mass[..19], *earlier);
+            assert_eq!(mass[19], tile.own[head]);
+            let mut by_mass: Vec<u32> = (0..20).collect();
+            by_mass.sort_by(|&a, &b| mass[b as usize].total_cmp(&mass[a as usize]));
+            let mut chosen = step.chosen[head].clone();
+            chosen.sort_by_key(|j| by_mass.iter().position(|b| b == j));
+            assert_eq!(chosen, by_mass[..4]);
         }
     }
 

@@ -23,7 +23,7 @@ pub(crate) mod traced;
 
 pub use anchors::{Placement, least_anchors, place_anchors, placements};
 pub use error::CalibrateError;
-pub use mass::{LayerTile, tile_of};
+pub use mass::{LayerTile, step_of, tile_of};
 pub use outcome::{Calibration, Choice};
 pub use run::{Settings, gather};
 pub use similarity::Similarity;

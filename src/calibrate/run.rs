@@ -4,6 +4,7 @@ use super::state::{load, save, text_name};
 use super::statistics::{OwnTile, Statistics, Tiles};
 use super::{CalibrateError, TracedText};
 use crate::engine::{Engine, EngineError, TraceParts};
+use crate::select::Plan;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,10 +24,14 @@ pub struct Settings {
     pub permille: usize,
     /// Form of the ratio.
     pub own: OwnTile,
+    /// Tokens generated after each text, greedily and densely, until the model ends its answer: each counts as a tile
+    /// of its own (published: 32).
+    #[serde(default)]
+    pub generated: usize,
 }
 
 impl Settings {
-    /// The published calibration with this engine: tiles of 32 tokens, 32 keys beside the tile itself.
+    /// The published calibration of prompts with this engine: tiles of 32 tokens, 32 keys beside the tile itself.
     pub fn of(engine: &Engine) -> Self {
         Settings {
             model: engine.fingerprint().into(),
@@ -35,6 +40,7 @@ impl Settings {
             keys: 32,
             permille: 0,
             own: OwnTile::Right,
+            generated: 0,
         }
     }
 
@@ -44,8 +50,12 @@ impl Settings {
             OwnTile::Right => "right",
             OwnTile::Published => "published",
         };
+        let generated = match self.generated {
+            0 => String::new(),
+            n => format!(", {n} generated"),
+        };
         format!(
-            "model {}, {}, tiles of {}, {} keys, {} permille, {own} own tile",
+            "model {}, {}, tiles of {}, {} keys, {} permille, {own} own tile{generated}",
             self.model, self.dtype, self.tile, self.keys, self.permille
         )
     }
@@ -78,7 +88,7 @@ pub fn gather(
             "give tiles of at least one token, lists of at least one key and a share below 1000",
         );
     }
-    if texts.iter().any(|t| tiles.starts(t.len()).is_empty()) {
+    if texts.iter().any(|t| tiles.of(t.len()).next().is_none()) {
         return bad("the lists would hold every key of a text; give longer texts or shorter lists");
     }
     let c = engine.decoder().config();
@@ -90,26 +100,44 @@ pub fn gather(
     let names: Vec<String> = texts.iter().map(|t| text_name(t)).collect();
     let found = state.map(|path| load(path, settings, &names, &empty)).transpose()?.flatten();
     let mut sums = found.unwrap_or(empty);
-    let all: u64 = texts.iter().map(|t| 2 * t.len() as u64).sum();
-    let mut before: u64 = texts[..sums.texts].iter().map(|t| 2 * t.len() as u64).sum();
+    let work = |texts: &[Vec<u32>]| -> u64 { texts.iter().map(|t| 2 * t.len() as u64).sum() };
+    let (all, mut before) = (work(texts), work(&texts[..sums.texts]));
     for text in &texts[sums.texts..] {
-        let reading = |n: usize| progress(before + n as u64, all);
+        let prompt = text.len();
+        let reading = |n: usize| progress(before + n.min(prompt) as u64, all);
         let parts = TraceParts { residual: true, ..TraceParts::default() };
-        let traced = TracedText::read(engine, text, parts, reading)?;
+        let text = [&text[..], &answer(engine, text, settings.generated)?].concat();
+        let traced = TracedText::read(engine, &text, parts, reading)?;
         let compared = AtomicU64::new(0);
-        let share = text.len() as u64 / tiles.starts(text.len()).len() as u64;
+        let share = prompt as u64 / tiles.count(prompt, text.len()) as u64;
         let tick = || {
             let done = share + compared.fetch_add(share, Ordering::Relaxed);
-            progress(before + text.len() as u64 + done, all)
+            progress(before + prompt as u64 + done, all)
         };
-        if !sums.add(&traced, tiles, &tick) {
+        if !sums.add(&traced, prompt, tiles, &tick) {
             return Err(EngineError::Interrupted.into());
         }
-        before += 2 * text.len() as u64;
+        before += 2 * prompt as u64;
         if let Some(path) = state {
             save(path, settings, &names[..sums.texts], &sums)?;
         }
     }
     progress(all, all);
     Ok(sums)
+}
+
+/// What the model writes after a text with dense attention, at most `n` tokens, without the token that ends it.
+fn answer(engine: &mut Engine, text: &[u32], n: usize) -> Result<Vec<u32>, EngineError> {
+    if n == 0 {
+        return Ok(Vec::new());
+    }
+    let plan = engine.plan().clone();
+    engine.set_plan(Plan::dense(plan.layers.len()))?;
+    let written = engine.greedy_tokens(text, n);
+    engine.set_plan(plan)?;
+    let mut written = written?;
+    let ends = &engine.decoder().config().eos;
+    let end = written.iter().position(|token| ends.contains(token));
+    written.truncate(end.unwrap_or(n));
+    Ok(written)
 }

@@ -1,10 +1,11 @@
 //! Similarity statistics of texts, and their sums over texts.
 
 use super::TracedText;
-use super::mass::{LayerTile, tile_of};
+use super::mass::{LayerTile, step_of, tile_of};
 use super::similarity::{Similarity, len, pair};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// How a text's tiles become one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -59,7 +60,7 @@ pub enum OwnTile {
     Published,
 }
 
-/// The ratio of every pair of layers and heads for one tile, `[pairs, kv_heads of b, kv_heads of a]`.
+/// The ratio of every pair of layers and heads for one tile or generated token, `[pairs, kv_heads of b, kv_heads of a]`.
 ///
 /// `r = (mass of b on a's list + own) / (mass of b on b's list + own)`, 1 where nothing has mass.
 pub(super) fn ratios(tiles: &[LayerTile], kv_heads: usize, own: OwnTile) -> Vec<f32> {
@@ -103,11 +104,28 @@ impl Tiles {
         self.keys.max(earlier.saturating_mul(self.permille) / 1000)
     }
 
-    /// First tokens of the tiles whose lists leave something out: the others are 1 by definition.
-    pub fn starts(&self, tokens: usize) -> Vec<usize> {
+    /// Tiles of a prompt of `tokens` tokens whose lists leave something out: the others are 1 by definition.
+    pub fn of(&self, tokens: usize) -> impl Iterator<Item = Range<usize>> {
         let starts = (0..tokens).step_by(self.tile.max(1));
-        starts.filter(|&s| self.keys(s) < s).collect()
+        let left_out = starts.filter(|&s| self.keys(s) < s);
+        left_out.map(move |s| s..(s + self.tile).min(tokens))
     }
+
+    /// The same for the generated tokens at positions `prompt..tokens`.
+    fn steps(&self, prompt: usize, tokens: usize) -> impl Iterator<Item = usize> {
+        (prompt..tokens).filter(|&at| self.keys(at + 1) < at + 1)
+    }
+
+    /// Tiles of the prompt and generated tokens that say something.
+    pub fn count(&self, prompt: usize, tokens: usize) -> usize {
+        self.of(prompt).count() + self.steps(prompt, tokens).count()
+    }
+}
+
+/// Whose attention is compared at once.
+enum Part {
+    Tile(Range<usize>),
+    Step(usize),
 }
 
 /// Sums over texts.
@@ -134,28 +152,32 @@ impl Statistics {
         Statistics { layers, kv_heads, texts: 0, sums, change }
     }
 
-    /// Adds a text. `tick` hears of every tile and answers whether to go on; false: nothing was added, the caller
-    /// stopped.
+    /// Adds a text: tiles of its first `prompt` tokens and, one by one, the tokens generated after them. `tick` hears
+    /// of every tile and token and answers whether to go on; false: nothing was added, the caller stopped.
     pub(super) fn add(
         &mut self,
         text: &TracedText,
+        prompt: usize,
         tiles: Tiles,
         tick: &(dyn Fn() -> bool + Sync),
     ) -> bool {
-        let of_tile = |&start: &usize| {
-            let range = start..(start + tiles.tile).min(text.tokens);
-            let k = tiles.keys(start);
-            let of = |&l: &usize| tile_of(text, l, range.clone(), k);
+        let of_part = |part: &Part| {
+            let of = |&l: &usize| match part {
+                Part::Tile(tile) => tile_of(text, l, tile.clone(), tiles.keys(tile.start)),
+                Part::Step(at) => step_of(text, l, *at, tiles.keys(at + 1)),
+            };
             let of_layers: Vec<LayerTile> = self.layers.iter().map(of).collect();
             tick().then(|| ratios(&of_layers, self.kv_heads, tiles.own))
         };
-        // Long tiles first: the last task to end is then a short one.
-        let starts: Vec<usize> = tiles.starts(text.tokens).into_iter().rev().collect();
-        let of_tiles: Option<Vec<Vec<f32>>> =
-            starts.par_iter().with_max_len(1).map(of_tile).collect();
-        let Some(of_tiles) = of_tiles else { return false };
+        let steps = tiles.steps(prompt, text.tokens).map(Part::Step);
+        let mut parts: Vec<Part> = tiles.of(prompt).map(Part::Tile).chain(steps).collect();
+        // Long ones first: the last task to end is then a short one.
+        parts.reverse();
+        let of_parts: Option<Vec<Vec<f32>>> =
+            parts.par_iter().with_max_len(1).map(of_part).collect();
+        let Some(of_parts) = of_parts else { return false };
         let objectives = |value: usize| {
-            let mut column: Vec<f32> = of_tiles.iter().map(|t| t[value]).collect();
+            let mut column: Vec<f32> = of_parts.iter().map(|t| t[value]).collect();
             column.sort_unstable_by(f32::total_cmp);
             Objective::ALL.map(|o| o.of(&column))
         };
@@ -193,7 +215,7 @@ mod tests {
     fn of_text(own: OwnTile) -> Statistics {
         let text = TracedText::random(7, 3, 30);
         let mut s = Statistics::new(vec![0, 1, 2], 2);
-        assert!(s.add(&text, Tiles { own, ..TILES }, &|| true));
+        assert!(s.add(&text, 30, Tiles { own, ..TILES }, &|| true));
         s
     }
 
@@ -230,6 +252,27 @@ mod tests {
         assert_eq!(ratios(&tiles, 2, OwnTile::Right), ratios(&tiles, 2, OwnTile::Published));
     }
 
+    /// Of one tile and one step, whose ratios are computed here from their masses.
+    #[test]
+    fn generated_tokens_count_like_tiles_without_an_own_part() {
+        let text = TracedText::random(5, 2, 9);
+        let mut s = Statistics::new(vec![0, 1], 2);
+        assert!(s.add(&text, 8, TILES, &|| true));
+        let of_tile: Vec<LayerTile> = (0..2).map(|l| tile_of(&text, l, 4..8, 3)).collect();
+        let of_step: Vec<LayerTile> = (0..2).map(|l| step_of(&text, l, 8, 3)).collect();
+        let held = |tile: &LayerTile, list: &[u32]| -> f32 {
+            list.iter().map(|&j| tile.mass(0)[j as usize]).sum()
+        };
+        let list = |tiles: &[LayerTile], l: usize| tiles[l].chosen[0].clone();
+        let tile = (held(&of_tile[1], &list(&of_tile, 0)) + of_tile[1].own[0])
+            / (held(&of_tile[1], &list(&of_tile, 1)) + of_tile[1].own[0]);
+        let step = held(&of_step[1], &list(&of_step, 0)) / held(&of_step[1], &list(&of_step, 1));
+        assert!(tile != step && step > 0.0);
+        let at = |o: Objective| s.similarity(o).unwrap().at(0, 1, 0, 0);
+        assert_eq!(at(Objective::Min), f64::from(tile.min(step)));
+        assert!((at(Objective::Mean) - f64::from(tile + step) / 2.0).abs() < 1e-7);
+    }
+
     #[test]
     fn ratios_are_those_of_the_formula() {
         let tile = |earlier: &[f32], own: f32, chosen: &[u32]| LayerTile {
@@ -252,11 +295,13 @@ mod tests {
 
     #[test]
     fn tiles_that_keep_everything_say_nothing() {
-        assert_eq!(TILES.starts(13), [4, 8, 12]);
+        let of = |t: Tiles, tokens| t.of(tokens).collect::<Vec<_>>();
+        assert_eq!(of(TILES, 13), [4..8, 8..12, 12..13]);
         let share = Tiles { keys: 1, permille: 500, ..TILES };
-        assert_eq!((share.keys(8), share.starts(9)), (4, vec![4, 8]));
+        assert_eq!((share.keys(8), of(share, 9)), (4, vec![4..8, 8..9]));
+        assert_eq!((TILES.count(13, 13), TILES.count(13, 15), TILES.count(2, 5)), (3, 5, 2));
         let mut s = Statistics::new(vec![0], 2);
-        assert!(!s.add(&TracedText::random(1, 1, 30), TILES, &|| false));
+        assert!(!s.add(&TracedText::random(1, 1, 30), 30, TILES, &|| false));
         assert_eq!(s, Statistics::new(vec![0], 2));
     }
 }

@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 /// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
 pub struct SizeArgs {
-    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), or `smollm2` (fetched once)
+    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once) or `tiny`
+    /// (built in, for tests)
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
@@ -40,7 +41,8 @@ pub struct ModelArgs {
     /// Prompt tokens per step
     #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     pub chunk: usize,
-    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors)
+    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
+    /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]
     pub forecast: Option<PathBuf>,
 }
@@ -99,6 +101,7 @@ impl ModelArgs {
 
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
+        let lookahead = self.forecast.as_deref() == Some(Path::new("lookahead"));
         Engine::builder()
             .model(&self.size.model)
             .device(&self.device)
@@ -106,7 +109,8 @@ impl ModelArgs {
             .kv_dtype(self.size.kv_dtype)
             .context(self.size.ctx)
             .chunk(self.chunk)
-            .forecast(self.forecast.clone())
+            .forecast(self.forecast.clone().filter(|_| !lookahead))
+            .lookahead(lookahead)
             .on_progress(ui::build_progress())
     }
 }
@@ -117,7 +121,7 @@ fn method_help() -> String {
 }
 
 /// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 16] = [
+const PLANNED: [&str; 18] = [
     "method",
     "budget",
     "dims",
@@ -134,6 +138,8 @@ const PLANNED: [&str; 16] = [
     "budget_min",
     "anchors",
     "candidates",
+    "tile",
+    "prompt_dense",
 ];
 
 /// Which tokens are attended to.
@@ -207,6 +213,13 @@ pub struct OtherOptions {
     /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
     #[arg(long, value_name = "TOKENS")]
     pub candidates: Option<usize>,
+    /// Let the prompt, too, be read sparsely: so many of its tokens share a choice (kascade, oracle and window: 32 as
+    /// published by Kascade; other methods: 1) [default: 0, prompts are read densely]
+    #[arg(long, value_name = "TOKENS")]
+    pub tile: Option<usize>,
+    /// Leading layers that read the prompt densely all the same [default: 0]
+    #[arg(long, value_name = "LAYERS")]
+    pub prompt_dense: Option<usize>,
 }
 
 /// Refuses an option that none of the methods, called `names`, reads.
@@ -249,6 +262,8 @@ impl MethodOptions {
         spec.budget_min = o.budget_min.or(spec.budget_min);
         spec.anchors = o.anchors.clone().or(spec.anchors);
         spec.candidates = o.candidates.or(spec.candidates);
+        spec.tile = o.tile.or(spec.tile);
+        spec.prompt_dense = o.prompt_dense.or(spec.prompt_dense);
         spec
     }
 }

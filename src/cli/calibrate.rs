@@ -49,6 +49,10 @@ pub struct CalibrateArgs {
     /// Thousandths of the earlier keys that a list holds where that is more than --keys
     #[arg(long, default_value_t = 0, value_name = "PERMILLE")]
     permille: usize,
+    /// Tokens that the model writes after each piece, each of which counts as a tile of its own [default: 32 as published,
+    /// or what the model's limit leaves]
+    #[arg(long, value_name = "TOKENS")]
+    generate: Option<usize>,
     /// Whose mass inside the tile counts: right, or published (a slip in the published code)
     #[arg(long, default_value = "right", value_parser = parse_name::<OwnTile>, value_name = "FORM")]
     own_tile: OwnTile,
@@ -70,6 +74,9 @@ pub struct CalibrateArgs {
     model: ModelArgs,
 }
 
+/// Tokens written after a piece (as published).
+const GENERATED: usize = 32;
+
 pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
     let output = OutputFile::create(&a.output)?;
@@ -78,12 +85,15 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let start = start_of_text(&tokenizer)?;
     let texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, a.prompts)?;
     let report = a.report.as_deref().map(OutputFile::create).transpose()?;
-    let mut engine = a.model.reader(checkpoint, tokenizer, a.tokens)?;
+    let left = checkpoint.config().max_context.saturating_sub(a.tokens);
+    let generated = a.generate.unwrap_or(GENERATED.min(left));
+    let mut engine = a.model.reader(checkpoint, tokenizer, a.tokens.saturating_add(generated))?;
     let settings = Settings {
         tile: a.tile,
         keys: a.keys,
         permille: a.permille,
         own: a.own_tile,
+        generated,
         ..Settings::of(&engine)
     };
     let bar = ui::bar("calibrating", "tokens", 0);

@@ -167,9 +167,10 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
 type Way = fn(&LayerRecall) -> Scores;
 
 fn table(layers: &[LayerRecall]) -> String {
-    let ways: [Way; 6] = [
+    let ways: [Way; 7] = [
         |l| l.forecast,
         |l| l.untrained,
+        |l| l.lookahead,
         |l| l.own_query,
         |l| l.previous,
         |l| l.random,
@@ -179,11 +180,13 @@ fn table(layers: &[LayerRecall]) -> String {
         ">layer",
         ">forecast",
         ">untrained",
+        ">lookahead",
         ">own query",
         ">previous",
         ">random",
         ">mass: forecast",
         ">untrained",
+        ">lookahead",
         ">own query",
         ">previous",
         ">random",
@@ -192,14 +195,14 @@ fn table(layers: &[LayerRecall]) -> String {
     let share = |x: f64| format!("{:.1} %", 100.0 * x);
     let measured: Vec<&LayerRecall> = layers.iter().filter(|l| l.samples > 0).collect();
     for l in &measured {
-        let recall = ways[..5].iter().map(|w| share(w(l).recall));
+        let recall = ways[..6].iter().map(|w| share(w(l).recall));
         let mass = ways.iter().map(|w| share(w(l).mass));
         t.row(std::iter::once(l.layer.to_string()).chain(recall).chain(mass));
     }
     let mean = |f: &dyn Fn(&LayerRecall) -> f64| {
         measured.iter().map(|l| f(l)).sum::<f64>() / measured.len().max(1) as f64
     };
-    let recall = ways[..5].iter().map(|w| share(mean(&|l| w(l).recall)));
+    let recall = ways[..6].iter().map(|w| share(mean(&|l| w(l).recall)));
     let mass = ways.iter().map(|w| share(mean(&|l| w(l).mass)));
     t.row(std::iter::once("mean".to_string()).chain(recall).chain(mass));
     format!("recall of the teacher's free picks, then attention mass on all blocks read\n{t}")

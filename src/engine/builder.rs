@@ -48,6 +48,7 @@ pub struct EngineBuilder<'a> {
     summaries_for: Vec<MethodSpec>,
     summary_plans: Vec<Plan>,
     forecast: Option<PathBuf>,
+    lookahead: bool,
     calibrate: bool,
     key_order_dir: Option<PathBuf>,
     audit: Option<AuditConfig>,
@@ -80,6 +81,7 @@ impl Engine {
             summaries_for: Vec::new(),
             summary_plans: Vec::new(),
             forecast: None,
+            lookahead: false,
             calibrate: true,
             key_order_dir: None,
             audit: None,
@@ -89,7 +91,7 @@ impl Engine {
 }
 
 impl<'a> EngineBuilder<'a> {
-    /// A folder, a `.gguf` file, a hub id, or `smollm2` (the default).
+    /// A folder, a `.gguf` file, a hub id, `smollm2` (the default) or `tiny`.
     pub fn model(mut self, name_or_path: impl Into<String>) -> Self {
         self.model = name_or_path.into();
         self
@@ -174,6 +176,11 @@ impl<'a> EngineBuilder<'a> {
         self.forecast = file.into();
         self
     }
+    /// In place of such a file: the next layer's own queries, untrained; see [`Forecast::lookahead`].
+    pub fn lookahead(mut self, yes: bool) -> Self {
+        self.lookahead = yes;
+        self
+    }
     /// Whether to order keys by energy for methods that want it (default), or keep the checkpoint's order.
     pub fn calibrate(mut self, yes: bool) -> Self {
         self.calibrate = yes;
@@ -236,8 +243,11 @@ impl<'a> EngineBuilder<'a> {
             plans.push(plan);
         }
 
-        let forecast = self.forecast.take();
-        let forecast = forecast.map(|p| Forecast::open(&p, &config, &fingerprint)).transpose()?;
+        let forecast = match self.forecast.take() {
+            Some(path) => Some(Forecast::open(&path, &config, &fingerprint)?),
+            None if self.lookahead => Some(Forecast::lookahead(&checkpoint)?),
+            None => None,
+        };
         if let (Some(p), None) = (plans.iter().find(|p| p.wants_forecast()), &forecast) {
             return Err(SelectError::NoForecast { method: p.method.clone() }.into());
         }

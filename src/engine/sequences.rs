@@ -150,6 +150,12 @@ impl Engine {
         if plan.wants_key_order() && !self.key_order_settled {
             return Err(missing("energy-sorted keys").into());
         }
+        // What one plan has read sparsely is not what another would have read.
+        let old = self.attention.plan();
+        let sparsely = old.reads_prompts_sparsely() || plan.reads_prompts_sparsely();
+        if sparsely && *old != plan {
+            self.forget_kept();
+        }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
         let attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;

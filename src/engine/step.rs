@@ -11,7 +11,7 @@ pub struct Work<'a> {
     pub seq: SeqId,
     /// New tokens; exactly one when `decode` is set.
     pub tokens: &'a [u32],
-    /// A decode step: sparse layers select. Otherwise the tokens are prefilled densely.
+    /// A decode step: sparse layers select. Otherwise the tokens are prefilled: densely, or in the tiles of the plan.
     pub decode: bool,
     /// Rows whose logits are wanted: the last one, all, or none.
     pub logits: WantLogits,

@@ -134,8 +134,8 @@ pub(super) struct Branch<'a> {
     pub number: usize,
 }
 
-/// Prefills `text` densely, then hands `f` `branches` forks of it under each plan, one at a time, with a report of the
-/// steps done that answers whether to go on. `progress` answers that as well.
+/// Prefills `text` densely, then hands `f` `branches` forks of it under each plan (a plan that reads prompts sparsely
+/// prefills it for itself), one at a time, with a report of the steps done that answers whether to go on. `progress` answers that as well.
 pub(super) fn continued(
     engine: &mut Engine,
     text: &[u32],
@@ -153,10 +153,17 @@ pub(super) fn continued(
         for (i, (plan, p)) in plans.iter().enumerate() {
             engine.set_plan(p.clone())?;
             for number in 0..branches {
-                let seq = engine.fork(base)?;
                 let branch = Some((i, number));
-                let mut step = |tokens| progress(Progress { branch, tokens });
-                with(engine, seq, |engine| f(engine, Branch { seq, plan, number }, &mut step))?;
+                let own = p.reads_prompts_sparsely();
+                let seq = if own { engine.open_sequence()? } else { engine.fork(base)? };
+                with(engine, seq, |engine| {
+                    if own {
+                        let go_on = |_| progress(Progress { branch, tokens: 0 });
+                        engine.prefill(seq, text, WantLogits::None, |_, _| (), go_on)?;
+                    }
+                    let mut step = |tokens| progress(Progress { branch, tokens });
+                    f(engine, Branch { seq, plan, number }, &mut step)
+                })?;
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use super::rotary::Rotary;
 use super::teacher::LayerTeacher;
 use crate::backend::cpu::host::{Matrix, product};
 use crate::calibrate::TracedText;
+use crate::model::lookahead::source;
 
 /// Queries of one matrix product.
 const ROWS: usize = 128;
@@ -41,11 +42,6 @@ pub(super) struct Lesson<'a> {
     pub target: usize,
 }
 
-/// The layer whose normed input predicts the blocks of layer `target`.
-pub(super) fn source(target: usize) -> usize {
-    target.saturating_sub(1)
-}
-
 impl Lesson<'_> {
     /// Forecast vectors `[rows.len(), head_dim]` of a KV head after the rotary embedding. `weight`: the head's rows of
     /// the matrix, `[head_dim, hidden]`.
@@ -61,7 +57,8 @@ impl Lesson<'_> {
         out
     }
 
-    fn input(&self, rows: &[usize]) -> Vec<f32> {
+    /// Normed inputs `[rows.len(), hidden]` of the layer whose input predicts.
+    pub fn input(&self, rows: &[usize]) -> Vec<f32> {
         let (layer, hidden) = (&self.text.layers[source(self.target)], self.text.hidden);
         rows.iter().flat_map(|r| &layer.normed[r * hidden..][..hidden]).copied().collect()
     }

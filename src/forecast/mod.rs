@@ -9,6 +9,7 @@
 
 mod grid;
 mod learn;
+mod lookahead;
 mod loss;
 mod optimizer;
 mod report;

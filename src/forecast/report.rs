@@ -1,6 +1,7 @@
 //! What Forecasts find on text that they were not trained on.
 
 use super::learn::Lesson;
+use super::lookahead::Lookahead;
 use super::rotary::Rotary;
 use super::teacher::LayerTeacher;
 use super::{Forecast, Grid, Teacher};
@@ -35,6 +36,8 @@ pub struct LayerRecall {
     pub forecast: Scores,
     /// The matrix before training.
     pub untrained: Scores,
+    /// The layer's query heads as the input of the layer before tells them, untrained, in place of the teacher's own.
+    pub lookahead: Scores,
     /// The mean of the layer's own queries, known only once the layer runs.
     pub own_query: Scores,
     /// The teacher's picks for the token before.
@@ -44,7 +47,7 @@ pub struct LayerRecall {
 }
 
 /// Ways of choosing that are summed, in the order of [`LayerRecall`].
-const WAYS: usize = 6;
+const WAYS: usize = 7;
 
 #[derive(Clone, Copy, Default)]
 struct Sums {
@@ -62,10 +65,19 @@ impl Sums {
 
     fn layer(&self, layer: usize) -> LayerRecall {
         let n = self.samples.max(1) as f64;
-        let [teacher, forecast, untrained, own_query, previous, random] =
+        let [teacher, forecast, untrained, lookahead, own_query, previous, random] =
             self.scores.map(|(recall, mass)| Scores { recall: recall / n, mass: mass / n });
-        let samples = self.samples;
-        LayerRecall { layer, samples, teacher, forecast, untrained, own_query, previous, random }
+        LayerRecall {
+            layer,
+            samples: self.samples,
+            teacher,
+            forecast,
+            untrained,
+            lookahead,
+            own_query,
+            previous,
+            random,
+        }
     }
 }
 
@@ -86,6 +98,8 @@ pub fn held_out(
     grid.check()?;
     let c = engine.decoder().config();
     let (layers, inv_freq) = (c.n_layers, c.inv_freq());
+    let ahead = (0..layers).map(|l| Lookahead::new(engine.checkpoint(), l));
+    let ahead = ahead.collect::<Result<Vec<_>, _>>()?;
     let mut sums = vec![Sums::default(); layers];
     for text in texts {
         let parts = TraceParts { normed: true, ..TraceParts::default() };
@@ -104,7 +118,7 @@ pub fn held_out(
             }
             let lesson = Lesson { text: &traced, grid, rotary: &rotary, target };
             let weights = [&trained.matrices[target][..], &untrained.matrices[target]];
-            compare(&lesson, weights, teacher, &rows)
+            compare(&lesson, weights, &ahead[target], teacher, &rows)
         };
         let found: Vec<Sums> = (0..layers).into_par_iter().map(of_layer).collect();
         sums.iter_mut().zip(&found).for_each(|(sum, of)| sum.add(of));
@@ -120,12 +134,20 @@ pub fn held_out(
     Ok(sums.iter().enumerate().map(|(layer, s)| s.layer(layer)).collect())
 }
 
-fn compare(lesson: &Lesson<'_>, weights: [&[f32]; 2], teacher: Teacher, rows: &[usize]) -> Sums {
+fn compare(
+    lesson: &Lesson<'_>,
+    weights: [&[f32]; 2],
+    ahead: &Lookahead,
+    teacher: Teacher,
+    rows: &[usize],
+) -> Sums {
     let (text, grid, layer) = (lesson.text, lesson.grid, lesson.target);
     let (d, group) = (text.head_dim, text.group());
     let windows = grid.windows(text.tokens);
     let compressed = grid.compressed(text, layer);
     let teacher = LayerTeacher::new(text, layer, grid, teacher, &compressed);
+    let speculated = ahead.asked(lesson, rows);
+    let ahead = teacher.asked_by(&speculated);
     let mut sums = Sums::default();
     let mut tokens = Vec::new();
     for head in 0..text.kv_heads {
@@ -135,7 +157,7 @@ fn compare(lesson: &Lesson<'_>, weights: [&[f32]; 2], teacher: Teacher, rows: &[
             lesson.scores(&q, &compressed, head)
         };
         for rows in rows.chunks(ROWS) {
-            let truth = teacher.of(head, rows);
+            let [truth, ahead] = [&teacher, &ahead].map(|t| t.of(head, rows));
             let own = lesson.scores(&mean_queries(text, layer, head, rows), &compressed, head);
             let [trained, untrained] = weights.map(|w| of_head(w, rows));
             let end = rows.iter().max().map_or(0, |r| r + 1);
@@ -160,11 +182,12 @@ fn compare(lesson: &Lesson<'_>, weights: [&[f32]; 2], teacher: Teacher, rows: &[
                 add(0, &wanted);
                 add(1, &pick(&trained));
                 add(2, &pick(&untrained));
-                add(3, &pick(&own));
-                add(4, &previous);
+                add(3, &pick(&ahead));
+                add(4, &pick(&own));
+                add(5, &previous);
                 let chance = grid.free() as f64 / candidates.len() as f64;
-                sums.scores[5].0 += chance;
-                sums.scores[5].1 += forced + chance * chosen_from;
+                sums.scores[6].0 += chance;
+                sums.scores[6].1 += forced + chance * chosen_from;
                 sums.samples += 1;
             }
         }

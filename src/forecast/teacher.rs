@@ -48,6 +48,11 @@ impl<'a> LayerTeacher<'a> {
         LayerTeacher { text, layer, grid, kind, keys }
     }
 
+    /// The same with the queries of another text.
+    pub fn asked_by<'b>(&self, text: &'b TracedText) -> LayerTeacher<'b> {
+        LayerTeacher { text, keys: self.keys.clone(), ..*self }
+    }
+
     /// Probabilities of the query rows `rows` of a KV head over the windows, `[rows.len(), windows]`: summed over the
     /// query heads, then over the windows to 1. All 0 where a query sees none.
     pub fn of(&self, head: usize, rows: &[usize]) -> Vec<f32> {

@@ -4,7 +4,8 @@ use crate::calibrate::CalibrateError;
 use crate::calibrate::state::failed;
 use crate::calibrate::tensor_file::TensorFile;
 use crate::model::forecast::{MODEL, name_of};
-use crate::model::{Checkpoint, LayerWeight, ModelConfig, ModelError, Weight};
+use crate::model::lookahead::mean_projection;
+use crate::model::{Checkpoint, ModelConfig, ModelError};
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -38,7 +39,7 @@ impl Forecast {
     pub fn new(checkpoint: &Checkpoint, start: Start, seed: u64) -> Result<Self, CalibrateError> {
         let c = checkpoint.config();
         let matrices: Result<_, ModelError> = match start {
-            Start::Queries => (0..c.n_layers).map(|t| mean_queries(checkpoint, t)).collect(),
+            Start::Queries => (0..c.n_layers).map(|t| mean_projection(checkpoint, t)).collect(),
             Start::Uniform => {
                 let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
                 let most = 1.0 / (c.hidden as f32).sqrt();
@@ -74,33 +75,4 @@ impl Forecast {
         }
         file.save(path).map_err(failed("write", path))
     }
-}
-
-/// [`Start::Queries`] for one layer. With x the residual stream that layer `source` reads, its input is
-/// `x / rms * norm[source]`; dividing by that norm's weight and multiplying by the target's gives the target's input.
-fn mean_queries(checkpoint: &Checkpoint, target: usize) -> Result<Vec<f32>, ModelError> {
-    let c = checkpoint.config();
-    let read = |layer, weight| checkpoint.read(Weight::Layer(layer, weight));
-    let q = read(target, LayerWeight::Q)?;
-    let norm_of = |layer| read(layer, LayerWeight::AttnNorm);
-    let (from, to) = (norm_of(super::learn::source(target))?, norm_of(target)?);
-    let ratio: Vec<f32> =
-        from.iter().zip(&to).map(|(f, t)| if *f == 0.0 { 0.0 } else { t / f }).collect();
-    // A norm of queries: its weight is kept, the length that it takes away is not known here.
-    let head_norm = match c.qk_norm {
-        true => read(target, LayerWeight::QNorm)?,
-        false => vec![1.0; c.head_dim],
-    };
-    let (d, group) = (c.head_dim, c.n_heads / c.n_kv_heads);
-    let mut out = vec![0.0; c.n_kv_heads * d * c.hidden];
-    for (r, row) in out.chunks_exact_mut(c.hidden).enumerate() {
-        let (head, dim) = (r / d, r % d);
-        for g in 0..group {
-            let at = ((head * group + g) * d + dim) * c.hidden;
-            row.iter_mut().zip(&q[at..]).for_each(|(o, q)| *o += q);
-        }
-        let scale = head_norm[dim] / group as f32;
-        row.iter_mut().zip(&ratio).for_each(|(o, ratio)| *o *= scale * ratio);
-    }
-    Ok(out)
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 pub enum ModelError {
     /// Nothing under this name.
     #[error(
-        "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, or `smollm2`",
+        "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, `smollm2` or `tiny`",
         .path.display()
     )]
     Missing {

@@ -1,4 +1,5 @@
-//! Forecast projections (SparDA): a file of weights beside a model's own, trained for that model alone.
+//! Forecast projections (SparDA): a file of weights beside a model's own, trained for that model alone, or the model's
+//! own query projections in their place.
 //!
 //! The matrix for layer `l >= 1` belongs to layer `l - 1`: `q_future_proj`; that for layer 0 to layer 0 itself:
 //! `q_curr_proj`. Each is `[kv_heads * head_dim, hidden]`, rows in the checkpoint's rotary order, without bias.
@@ -7,8 +8,9 @@ use std::path::Path;
 
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
+use super::lookahead::mean_projection;
 use super::mapped::Mapped;
-use super::weights::Place;
+use super::weights::{Checkpoint, Place};
 use super::weights_hf::{place, read_header};
 
 /// Key of the model's fingerprint in the file's metadata.
@@ -22,11 +24,16 @@ pub(crate) fn name_of(layer: usize) -> String {
     }
 }
 
-/// An opened Forecast file; the matrices stay mapped.
+/// A matrix for every layer.
 #[derive(Debug)]
-pub struct Forecast {
-    file: Mapped,
-    places: Vec<Place>,
+pub struct Forecast(Source);
+
+#[derive(Debug)]
+enum Source {
+    /// An opened file; the matrices stay mapped.
+    File { file: Mapped, places: Vec<Place> },
+    /// Made from the model.
+    Made(Vec<Vec<f32>>),
 }
 
 impl Forecast {
@@ -65,7 +72,18 @@ impl Forecast {
             Ok(place)
         };
         let places = (0..config.n_layers).map(one).collect::<Result<_>>()?;
-        Ok(Forecast { file, places })
+        Ok(Forecast(Source::File { file, places }))
+    }
+
+    /// Without training: the mean query projection of each KV head's group in the layer that is forecast, for the
+    /// input of the layer before (InfiniGen's speculation, one vector per KV head).
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be read.
+    pub fn lookahead(checkpoint: &Checkpoint) -> Result<Self> {
+        let layers = 0..checkpoint.config().n_layers;
+        let made = layers.map(|l| mean_projection(checkpoint, l)).collect::<Result<_>>()?;
+        Ok(Forecast(Source::Made(made)))
     }
 
     /// The matrix for the query of `layer` as f32, row-major.
@@ -73,12 +91,18 @@ impl Forecast {
     /// # Errors
     /// [`ModelError::Request`] for a layer that the model does not have.
     pub fn matrix(&self, layer: usize) -> Result<Vec<f32>> {
-        let place = self.places.get(layer).ok_or_else(|| ModelError::Request {
+        let missing = |layers: usize| ModelError::Request {
             name: "the Forecast".into(),
-            what: format!("layer {layer} of {}", self.places.len()),
-        })?;
-        let mut values = vec![0.0; place.shape[0] * place.shape[1]];
-        place.quant.dequantize(&self.file.bytes()[place.bytes.clone()], &mut values);
-        Ok(values)
+            what: format!("layer {layer} of {layers}"),
+        };
+        match &self.0 {
+            Source::File { file, places } => {
+                let place = places.get(layer).ok_or_else(|| missing(places.len()))?;
+                let mut values = vec![0.0; place.shape[0] * place.shape[1]];
+                place.quant.dequantize(&file.bytes()[place.bytes.clone()], &mut values);
+                Ok(values)
+            }
+            Source::Made(made) => made.get(layer).cloned().ok_or_else(|| missing(made.len())),
+        }
     }
 }

@@ -56,6 +56,7 @@ impl MethodSpec {
         let (sinks, recent) = if refined { (4, 32) } else { (0, 1) };
         let anchor = LayerPlan {
             role: Role::Select,
+            tile: None,
             scorer: Scorer::Exact,
             pool,
             scale: LogitScale::InvSqrtDim,

@@ -102,7 +102,7 @@ impl BlockSelector {
         let Scorer::Blocks { summary, unit, query } = plan.scorer else {
             return Err(bad("the plan has no scorer of blocks".into()));
         };
-        let lists = shape.slots * plan.lists(shape.heads, shape.kv_heads);
+        let lists = shape.at_once * plan.lists(shape.heads, shape.kv_heads);
         let blocks = b.alloc(DType::U32, lists * (plan.budget.tokens / unit), "block lists")?;
         let counts = b.alloc(DType::U32, lists, "block counts")?;
         Ok(BlockSelector { plan: plan.clone(), summary, unit, query, blocks, counts })

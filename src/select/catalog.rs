@@ -63,10 +63,21 @@ impl Variant {
     }
 }
 
-const WINDOW: &[&str] = &["budget", "sinks", "recent", "dense-layers", "dense-below"];
-const EXACT: &[&str] = &["budget", "pool", "sinks", "recent", "dense-layers", "dense-below"];
-const LEADING: &[&str] =
-    &["budget", "dims", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const WINDOW: &[&str] =
+    &["budget", "sinks", "recent", "dense-layers", "dense-below", "tile", "prompt-dense"];
+const EXACT: &[&str] =
+    &["budget", "pool", "sinks", "recent", "dense-layers", "dense-below", "tile", "prompt-dense"];
+const LEADING: &[&str] = &[
+    "budget",
+    "dims",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
 const QUERY_CHOSEN: &[&str] = &[
     "budget",
     "dims",
@@ -91,14 +102,35 @@ const SHARED: &[&str] = &[
     "sinks",
     "recent",
     "dense-below",
+    "tile",
+    "prompt-dense",
 ];
-const SHARED_BY_ALL: &[&str] =
-    &["budget", "percent", "budget-min", "anchors", "candidates", "sinks", "recent", "dense-below"];
+const SHARED_BY_ALL: &[&str] = &[
+    "budget",
+    "percent",
+    "budget-min",
+    "anchors",
+    "candidates",
+    "sinks",
+    "recent",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
 const REFINED: &[&str] =
     &["budget", "dims", "anchors", "candidates", "pool", "sinks", "recent", "dense-below"];
 const BLOCKS: &[&str] = WINDOW;
-const PAGES: &[&str] =
-    &["budget", "unit", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const PAGES: &[&str] = &[
+    "budget",
+    "unit",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
 
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[

@@ -37,6 +37,7 @@ impl LayerPlan {
             }
         };
         check_scorer(&self.scorer, head_dim)?;
+        self.check_tile()?;
         if self.summary().is_some() {
             return blocks::check(self);
         }
@@ -63,6 +64,37 @@ impl LayerPlan {
         })?;
         ensure(*candidates > budget.tokens, || {
             format!("{candidates} candidates for a budget of {} tokens: give more", budget.tokens)
+        })
+    }
+}
+
+/// Most rows of a prompt's tile.
+const MAX_TILE: usize = 256;
+
+impl LayerPlan {
+    /// What can choose tokens for the rows of a prompt.
+    fn check_tile(&self) -> Checked {
+        let Some(tile) = self.tile else { return Ok(()) };
+        ensure((1..=MAX_TILE).contains(&tile), || {
+            format!("tiles of {tile} prompt tokens: give 1 to {MAX_TILE}")
+        })?;
+        if let Role::Reuse { refine, .. } = &self.role {
+            return ensure(refine.is_none(), || {
+                "layers that refine candidates read prompts densely; leave the tile out".into()
+            });
+        }
+        ensure(!matches!(self.scorer, Scorer::Dims { .. } | Scorer::Custom { .. }), || {
+            "its scorer keeps state from one decode step to the next; leave the tile out".into()
+        })?;
+        let shared = self.scorer == Scorer::None || self.scores_tiles();
+        ensure(tile == 1 || shared, || {
+            "only exact scores pooled by mean_softmax or all_softmax are shared by the rows of a tile; take tile 1"
+                .into()
+        })?;
+        let (Keep { sinks, .. }, budget) = (self.keep, &self.budget);
+        let least = budget.share.map_or(budget.tokens, |s| budget.tokens.min(s.at_least as usize));
+        ensure(sinks.saturating_add(tile) <= least, || {
+            format!("{sinks} sinks and a tile of {tile} do not fit a budget of {least} tokens")
         })
     }
 }
@@ -130,6 +162,9 @@ impl Plan {
                 head_map.len(),
                 m.kv_heads
             )
+        })?;
+        ensure(layer.tile.is_none() || layer.tile == anchor.tile, || {
+            format!("layer {l} reads prompts in other tiles than layer {from}, which it reuses")
         })?;
         let lists = anchor.lists(m.heads, m.kv_heads);
         if let Some(entry) = head_map.iter().find(|&&e| usize::from(e) >= lists) {

@@ -49,8 +49,8 @@ pub enum SelectError {
     },
     /// A Forecast is needed and none was given.
     #[error(
-        "method {method} scores with a Forecast of this model, and none was given: name its file with --forecast, or \
-         train one with `longsight train-forecast`"
+        "method {method} scores with a Forecast of this model, and none was given: name its file with --forecast, \
+         train one with `longsight train-forecast`, or do without training: --forecast lookahead"
     )]
     NoForecast {
         /// Method name.

@@ -46,6 +46,12 @@ pub struct MethodSpec {
     /// Tokens that an anchor hands down to layers that score them once more.
     #[serde(default)]
     pub candidates: Option<usize>,
+    /// Rows of a prompt that share a choice of tokens; 0, the default: prompts are read densely.
+    #[serde(default)]
+    pub tile: Option<usize>,
+    /// Leading layers that read prompts densely all the same. Default 0.
+    #[serde(default)]
+    pub prompt_dense: Option<usize>,
 }
 
 impl Default for MethodSpec {
@@ -73,6 +79,8 @@ impl From<Variant> for MethodSpec {
             budget_min: None,
             anchors: None,
             candidates: None,
+            tile: None,
+            prompt_dense: None,
         }
     }
 }
@@ -141,6 +149,8 @@ impl MethodSpec {
             "budget-min" => to(&mut self.budget_min, value.parse().ok()),
             "anchors" => to(&mut self.anchors, value.parse().ok()),
             "candidates" => to(&mut self.candidates, value.parse().ok()),
+            "tile" => to(&mut self.tile, value.parse().ok()),
+            "prompt-dense" => to(&mut self.prompt_dense, value.parse().ok()),
             _ => false,
         }
     }
@@ -163,6 +173,8 @@ impl MethodSpec {
             ("budget-min", self.budget_min.is_some()),
             ("anchors", self.anchors.is_some()),
             ("candidates", self.candidates.is_some()),
+            ("tile", self.tile.is_some()),
+            ("prompt-dense", self.prompt_dense.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, set)| set.then_some(name))
@@ -189,6 +201,8 @@ impl MethodSpec {
         keep(&mut self.budget_min, v.takes("budget-min"));
         keep(&mut self.anchors, v.takes("anchors"));
         keep(&mut self.candidates, v.takes("candidates"));
+        keep(&mut self.tile, v.takes("tile"));
+        keep(&mut self.prompt_dense, v.takes("prompt-dense"));
         self
     }
 

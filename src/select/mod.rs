@@ -22,6 +22,7 @@ mod role;
 mod selector;
 mod sorted;
 mod sparda;
+mod tiles;
 mod window;
 
 pub use anchors::Anchors;
@@ -40,4 +41,5 @@ pub use selector::{
     pool_and_pick,
 };
 pub use sorted::SortedSelector;
+pub use tiles::select_tiles;
 pub use window::WindowSelector;

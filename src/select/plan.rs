@@ -58,6 +58,9 @@ pub struct LayerPlan {
     pub budget: Budget,
     /// Which tokens always are.
     pub keep: Keep,
+    /// Rows of a prompt that share a choice of tokens, their own tile included; None: prompts are read densely.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tile: Option<usize>,
 }
 
 impl LayerPlan {
@@ -70,7 +73,14 @@ impl LayerPlan {
             scale: LogitScale::InvSqrtDim,
             budget: Budget::fixed(0, 0),
             keep: Keep { sinks: 0, recent: 1 },
+            tile: None,
         }
+    }
+
+    /// A prompt's tiles are scored together, after a softmax per row, and not row by row as a decode step's queries.
+    pub fn scores_tiles(&self) -> bool {
+        let sums = matches!(self.pool, HeadPool::MeanSoftmax | HeadPool::AllSoftmax);
+        self.selects() && self.scorer == Scorer::Exact && sums
     }
 
     /// The layer attends to some of the tokens only, in sequences longer than its budget's
@@ -225,6 +235,11 @@ impl Plan {
             }
         }
         kinds
+    }
+
+    /// Some layer reads prompts sparsely.
+    pub fn reads_prompts_sparsely(&self) -> bool {
+        self.layers.iter().any(|l| l.tile.is_some())
     }
 
     /// Some layer is scored with a Forecast.

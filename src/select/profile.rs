@@ -14,7 +14,7 @@ impl MethodSpec {
     /// [`SelectError::BadPlan`] when options do not fit the model.
     pub fn plan(&self, m: &ModelShape<'_>, context: usize) -> Result<Plan, SelectError> {
         let n_layers = m.windows.len();
-        let layers = match self.variant {
+        let mut layers = match self.variant {
             Variant::Dense => vec![LayerPlan::dense(); n_layers],
             v if v.anchored() => self.anchored(m, context)?,
             _ => {
@@ -28,9 +28,31 @@ impl MethodSpec {
                 (0..n_layers).map(layer).collect()
             }
         };
+        self.read_prompts(&mut layers);
         let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
         plan.check(m)?;
         Ok(plan)
+    }
+
+    /// Lets layers read prompts sparsely, where that is asked for.
+    fn read_prompts(&self, layers: &mut [LayerPlan]) {
+        let Some(tile) = self.tile.filter(|t| *t > 0) else { return };
+        let dense = self.prompt_dense.unwrap_or(0);
+        for p in layers.iter_mut().skip(dense).filter(|p| p.role != Role::Dense) {
+            p.tile = Some(tile);
+        }
+        // An anchor that none of them reuses need not choose.
+        for l in 0..layers.len() {
+            let reused = |p: &LayerPlan| match p.role {
+                Role::Reuse { from, .. } => from == l && p.tile.is_some(),
+                _ => false,
+            };
+            let used = layers.iter().any(reused);
+            let p = &mut layers[l];
+            if p.role == Role::DenseAnchor || p.role == Role::Select && l < dense {
+                p.tile = used.then_some(tile);
+            }
+        }
     }
 
     /// T_b where the budget does not follow the length.
@@ -82,6 +104,7 @@ impl MethodSpec {
                 self.dense_below.unwrap_or(if paper { 0 } else { 2048 }),
             ),
             keep,
+            tile: None,
         }
     }
 

@@ -18,6 +18,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
     let (sinks, recent) = if arkvale { (2 * page, page.saturating_add(1)) } else { (0, 1) };
     LayerPlan {
         role: Role::Select,
+        tile: None,
         scorer: Scorer::Blocks {
             summary: if arkvale {
                 SummaryKind::Cuboid { page }

@@ -25,6 +25,10 @@ pub struct LayerShape {
     pub kv_dtype: DType,
     /// Slots of per-sequence state.
     pub slots: usize,
+    /// Most sequences, or tiles of prompts, that one call of a selector may see.
+    pub at_once: usize,
+    /// Most rows of a step.
+    pub rows: usize,
     /// Most tokens of a sequence.
     pub capacity: usize,
 }
@@ -54,7 +58,20 @@ pub struct Selection {
     pub rows_per_seq: usize,
 }
 
-/// What a selector may read in a decode step of one layer.
+impl Selection {
+    /// The lists of `n` sequences from the `first` on.
+    pub fn part(&self, first: usize, n: usize) -> Selection {
+        let (k, lists) = (self.k, self.rows_per_seq);
+        Selection {
+            indices: self.indices.slice(first * lists * k, n * lists * k),
+            counts: self.counts.slice(first * lists, n * lists),
+            k,
+            rows_per_seq: lists,
+        }
+    }
+}
+
+/// What a selector may read in a decode step of one layer, or in a prefill with tiles of one row.
 #[derive(Clone, Copy)]
 pub struct LayerContext<'a> {
     /// The device.
@@ -200,16 +217,26 @@ pub(super) fn pool_and_pick_among(
             lengths: among.map(|a| a.counts),
         })?;
     }
-    cx.backend.force(&Force {
-        scores: &s.scores,
+    force(cx, (plan.keep.sinks, plan.keep.recent), out, among)?;
+    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+}
+
+/// Puts sinks and recent tokens first.
+pub(super) fn force(
+    cx: &LayerContext<'_>,
+    (sinks, recent): (usize, usize),
+    out: &Selection,
+    among: Option<Among<'_>>,
+) -> Result<(), SelectError> {
+    Ok(cx.backend.force(&Force {
+        scores: &cx.scratch.scores,
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
-        stride: s.stride,
-        sinks: plan.keep.sinks,
-        recent: plan.keep.recent,
+        stride: cx.scratch.stride,
+        sinks,
+        recent,
         among,
-    })?;
-    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+    })?)
 }
 
 /// As many tokens as `out` has room for, by the scores that the selector of this layer has just left in the shared
@@ -221,7 +248,8 @@ pub fn hand_down(cx: &LayerContext<'_>, out: &Selection) -> Result<(), SelectErr
     take(cx, Share::ALL, out, None)
 }
 
-fn take(
+/// The best scores of each list.
+pub(super) fn take(
     cx: &LayerContext<'_>,
     share: Share,
     out: &Selection,

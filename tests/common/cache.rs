@@ -239,6 +239,8 @@ impl Layer {
             head_dim: self.heads.dim,
             kv_dtype: DType::F32,
             slots: 1,
+            at_once: 1,
+            rows: 1,
             capacity: self.capacity,
         }
     }

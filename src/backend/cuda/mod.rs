@@ -3,7 +3,7 @@
 //! One stream; kernels come from `kernels/<op>.cu`, embedded as machine code or compiled at first use
 //! ([`nvrtc`]). Everything that varies inside a step is read from device memory by the kernels; grids are
 //! sized from the bounds in the parameter structs. Environment variables: `LONGSIGHT_CUBLAS=off` keeps
-//! cuBLASLt out, `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
+//! cuBLASLt out, `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel ([`replay`]), `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
 mod attend;
@@ -18,6 +18,7 @@ mod linear;
 mod memory;
 mod nvrtc;
 mod parts;
+mod replay;
 mod score;
 mod tiles;
 
@@ -28,11 +29,12 @@ use super::{
     ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
 };
 use blas::Blas;
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaStream};
 use driver::Limits;
 use error::Said;
 use launch::{Args, Kernels, Shape};
 use memory::{Memory, Staging, timed};
+use replay::{Node, Replays, Runner};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -46,6 +48,7 @@ pub struct CudaBackend {
     blas: Option<Blas>,
     staging: Mutex<Staging>,
     scratch: Mutex<Option<Arc<Memory>>>,
+    replays: Replays,
 }
 
 /// The scratch memory for the time of one op.
@@ -94,6 +97,7 @@ impl CudaBackend {
             blas: Blas::open(&stream),
             staging: Mutex::new(Staging::new(&stream)),
             scratch: Mutex::default(),
+            replays: Replays::new(&ctx)?,
             ctx,
             stream,
         })
@@ -105,9 +109,24 @@ impl CudaBackend {
 
     /// Launches a kernel whose arguments an op's `check` has gone over.
     fn launch(&self, op: &'static str, entry: &str, shape: Shape, args: Args) -> Result<()> {
-        // SAFETY: every caller builds `args` from the struct of its kernel and from tensors that the op's
-        // `check` found large enough; their memory is freed only after the stream has drained.
-        unsafe { self.kernels.launch(&self.stream, op, entry, shape, args) }
+        self.submit(Node::Kernel { op, entry: entry.into(), shape, args })
+    }
+
+    fn runner(&self) -> Runner<'_> {
+        Runner { kernels: &self.kernels, blas: self.blas.as_ref(), scratch: &self.scratch }
+    }
+
+    /// Runs `node`, or lists it where this thread records.
+    fn submit(&self, node: Node) -> Result<()> {
+        let Some(node) = self.replays.listed(node) else { return Ok(()) };
+        // SAFETY: every caller builds a kernel's arguments from the struct of that kernel and from tensors that the
+        // op's `check` found large enough; their memory is freed only after the stream has drained.
+        unsafe { self.runner().run(&node, &self.stream) }
+    }
+
+    /// What this thread has listed runs before what comes now.
+    fn flush(&self) -> Result<()> {
+        self.replays.flush(self.runner(), &self.stream)
     }
 
     fn unsupported(&self, op: &'static str, what: String) -> BackendError {
@@ -126,6 +145,7 @@ impl CudaBackend {
                 Arc::new(Memory::new(&self.stream, size, "scratch space")?)
             }
         };
+        self.replays.keep(&memory);
         let ptr = memory.ptr();
         *held = Some(memory);
         Ok(Scratch { ptr, _turn: held })
@@ -164,11 +184,13 @@ impl Backend for CudaBackend {
     }
     fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
         check_host("upload", dst, bytes.len())?;
+        self.flush()?;
         let at = self.ptr("upload", dst)?;
         self.staging.lock().unwrap_or_else(|e| e.into_inner()).upload(at, bytes)
     }
     fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
         check_host("download", src, out.len())?;
+        self.flush()?;
         let at = self.ptr("download", src)?;
         if out.is_empty() {
             return self.sync();
@@ -181,22 +203,23 @@ impl Backend for CudaBackend {
         if src.is_empty() {
             return Ok(());
         }
-        self.ctx.bind_to_thread().said("binding the context")?;
-        // SAFETY: both views hold `src.bytes()` and do not overlap.
-        unsafe { result::memcpy_dtod_async(to, from, src.bytes(), self.stream.cu_stream()) }
-            .said("copying on the device")
+        self.submit(Node::Copy { from, to, bytes: src.bytes() })
     }
     fn zero(&self, dst: &Tensor) -> Result<()> {
         let at = self.ptr("zero", dst)?;
         if dst.is_empty() {
             return Ok(());
         }
-        self.ctx.bind_to_thread().said("binding the context")?;
-        // SAFETY: the view holds `dst.bytes()`.
-        unsafe { result::memset_d8_async(at, 0, dst.bytes(), self.stream.cu_stream()) }
-            .said("clearing memory")
+        self.submit(Node::Zero { at, bytes: dst.bytes() })
+    }
+    fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
+        self.replays.record(self.runner(), &self.stream, f)
+    }
+    fn replayed(&self) -> u64 {
+        self.replays.replayed()
     }
     fn sync(&self) -> Result<()> {
+        self.flush()?;
         self.stream.synchronize().said("waiting for the device")
     }
     fn free_memory(&self) -> Option<u64> {

@@ -5,6 +5,7 @@ mod demo;
 mod download;
 #[cfg(feature = "hub")]
 mod hub;
+mod tiny;
 
 use std::fs::File;
 use std::io::Read;
@@ -25,6 +26,8 @@ pub type Progress<'a> = &'a dyn Fn(u64, Option<u64>);
 /// * a path that exists is returned as it is;
 /// * `smollm2` is the demo model (SmolLM2-135M-Instruct, 98 MB), fetched once into
 ///   `$LONGSIGHT_CACHE` or the user's cache folder;
+/// * `tiny` is the model that the program carries with it (4.3 M parameters, for tests), unpacked
+///   into the same folder;
 /// * `org/name` is the folder of a hub repository, `org/name:file.gguf` one file of it; both stay
 ///   in the hub client's own cache.
 ///
@@ -38,6 +41,9 @@ pub fn resolve(name: &str, progress: Progress<'_>) -> Result<PathBuf> {
     }
     if name == demo::NAME {
         return demo::fetch(&cache_dir_for(name)?, progress);
+    }
+    if name == tiny::NAME {
+        return tiny::unpack(&cache_dir_for(name)?);
     }
     match HubId::parse(name) {
         Some(id) => fetch_hub(&id, progress),

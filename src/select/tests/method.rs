@@ -68,6 +68,8 @@ fn methods_read_the_options_they_list() {
         ("budget-min", "200"),
         ("anchors", "3"),
         ("candidates", "7000"),
+        ("tile", "1"),
+        ("prompt-dense", "3"),
     ];
     for m in METHODS {
         for (key, value) in values {
@@ -76,6 +78,10 @@ fn methods_read_the_options_they_list() {
                 _ => value,
             };
             let mut spec: MethodSpec = m.variant.into();
+            // Only a prompt that is read sparsely has dense layers to choose.
+            if key == "prompt-dense" && m.variant.takes("tile") {
+                spec.tile = Some(1);
+            }
             let base = spec.plan(&model(&[None; 6]), 8192).unwrap();
             assert!(spec.set(key, value), "{key}={value}");
             let changed = spec.plan(&model(&[None; 6]), 8192).unwrap() != base;
