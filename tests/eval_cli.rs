@@ -196,7 +196,7 @@ fn options_of_an_evaluation_are_named_when_they_are_wrong() {
         ("needle", &["--depths", "101"], &["--depths", "0 to 100"]),
         ("needle", &["--needles", "0"], &["--needles"]),
         ("needle", &["--samples", "0"], &["--samples"]),
-        ("needle", &["--lengths", "513"], &["513 tokens", "512", "--lengths"]),
+        ("copy", &["--lengths", "514"], &["514 tokens", "512", "--lengths"]),
         ("multikey", &["--lengths", "480", "--keys", "90"], &["--keys 90", "480", "--lengths"]),
         ("multikey", &["--keys", "18446744073709551615"], &["--keys", "too few"]),
         (
