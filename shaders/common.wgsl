@@ -113,6 +113,17 @@ fn score_bits(x: f32) -> u32 {
     return select(MINUS_INF, bitcast<u32>(x), x > LOWEST);
 }
 
+// Order-preserving image of a score; 0 for NaN and -infinity, which are never chosen.
+fn image(bits: u32) -> u32 {
+    if (bits & 0x7fffffffu) > PLUS_INF || bits == MINUS_INF {
+        return 0u;
+    }
+    if bits == 0x80000000u {
+        return 0x80000000u;
+    }
+    return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
+}
+
 // Eight consecutive values.
 struct Eight {
     a: vec4<f32>,

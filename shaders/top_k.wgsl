@@ -30,17 +30,6 @@ var<workgroup> equal: array<u32, 256>;
 var<workgroup> above_sums: array<u32, 16>;
 var<workgroup> equal_sums: array<u32, 16>;
 
-// Order-preserving image; 0 for NaN and -infinity, which are never chosen.
-fn image(bits: u32) -> u32 {
-    if (bits & 0x7fffffffu) > PLUS_INF || bits == MINUS_INF {
-        return 0u;
-    }
-    if bits == 0x80000000u {
-        return 0x80000000u;
-    }
-    return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
-}
-
 // What score `i` of a row belongs to.
 fn number(row: u32, i: u32) -> u32 {
     if p.among > 0u {

@@ -22,17 +22,6 @@ var<workgroup> counts: array<u32, LANES>;
 var<workgroup> sums: array<f32, LANES>;
 var<workgroup> floors: array<u32, 256>;
 
-// Order-preserving image; 0 for NaN and -infinity, which are never chosen.
-fn image(bits: u32) -> u32 {
-    if (bits & 0x7fffffffu) > PLUS_INF || bits == MINUS_INF {
-        return 0u;
-    }
-    if bits == 0x80000000u {
-        return 0x80000000u;
-    }
-    return select(bits | 0x80000000u, ~bits, (bits & 0x80000000u) != 0u);
-}
-
 // The sum over all lanes, the same bits in each of them.
 fn all_counts(mine: u32, lane: u32) -> u32 {
     workgroupBarrier();

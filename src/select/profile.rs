@@ -199,10 +199,13 @@ impl MethodSpec {
                 let every = Refresh::Every { every: 1, phase: 0 };
                 query_chosen(self.leading_dims(head_dim), DimMetric::PairQk, 8, every, false)
             }
-            Variant::Sparq => {
-                let every = Refresh::Every { every: 1, phase: 0 };
-                query_chosen(half, DimMetric::AbsQ, 1, every, false)
-            }
+            Variant::Sparq => Scorer::Dims {
+                dims: self.dims.unwrap_or(half),
+                metric: DimMetric::AbsQ,
+                unit: 1,
+                refresh: Refresh::Every { every: 1, phase: 0 },
+                slice: false,
+            },
             Variant::DoubleSparsity => Scorer::Static { dims: self.dims.unwrap_or(half) },
             Variant::Loki => Scorer::Components { dims: leading },
             Variant::Random => Scorer::Random { seed: 0 },

@@ -4,7 +4,7 @@ use super::score::{check_heads, check_scores};
 use super::{Among, Seqs, apart, ensure, holds, is, key_stats_len};
 use crate::backend::{DType, Result, Tensor};
 
-/// SparQ's mean-value correction (arXiv 2312.04985, section 3.2): what the tokens that are not on a list would have
+/// SparQ's mean-value correction (arXiv 2312.04985): what the tokens that are not on a list would have
 /// added is replaced by their estimated share of the attention times the mean of all values. Per query head, with
 /// the estimated logits `s` of all tokens:
 ///

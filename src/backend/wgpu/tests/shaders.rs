@@ -24,6 +24,7 @@ fn kernels() -> Vec<&'static Kernel> {
         &POOL_PARTIALS,
         &POOL_SCORES,
         &SCORE_ROWS,
+        &SCORE_TILES,
         &SCORE_SUMMARIES,
         &POOL_BLOCKS_TOTALS,
         &POOL_BLOCKS,
