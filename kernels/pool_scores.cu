@@ -1,9 +1,9 @@
 // pool_scores: pools per-query-head logits over a GQA group (or all heads) after a softmax per head, in the log
-// domain: MaxSoftmax: out_j = max_h (s_{h,j} - lse_h), MeanSoftmax and AllSoftmax:
-// out_j = log sum_h exp(s_{h,j} - lse_h).
+// domain: MaxSoftmax and AnySoftmax: out_j = max_h (s_{h,j} - lse_h), MeanSoftmax and AllSoftmax:
+// out_j = log sum_h exp(s_{h,j} - lse_h); or as they are: MaxLogit: max_h s_{h,j}, SumLogit: sum_h s_{h,j}.
 //
-// Plan: two kernels. `pool_lse`: one CTA per (head, sequence) takes the row's log-sum-exp; `pool_scores`: grid
-// (token blocks, output rows, sequences) pools. Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
+// Plan: two kernels. `pool_lse`: one CTA per (head, sequence) takes the row's log-sum-exp (softmax modes only);
+// `pool_scores`: grid (token blocks, output rows, sequences) pools. Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
 #include "lse.cuh"
 #include "paged.cuh"
 
@@ -29,6 +29,15 @@ extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const flo
     float* dst = out + ((u64)blockIdx.z * rows + row) * stride;
     for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {
         float top = NEG_INF, sum = 0.0f;
+        if (!lse) {
+            for (u32 h = 0; h < g; h++) {
+                float s = scores[(first + h) * stride + j];
+                top = fmaxf(top, s);
+                sum += s;
+            }
+            dst[j] = sums ? sum : top;
+            continue;
+        }
         for (u32 h = 0; h < g; h++) top = fmaxf(top, scores[(first + h) * stride + j] - lse[first + h]);
         if (sums && top != NEG_INF) {
             for (u32 h = 0; h < g; h++)

@@ -123,13 +123,18 @@ template <class A, class T> DEVICE void tiles_generic(const ScoreTilesArgs& a) {
     for (u32 kvh = job.head_first; kvh < job.head_end; kvh++) {
         u32 row = a.pool.row(job.seq, kvh, there ? key : job.key0);
         for (u32 v0 = 0; v0 < job.vectors; v0 += VECTORS) {
-            u32 n = min(VECTORS, job.vectors - v0);
             __syncthreads();
-            for (u32 i = threadIdx.x; i < n * d; i += blockDim.x)
-                q[i] = to_f32(((const A*)a.q)[job.item(a, kvh, v0 + i / d) * d + i % d]) * a.scale;
-            if (threadIdx.x < n) {
-                shift[threadIdx.x] = a.lse[job.item(a, kvh, v0 + threadIdx.x)];
-                last[threadIdx.x] = job.position(v0 + threadIdx.x);
+            // Vectors that are not there are zero and give nothing.
+            for (u32 i = threadIdx.x; i < VECTORS * d; i += blockDim.x) {
+                u32 v = v0 + i / d;
+                bool ok = v < job.vectors;
+                q[i] = ok ? to_f32(((const A*)a.q)[job.item(a, kvh, v) * d + i % d]) * a.scale : 0.0f;
+            }
+            if (threadIdx.x < VECTORS) {
+                u32 v = v0 + threadIdx.x;
+                bool ok = v < job.vectors;
+                shift[threadIdx.x] = ok ? a.lse[job.item(a, kvh, v)] : POS_INF;
+                last[threadIdx.x] = ok ? job.position(v) : 0;
             }
             __syncthreads();
             float s[VECTORS] = {};
@@ -137,15 +142,13 @@ template <class A, class T> DEVICE void tiles_generic(const ScoreTilesArgs& a) {
                 float x[8];
                 read8((const T*)a.pool.k + a.pool.k_at(row, c), x);
 #pragma unroll
-                for (int v = 0; v < VECTORS; v++) {
-                    if (v >= n) break;
+                for (int v = 0; v < VECTORS; v++)
 #pragma unroll
                     for (int i = 0; i < 8; i++) s[v] = fmaf(q[v * d + c + i], x[i], s[v]);
-                }
             }
 #pragma unroll
             for (int v = 0; v < VECTORS; v++)
-                if (v < n && key <= last[v]) sum += expf(s[v] - shift[v]);
+                if (key <= last[v]) sum += expf(s[v] - shift[v]);
         }
     }
     if (there) job.out(a)[threadIdx.x] = sum;

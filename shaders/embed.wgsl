@@ -1,4 +1,4 @@
-// out[r, :] = table[tokens[r], :]; the dispatch sees rows first..first+count of the table.
+// out[r, :] = scale * table[tokens[r], :]; the dispatch sees rows first..first+count of the table.
 
 struct Params {
     rows: u32,
@@ -6,6 +6,7 @@ struct Params {
     vocab: u32,
     first: u32,
     count: u32,
+    scale: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -32,5 +33,5 @@ fn main(
         return;
     }
     let i = (token - p.first) * p.cols + e % p.cols;
-    out[e] = element(table[word_of(i)], i);
+    out[e] = element(table[word_of(i)], i) * p.scale;
 }

@@ -1,10 +1,12 @@
-// Pools per-query-head logits over a GQA group after a softmax per head, in the log domain. `partials` leaves
-// (largest, sum of exponentials) of every chunk of CHUNK tokens in `parts`; `pool` joins them and writes.
+// Pools per-query-head logits over a GQA group, after a softmax per head in the log domain or as they are. `partials`
+// leaves (largest, sum of exponentials) of every chunk of CHUNK tokens in `parts`; `pool` joins them and writes.
 
 // Query heads of an output row.
 override GROUP: u32 = 1u;
-// Sum of the probabilities instead of the largest.
-override MEAN: bool = false;
+// The sum of the heads instead of the largest.
+override SUM: bool = false;
+// Of probabilities instead of logits.
+override SOFTMAX: bool = true;
 
 // Tokens of one partial log-sum-exp.
 const CHUNK: u32 = 4096u;
@@ -76,7 +78,7 @@ fn pool(
     let head0 = group.z * p.heads + group.y * GROUP;
     for (var h = lane; h < GROUP; h += 64u) {
         var part = vec2<f32>(LOWEST, 0.0);
-        for (var c = 0u; c * CHUNK < count; c += 1u) {
+        for (var c = 0u; SOFTMAX && c * CHUNK < count; c += 1u) {
             part = join(part, parts[(head0 + h) * p.chunks + c]);
         }
         // A head whose scores are all -infinity leaves them as they are.
@@ -85,11 +87,22 @@ fn pool(
     workgroupBarrier();
     let base = (group.z * p.rows + group.y) * p.stride;
     for (var t = group.x * 64u + lane; t < count; t += groups.x * 64u) {
+        if SUM && !SOFTMAX {
+            var sum = 0.0;
+            var all = true;
+            for (var h = 0u; h < GROUP; h += 1u) {
+                let s = scores[(head0 + h) * p.stride + t];
+                all = all && s > LOWEST;
+                sum += select(0.0, s, s > LOWEST);
+            }
+            out[base + t] = select(MINUS_INF, bitcast<u32>(sum), all);
+            continue;
+        }
         var largest = LOWEST;
         for (var h = 0u; h < GROUP; h += 1u) {
             largest = max(largest, scores[(head0 + h) * p.stride + t] - head_lse[h]);
         }
-        if MEAN && largest > LOWEST {
+        if SUM && largest > LOWEST {
             var sum = 0.0;
             for (var h = 0u; h < GROUP; h += 1u) {
                 sum += exp(scores[(head0 + h) * p.stride + t] - head_lse[h] - largest);

@@ -69,6 +69,30 @@ fn anchors_everywhere_are_the_oracle() {
     }
 }
 
+/// With every layer an anchor, the scorer of the anchors is that of the method that it comes from.
+#[test]
+fn anchors_score_as_other_methods_do() {
+    let model = Model::deep(LAYERS);
+    for dev in backends() {
+        for (scorer, other) in [
+            ("sorted", "sparcas:pool=mean-softmax:sinks=0:recent=1:dims=8"),
+            ("int8", "sparcas-int8:pool=mean-softmax:sinks=0:recent=1:dims=8"),
+            ("dims", "sparq:pool=mean-softmax:sinks=0:recent=1:dims=8:correct=false"),
+            ("blocks", "quest:sinks=0:recent=1"),
+        ] {
+            let run_of = |anchors: usize| {
+                let spec = format!("kascade:anchors={anchors}:budget=48:scorer={scorer}");
+                run(&mut engine(&model, &dev, &spec), None)
+            };
+            let other = format!("{other}:budget=48:dense-layers=1:dense-below=0");
+            let want = run(&mut engine(&model, &dev, &other), None);
+            assert_eq!(run_of(LAYERS), want, "{scorer} on {}", dev.name());
+            let few = nmse(&run_of(2), &want);
+            assert!(few > 1e-4, "{scorer} on {}: reuse changes nothing", dev.name());
+        }
+    }
+}
+
 /// A layer that is handed every token chooses for itself, whatever the order in which it is handed the lists.
 #[test]
 fn refining_all_tokens_is_choosing() {

@@ -8,7 +8,7 @@ use common::tiny::Tiny;
 use longsight::backend::HeadPool;
 use longsight::engine::{AuditConfig, Engine, SeqId, WantLogits};
 use longsight::model::{Arch, LayerAudit, LayerWeight, Weight};
-use longsight::select::{MethodSpec, Variant};
+use longsight::select::{Anchors, MethodSpec, Variant};
 
 const EVERY_STEP: Option<AuditConfig> = Some(AuditConfig { every: 1, layers: 0 });
 
@@ -162,4 +162,86 @@ fn all_but_one_token_is_almost_dense() {
         let (far, _) = nmse(n / 4);
         assert!(far > 100.0 * off, "{}: {far} {off}", dev.name());
     }
+}
+
+/// What the probe finds on the host (lists, exact attention of every token) is what the audit finds on the device, for
+/// methods with lists per KV head, of dimensions, of blocks, from another layer, and for all heads.
+#[test]
+fn probed_selections_hold_the_audited_mass() {
+    let model = Model::deep(4);
+    let tokens = prompt(2, 181);
+    let group = 2;
+    for dev in backends() {
+        for variant in [
+            Variant::Window,
+            Variant::Oracle,
+            Variant::SparcasPaper,
+            Variant::SparcasGroups,
+            Variant::Infllm2,
+            Variant::Kascade,
+            Variant::KascadePooled,
+            Variant::Refined,
+        ] {
+            let anchors =
+                matches!(variant, Variant::Kascade | Variant::KascadePooled | Variant::Refined);
+            let spec = MethodSpec {
+                anchors: anchors.then(|| "0+2".parse::<Anchors>().unwrap()),
+                ..spec_of(variant)
+            };
+            let name = format!("{} {}", dev.name(), spec.name());
+            let mut engine = model.builder(&dev, &spec).audit(EVERY_STEP).build().unwrap();
+            // Slot 0 holds another sequence.
+            engine.open_sequence().unwrap();
+            let seq = read(&mut engine, &tokens[..178]);
+            engine.set_probe(true);
+            for (i, &token) in tokens[178..].iter().enumerate() {
+                engine.decode(seq, token).unwrap();
+                let (audits, probes) = (engine.take_audits(), engine.take_probes());
+                assert!(!probes.is_empty(), "{name}");
+                assert_eq!(
+                    audits.iter().map(|a| a.layer).collect::<Vec<_>>(),
+                    probes.iter().map(|p| p.layer).collect::<Vec<_>>(),
+                    "{name}"
+                );
+                for (a, p) in audits.iter().zip(&probes) {
+                    assert_eq!((p.selected.len(), p.attention.len(), p.dims.len()), (2, 2, 2));
+                    for h in 0..2 {
+                        let all = &p.attention[h];
+                        assert_eq!(all.len(), 179 + i, "{name}");
+                        let sum = |x: &mut dyn Iterator<Item = f32>| x.map(f64::from).sum::<f64>();
+                        assert!((sum(&mut all.iter().copied()) - 1.0).abs() < 1e-4, "{name}");
+                        let selected = &p.selected[h];
+                        assert!(selected.is_sorted_by(|a, b| a < b), "{name}");
+                        assert!(!selected.is_empty() && selected.len() < all.len(), "{name}");
+                        let mass = sum(&mut selected.iter().map(|&t| all[t as usize]));
+                        let heads = a.recall[h * group..(h + 1) * group].iter().copied();
+                        let audited = sum(&mut heads.into_iter()) / group as f64;
+                        assert!((mass - audited).abs() < 1e-4, "{name}: {mass} {audited}");
+                        let dims = if variant == Variant::SparcasPaper
+                            || variant == Variant::SparcasGroups
+                        {
+                            8
+                        } else {
+                            0
+                        };
+                        assert_eq!(p.dims[h].len(), dims, "{name}");
+                    }
+                }
+            }
+            engine.set_probe(false);
+            engine.decode(seq, 1).unwrap();
+            assert!(engine.take_probes().is_empty());
+        }
+    }
+}
+
+/// Sparse on texts of 180 tokens, with the options that the method reads.
+fn spec_of(variant: Variant) -> MethodSpec {
+    let spec = sparse(variant, if variant == Variant::Infllm2 { 128 } else { 64 });
+    let spec = if variant == Variant::Kascade || variant == Variant::KascadePooled {
+        MethodSpec { percent: Some(30.0), budget_min: Some(48), budget: None, ..spec }
+    } else {
+        spec
+    };
+    spec.with_read_options_only()
 }

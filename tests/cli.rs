@@ -51,6 +51,7 @@ fn devices_are_listed() {
     let table = home.run(&["devices", "--no-measure"]);
     assert_eq!(table.code, Some(0));
     assert!(table.out.contains("cpu") && table.out.contains("cuda"), "{}", table.out);
+    assert!(!table.out.contains("cuda: cuda:") && !table.out.contains(": cuda:"), "{}", table.out);
 }
 
 #[test]
@@ -202,6 +203,8 @@ fn options_that_would_change_nothing_are_refused() {
         home.refused(&run_on(&model, &[more, &["hi"]].concat()), names);
     }
     home.refused(&["chat", "-m", &model, "--json"], &["--json"]);
+    let help = home.run(&["chat", "--help"]).out;
+    assert!(help.contains("/quit") && help.contains("Ctrl-D"), "{help}");
     home.refused(&["plan", "-m", &model, "--device", "cpu"], &["--device"]);
     home.refused(&["plan", "-m", &model, "--chunk", "8"], &["--chunk"]);
     let prose = home.file("prose.txt", b"The mill stood by the river.");
@@ -269,7 +272,7 @@ fn bad_model_files_are_refused() {
 fn bad_options_are_refused() {
     let home = Home::new();
     let model = home.model();
-    let cases: [(&[&str], &[&str]); 9] = [
+    let cases: [(&[&str], &[&str]); 12] = [
         (&["hi", "--method", "bogus"], &["bogus", "sparcas"]),
         (&["hi", "--dtype", "f8"], &["f8", "bf16"]),
         (&["hi", "--dense-layers", "0", "--dims", "12"], &["12", "--dims"]),
@@ -277,13 +280,19 @@ fn bad_options_are_refused() {
         (&["hi", "--dense-layers", "0", "--budget", "8"], &["budget of 8"]),
         (&["hi", "--ctx", "513"], &["513", "512", "--ctx"]),
         (&["hi", "--ctx", "0"], &["0 tokens", "--ctx"]),
-        (&["hi", "--chunk", "0"], &["one token"]),
+        (&["hi", "--chunk", "0"], &["--chunk", "from 1 on"]),
+        (&["hi", "--temp", "-1"], &["-1", "--temp", "0.7"]),
+        (&["hi", "--top-p", "-1"], &["top_p is -1", "0 to 1"]),
+        (&["--ask", "Which?"], &["--ask", "-f FILE"]),
         (&["hi", "--plan", "/no/such/plan.json"], &["/no/such/plan.json"]),
     ];
     for (more, names) in cases {
         home.refused(&run_on(&model, more), names);
     }
     home.refused(&["plan", "-m", &model, "--save", "/proc/nope/x"], &["/proc/nope/x"]);
+    for ctx in ["0", "513"] {
+        home.refused(&["plan", "-m", &model, "--ctx", ctx], &[ctx, "1 to 512", "--ctx"]);
+    }
     let folder = text(home.0.path());
     home.refused(&["plan", "-m", &model, "--save", &folder], &[&folder]);
     let wrong = home.file("wrong.json", b"{\"layers\": 3}");

@@ -91,7 +91,7 @@ fn runs_over_three_refresh_intervals_repeat_token_for_token() {
 
 #[test]
 fn a_budget_of_the_whole_text_gives_the_tokens_of_dense() {
-    let model = Model::new();
+    let model = Model::deep(3);
     let p = prompt(3, 150);
     for dev in backends() {
         let want = answer(&mut model.engine(&dev, &dense()), &p, 16);
@@ -109,7 +109,7 @@ fn a_budget_of_the_whole_text_gives_the_tokens_of_dense() {
 
 #[test]
 fn a_fork_decodes_like_its_origin() {
-    let model = Model::new();
+    let model = Model::deep(3);
     for dev in backends() {
         for m in METHODS {
             let mut engine = model.engine(&dev, &sparse(m.variant, 80));
@@ -135,7 +135,10 @@ fn a_fork_within_a_refresh_interval_continues_with_the_same_bits() {
     let recommended =
         MethodSpec { beta: Some(0.5), ..every(sparse(Variant::SparcasRecommended, 80)) };
     for dev in backends() {
-        for spec in [every(paper.clone()), recommended.clone(), every(groups.clone())] {
+        let measured = [Variant::DoubleSparsity, Variant::Loki, Variant::Sparq];
+        let others = measured.map(|v| sparse(v, 80));
+        let chosen = [every(paper.clone()), recommended.clone(), every(groups.clone())];
+        for spec in chosen.into_iter().chain(others) {
             let mut engine = model.engine(&dev, &spec);
             // The fork gets a slot that holds what another sequence left there.
             let [first, origin] = [1, 2].map(|_| engine.open_sequence().unwrap());
@@ -167,6 +170,11 @@ fn requests_run_together_answer_as_one_by_one() {
             Variant::Refined,
             Variant::Quest,
             Variant::Sparda,
+            Variant::Random,
+            Variant::Sparq,
+            Variant::DoubleSparsity,
+            Variant::Loki,
+            Variant::Lessismore,
         ] {
             // The short text stays dense beside the sparse ones.
             let spec = sparse(variant, 69);
@@ -191,6 +199,9 @@ fn chunk_sizes_give_the_same_tokens() {
             Variant::Arkvale,
             Variant::Infllm2,
             Variant::Sparda,
+            Variant::Sparq,
+            Variant::DoubleSparsity,
+            Variant::Loki,
         ] {
             let run = |chunk| {
                 let spec = sparse(variant, 80);
@@ -251,11 +262,23 @@ fn the_order_of_keys_leaves_the_logits_alone() {
 #[test]
 fn a_plan_whose_summaries_are_not_kept_is_refused() {
     let model = Model::new();
-    let variants =
-        [Variant::SparcasInt8, Variant::SparcasRecommended, Variant::Sparcas, Variant::Quest];
+    let variants = [
+        Variant::SparcasInt8,
+        Variant::SparcasRecommended,
+        Variant::Sparcas,
+        Variant::Quest,
+        Variant::Sparq,
+        Variant::Loki,
+    ];
     let specs = variants.map(|v| sparse(v, 80));
-    let needed =
-        ["the int8 key copy", "key statistics", "energy-sorted keys", "summaries of the keys"];
+    let needed = [
+        "the int8 key copy",
+        "key statistics",
+        "energy-sorted keys",
+        "summaries of the keys",
+        "the sums of the values",
+        "a profile of this model's keys",
+    ];
     for dev in backends() {
         // Dense needs no order, so none is measured; the second engine's order was the caller's choice.
         let mut without = model.builder(&dev, &dense()).calibrate(true).build().unwrap();
@@ -283,7 +306,9 @@ fn a_kept_sequence_is_reused_and_answers_the_same() {
     let longer = [start.clone(), prompt(12, 20)].concat();
     let request = |tokens: &[u32]| Request::tokens(tokens.to_vec()).max_tokens(8);
     for dev in backends() {
-        for variant in [Variant::Dense, Variant::Sparcas, Variant::Quest, Variant::Infllm2] {
+        let measured = [Variant::DoubleSparsity, Variant::Loki];
+        let others = [Variant::Dense, Variant::Sparcas, Variant::Quest, Variant::Infllm2];
+        for variant in others.into_iter().chain(measured) {
             let spec = sparse(variant, 80);
             let (want, fresh) = generate(&mut model.engine(&dev, &spec), request(&longer));
             assert_eq!(fresh.reused_tokens, 0);

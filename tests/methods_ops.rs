@@ -1,8 +1,7 @@
 //! What a sparse method must satisfy, op by op, on every backend under test: the cpu, and those that
 //! `LONGSIGHT_REQUIRE` lists. Repeated runs of a whole model are in `methods_engine.rs`.
 //!
-//! Not here: the mean-value correction (SparQ's), which with a share of 1 would change nothing. It is not
-//! implemented.
+//! The lists of single methods are compared with formulas in `methods_blocks.rs` and `methods_neighbours.rs`.
 
 mod common;
 

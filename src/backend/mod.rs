@@ -101,6 +101,16 @@ pub trait Backend: Send + Sync {
         self.sync()?;
         Ok(t.elapsed().as_secs_f64() * 1e3)
     }
+    /// Runs `f`, which records ops in a way that repeats from call to call: a backend may list what they launch and
+    /// replay the list as one. Where `f` answers false, nothing of it need run. By default `f` just runs.
+    fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
+        f();
+        Ok(())
+    }
+    /// How many calls of [`Backend::replayable`] were replayed so far.
+    fn replayed(&self) -> u64 {
+        0
+    }
     /// How many splits of the KV range `attend_dense` (decode) or `attend_rows` should use so that
     /// `groups` independent (sequence, KV head) pairs over `tokens` keys each fill the device.
     fn splits(&self, groups: usize, tokens: usize) -> usize {
@@ -137,6 +147,8 @@ pub trait Backend: Send + Sync {
     fn select_dims(&self, p: &SelectDims<'_>) -> Result<()>;
     /// Rewrites changed columns of the compact slice; see [`RebuildSlice`].
     fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()>;
+    /// Queries and keys on directions of their own; see [`Project`].
+    fn project(&self, p: &Project<'_>) -> Result<()>;
 
     /// Partial logits on few key dimensions; see [`ScoreDims`].
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
@@ -144,10 +156,12 @@ pub trait Backend: Send + Sync {
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()>;
     /// Probabilities of keys, summed over a tile of rows; see [`ScoreTiles`].
     fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()>;
-    /// Pools per-query-head logits over a GQA group after a softmax; see [`PoolScores`].
+    /// Pools per-query-head logits over a GQA group; see [`PoolScores`].
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
     /// Forces sink and recent tokens into the selection; see [`Force`].
     fn force(&self, p: &Force<'_>) -> Result<()>;
+    /// Drops the scores that a budget leaves out; see [`TrimScores`].
+    fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()>;
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
 
@@ -164,6 +178,8 @@ pub trait Backend: Send + Sync {
     fn attend_rows(&self, p: &AttendRows<'_>) -> Result<()>;
     /// Merges split results by log-sum-exp; see [`Merge`].
     fn merge(&self, p: &Merge<'_>) -> Result<()>;
+    /// The mean value in place of the tokens that were left out; see [`MeanValue`].
+    fn mean_value(&self, p: &MeanValue<'_>) -> Result<()>;
 }
 
 /// Arguments of [`Backend::copy`] fit together: same dtype and length, no overlap.

@@ -17,7 +17,6 @@ mod run;
 mod similarity;
 pub(crate) mod state;
 mod statistics;
-pub(crate) mod tensor_file;
 mod text;
 pub(crate) mod traced;
 

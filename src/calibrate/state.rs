@@ -2,9 +2,9 @@
 
 use super::similarity::len;
 use super::statistics::{Objective, Statistics};
-use super::tensor_file::TensorFile;
 use super::{CalibrateError, Settings};
 use crate::model::weights::hex;
+use crate::tensor_file::TensorFile;
 use sha2::{Digest, Sha256};
 use std::path::Path;
 

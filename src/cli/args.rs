@@ -1,10 +1,10 @@
 //! Options shared by commands.
 
 use super::ui;
-use crate::backend::{DType, DimMetric, HeadPool};
+use crate::backend::DType;
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
 use crate::model::{Checkpoint, Tokenizer, resolve};
-use crate::select::{Anchors, METHODS, MethodSpec, Plan, Variant, parse_name};
+use crate::select::{Plan, Variant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::io::Read;
@@ -39,12 +39,23 @@ pub struct ModelArgs {
     #[arg(short, long, default_value = "auto")]
     pub device: String,
     /// Prompt tokens per step
-    #[arg(long, value_name = "TOKENS", default_value_t = 512)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
     pub chunk: usize,
     /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
     /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]
     pub forecast: Option<PathBuf>,
+}
+
+/// A number from 1 on.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "give a whole number from 1 on".into())
+}
+
+/// A temperature.
+fn temperature(text: &str) -> Result<f32, String> {
+    let t = text.parse().ok().filter(|t: &f32| t.is_finite() && *t >= 0.0);
+    t.ok_or_else(|| "give 0 (the most likely token) or a number above it, such as 0.7".into())
 }
 
 impl SizeArgs {
@@ -104,170 +115,6 @@ impl ModelArgs {
     }
 }
 
-fn method_help() -> String {
-    let lines: Vec<_> = METHODS.iter().map(|m| format!("  {:<20} {}", m.name, m.about)).collect();
-    format!("Which tokens each decode step attends to:\n{}", lines.join("\n"))
-}
-
-/// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 16] = [
-    "method",
-    "budget",
-    "dims",
-    "update",
-    "metric",
-    "beta",
-    "unit",
-    "pool",
-    "sinks",
-    "recent",
-    "dense_layers",
-    "dense_below",
-    "percent",
-    "budget_min",
-    "anchors",
-    "candidates",
-];
-
-/// Which tokens are attended to.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct MethodArgs {
-    /// Method; --help lists them
-    #[arg(long, default_value = "sparcas", long_help = method_help())]
-    pub method: MethodSpec,
-    /// A plan file instead of --method and its options (see `longsight plan --save`)
-    #[arg(long, value_name = "FILE", conflicts_with_all = PLANNED)]
-    pub plan: Option<PathBuf>,
-    #[command(flatten)]
-    pub options: MethodOptions,
-}
-
-/// Options on top of a method's defaults.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct MethodOptions {
-    /// Tokens attended to per KV head [default: context / 32, 512 to 2048]
-    #[arg(long, value_name = "TOKENS")]
-    pub budget: Option<usize>,
-    /// Key dimensions scored [default: a quarter of the head dimension; 32 for the query-chosen profiles]
-    #[arg(long, value_name = "DIMS")]
-    pub dims: Option<usize>,
-    /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
-    #[arg(long, value_name = "STEPS")]
-    pub update: Option<u32>,
-    /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
-    #[arg(long, value_parser = parse_name::<DimMetric>, value_name = "METRIC")]
-    pub metric: Option<DimMetric>,
-    #[command(flatten)]
-    pub others: OtherOptions,
-}
-
-/// Options of which `longsight eval`, too, takes one value each.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct OtherOptions {
-    /// Choose dimensions anew when coverage falls below this share of a fresh choice
-    #[arg(long, value_name = "SHARE")]
-    pub beta: Option<f32>,
-    /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
-    #[arg(long, value_name = "DIMS")]
-    pub unit: Option<usize>,
-    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, all-softmax, none
-    #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
-    pub pool: Option<HeadPool>,
-    /// First tokens that are always attended to
-    #[arg(long, value_name = "TOKENS")]
-    pub sinks: Option<usize>,
-    /// Last tokens that are always attended to
-    #[arg(long, value_name = "TOKENS")]
-    pub recent: Option<usize>,
-    /// Leading layers that stay dense [default: 2]
-    #[arg(long, value_name = "LAYERS")]
-    pub dense_layers: Option<usize>,
-    /// Stay dense up to this many tokens [default: 2048; sparcas-paper: 0]
-    #[arg(long, value_name = "TOKENS")]
-    pub dense_below: Option<usize>,
-    /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
-    #[arg(long, value_name = "PERCENT")]
-    pub percent: Option<f32>,
-    /// Least tokens of such a share [default: 128]
-    #[arg(long, value_name = "TOKENS")]
-    pub budget_min: Option<usize>,
-    /// Layers whose choice the layers after them reuse: how many, or which (0+2+8) [default: one in seven]
-    #[arg(long, value_name = "LAYERS")]
-    pub anchors: Option<Anchors>,
-    /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
-    #[arg(long, value_name = "TOKENS")]
-    pub candidates: Option<usize>,
-}
-
-/// Refuses an option that none of the methods, called `names`, reads.
-pub fn read_by_one(option: &str, methods: &[MethodSpec], names: &[&str]) -> Result<()> {
-    if methods.iter().any(|m| m.variant.takes(option)) {
-        return Ok(());
-    }
-    bail!("--{option} changes nothing in {}; leave it out", names.join(", "))
-}
-
-impl MethodOptions {
-    /// The methods with these options on top, each with those that it reads.
-    ///
-    /// # Errors
-    /// An option that none of the methods reads.
-    pub fn apply(&self, methods: &[MethodSpec]) -> Result<Vec<MethodSpec>> {
-        let given = self.on(Variant::Dense.into());
-        for option in given.given() {
-            let names: Vec<_> = methods.iter().map(MethodSpec::name).collect();
-            read_by_one(option, methods, &names)?;
-        }
-        Ok(methods.iter().map(|m| self.on(m.clone()).with_read_options_only()).collect())
-    }
-
-    /// `spec` with all of these options on top.
-    fn on(&self, mut spec: MethodSpec) -> MethodSpec {
-        let o = &self.others;
-        spec.budget = self.budget.or(spec.budget);
-        spec.dims = self.dims.or(spec.dims);
-        spec.update = self.update.or(spec.update);
-        spec.metric = self.metric.or(spec.metric);
-        spec.beta = o.beta.or(spec.beta);
-        spec.unit = o.unit.or(spec.unit);
-        spec.pool = o.pool.or(spec.pool);
-        spec.sinks = o.sinks.or(spec.sinks);
-        spec.recent = o.recent.or(spec.recent);
-        spec.dense_layers = o.dense_layers.or(spec.dense_layers);
-        spec.dense_below = o.dense_below.or(spec.dense_below);
-        spec.percent = o.percent.or(spec.percent);
-        spec.budget_min = o.budget_min.or(spec.budget_min);
-        spec.anchors = o.anchors.clone().or(spec.anchors);
-        spec.candidates = o.candidates.or(spec.candidates);
-        spec
-    }
-}
-
-impl MethodArgs {
-    /// The method with its options.
-    ///
-    /// # Errors
-    /// An option that the method does not read.
-    pub fn spec(&self) -> Result<MethodSpec> {
-        let specs = self.options.apply(std::slice::from_ref(&self.method))?;
-        Ok(specs.into_iter().next().unwrap_or_default())
-    }
-
-    /// Sets the method on a builder.
-    ///
-    /// # Errors
-    /// A plan file that cannot be read, or an option that the method does not read.
-    pub fn apply<'a>(&self, builder: EngineBuilder<'a>) -> Result<EngineBuilder<'a>> {
-        Ok(match &self.plan {
-            Some(path) => builder.plan(read_plan(path)?),
-            None => builder.method(self.spec()?),
-        })
-    }
-}
-
 /// Reads a plan file.
 ///
 /// # Errors
@@ -312,16 +159,16 @@ pub struct AnswerArgs {
     #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS")]
     pub max_tokens: usize,
     /// Temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
     pub temp: f32,
     /// Draw from the K most likely tokens; 0 = all
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: usize,
     /// Draw from the fewest tokens that hold this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the most likely one
-    #[arg(long, default_value_t = 0.0, value_name = "P")]
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
     pub min_p: f32,
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]

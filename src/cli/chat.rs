@@ -1,7 +1,8 @@
 //! `longsight chat`: a conversation on the terminal.
 
-use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::Interrupt;
+use super::method_args::MethodArgs;
 use super::run::{answer, statistics};
 use super::ui;
 use crate::engine::{EngineError, Prompt, Request};
@@ -11,7 +12,11 @@ use clap::Args;
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
+/// What a line can say beside a message.
+const COMMANDS: &str = "Ctrl-C stops an answer; Ctrl-D, /quit or /exit leaves; /new starts over; /help says this again.";
+
 #[derive(Args)]
+#[command(after_help = COMMANDS)]
 pub struct ChatArgs {
     /// First message of the system, instead of the template's own
     #[arg(long, value_name = "TEXT")]
@@ -36,7 +41,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         a.system.iter().map(|s| Message::new("system", s.clone())).collect();
     let terminal = std::io::stdin().is_terminal();
     if terminal {
-        ui::note("Ctrl-C stops an answer, Ctrl-D (or /quit) ends, /new starts over.");
+        ui::note(COMMANDS);
     }
     let mut lines = std::io::stdin().lock().lines();
     loop {
@@ -48,7 +53,11 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         let line = line?;
         match line.trim() {
             "" => continue,
-            "/quit" => break,
+            "/quit" | "/exit" => break,
+            "/help" => {
+                ui::note(COMMANDS);
+                continue;
+            }
             "/new" => {
                 messages.retain(|m| m.role == "system");
                 continue;

@@ -2,7 +2,7 @@
 
 use super::args::Format;
 use super::ui;
-use crate::backend::{Backend, Capabilities, open_all};
+use crate::backend::{Backend, BackendError, Capabilities, open_all};
 use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
@@ -31,10 +31,10 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
                 rows.push(row);
             }
             Err(e) if a.format == Format::Table => {
-                ui::print(&format!("{name:<5} not usable: {e}\n"))?;
+                ui::print(&format!("{name:<5} not usable: {}\n", reason(e)))?;
             }
             Err(e) => {
-                rows.push(serde_json::json!({ "backend": name, "unavailable": e.to_string() }));
+                rows.push(serde_json::json!({ "backend": name, "unavailable": reason(e) }));
             }
         }
     }
@@ -52,6 +52,14 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
         ui::print(&(serde_json::to_string_pretty(&rows)? + "\n"))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Why a backend cannot be used, without its name.
+fn reason(e: &BackendError) -> String {
+    match e {
+        BackendError::Unavailable { reason, .. } => reason.clone(),
+        e => e.to_string(),
+    }
 }
 
 /// Adapters and GPUs besides the ones that `wgpu` and `cuda` open.

@@ -20,6 +20,11 @@ pub fn hint(e: &anyhow::Error) -> Option<&'static str> {
             backend(e)
         } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
             Some("--text gives the text, --lengths the tokens of a sample")
+        } else if let Some(SampleError::TooFewTokens { .. }) = cause.downcast_ref() {
+            Some(
+                "--lengths gives the tokens of a sample; --score, --steps, --keys and --needles, where there are \
+                 any, say what has to fit",
+            )
         } else {
             None
         }
@@ -105,6 +110,7 @@ mod tests {
                 .into(),
                 "longsight plan",
             ),
+            (SampleError::TooFewTokens { tokens: 1, least: 2 }.into(), "--lengths"),
             (SampleError::TextTooShort { text: "a.txt".into(), have: 1, need: 2 }.into(), "--text"),
         ];
         for (e, option) in cases {

@@ -6,13 +6,12 @@ mod calibrate;
 mod chat;
 mod devices;
 mod eval;
-mod eval_report;
 mod hint;
 mod interrupt;
+mod method_args;
 mod output;
 mod plan;
 mod plot;
-mod ruler;
 mod run;
 mod sweep;
 mod table;
@@ -34,6 +33,7 @@ Examples:
   longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
   longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
   longsight eval ruler --text a.txt --lengths 4096 --tasks vt,niah_multikey_1 --samples 10
+  longsight eval needle --text a.txt --lengths 1024,2048 -o needle.svg   (eval --help lists eight)
   longsight calibrate --text a.txt --text b.txt --prompts 16 -o kascade.plan.json
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
@@ -60,7 +60,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     /// Train the matrices that predict which blocks the next layer reads (SparDA's Forecast)
     TrainForecast(train_forecast::TrainForecastArgs),
-    /// Measure what sparsity costs: prose, copying, pass keys, RULER-style tasks, every method against dense
+    /// Measure what sparsity costs: prose, copying, needles, long answers, RULER-style tasks, recall of the selection
     Eval(eval::EvalArgs),
 }
 

@@ -1,9 +1,11 @@
 //! `longsight plan`: a method as data.
 
-use super::args::{Format, MethodArgs, SizeArgs, read_file, read_plan};
+use super::args::{Format, SizeArgs, read_file, read_plan};
+use super::method_args::MethodArgs;
 use super::output::OutputFile;
 use super::ui;
-use crate::select::{Budget, LayerPlan, Plan, Query, Role, Scorer, read_head_maps};
+use crate::engine::EngineError;
+use crate::select::{Budget, Follow, LayerPlan, Plan, Query, Role, Scorer, read_head_maps};
 use anyhow::Result;
 use clap::Args;
 use std::path::PathBuf;
@@ -29,7 +31,11 @@ pub struct PlanArgs {
 pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let checkpoint = a.model.checkpoint()?;
     let c = checkpoint.config();
-    let context = a.model.ctx.unwrap_or(c.max_context);
+    let most = c.max_context;
+    let context = a.model.ctx.unwrap_or(most);
+    if context == 0 || context > most {
+        return Err(EngineError::BadContext { context, most }.into());
+    }
     let print = checkpoint.fingerprint();
     let shape = c.plan_shape(&print);
     let plan = match (&a.method.plan, &a.head_maps) {
@@ -82,9 +88,10 @@ fn describe(l: &LayerPlan) -> String {
     match &l.role {
         Role::Dense => "dense".into(),
         Role::Select => format!(
-            "{}; {:?}; {tokens} {forced}; dense up to {until} tokens",
+            "{}; {:?}; {tokens} {forced}{}; dense up to {until} tokens",
             scores(&l.scorer),
-            l.pool
+            l.pool,
+            if l.correct { "; mean value for the rest" } else { "" }
         ),
         Role::DenseAnchor => format!(
             "dense; lists for later layers: {}; {:?}; {tokens} {forced}; from {until} tokens on",
@@ -110,6 +117,22 @@ fn describe(l: &LayerPlan) -> String {
 }
 
 fn tokens(b: &Budget) -> String {
+    match b.follow {
+        Some(Follow::Mass { permille, at_least }) => {
+            return format!(
+                "top tokens up to {} % of their mass (at least {at_least}, at most {})",
+                f64::from(permille) / 10.0,
+                b.tokens
+            );
+        }
+        Some(Follow::Shared { mean, at_least }) => {
+            return format!(
+                "top {mean} on average over the lists of a layer (at least {at_least}, at most {})",
+                b.tokens
+            );
+        }
+        None => {}
+    }
     match b.share {
         None => format!("top {}", b.tokens),
         Some(s) => format!(
@@ -131,6 +154,9 @@ fn scores(scorer: &Scorer) -> String {
                 if *int8 { " in int8" } else { "" }
             )
         }
+        Scorer::Random { seed } => format!("random scores of seed {seed}"),
+        Scorer::Static { dims } => format!("{dims} dimensions chosen offline, compact slice"),
+        Scorer::Components { dims } => format!("{dims} leading principal components, own slice"),
         Scorer::Dims { dims, metric, unit, refresh, slice } => {
             let when = match refresh {
                 crate::backend::Refresh::Every { every: 0, .. } => "chosen once".into(),

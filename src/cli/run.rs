@@ -1,7 +1,8 @@
 //! `longsight run`: one prompt, one answer.
 
-use super::args::{AnswerArgs, MethodArgs, ModelArgs};
+use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
+use super::method_args::MethodArgs;
 use super::ui;
 use crate::engine::{AuditSummary, Engine, Finish, Generation, Request, Stats};
 use crate::model::{Checkpoint, Tokenizer};
@@ -18,7 +19,7 @@ pub struct RunArgs {
     /// A text to read before the prompt
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// A question about the text
+    /// A question about the text of -f (or about the prompt)
     #[arg(long, value_name = "QUESTION")]
     ask: Option<String>,
     /// Continue the text as it is, without the model's chat template
@@ -77,6 +78,11 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
 }
 
 fn prompt_text(a: &RunArgs) -> Result<String> {
+    if a.ask.is_some() && a.file.is_none() && a.prompt.is_none() {
+        bail!(
+            "--ask puts a question about a text: name the text with -f FILE, or give the question without --ask"
+        );
+    }
     let file = a
         .file
         .as_ref()

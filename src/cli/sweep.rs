@@ -1,6 +1,6 @@
 //! Methods of one evaluation: every method under every combination of option values.
 
-use super::args::{MethodOptions, OtherOptions, read_by_one};
+use super::method_args::{MethodOptions, OtherOptions, read_by_one};
 use crate::backend::DimMetric;
 use crate::select::{MethodSpec, parse_name};
 use anyhow::Result;

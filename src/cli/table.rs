@@ -13,24 +13,31 @@ pub fn distinct<T: PartialEq>(values: impl Iterator<Item = T>) -> Vec<T> {
 /// A table whose columns are as wide as their widest cell.
 #[derive(Debug)]
 pub struct Table {
+    title: Option<String>,
     columns: Vec<Column>,
     rows: Vec<Vec<String>>,
 }
 
 #[derive(Debug)]
 struct Column {
-    name: &'static str,
+    name: String,
     right: bool,
 }
 
 impl Table {
     /// Names of columns; those that start with `>` are aligned to the right.
-    pub fn new(names: &[&'static str]) -> Table {
-        let column = |n: &&'static str| match n.strip_prefix('>') {
-            Some(name) => Column { name, right: true },
-            None => Column { name: n, right: false },
+    pub fn new(names: &[&str]) -> Table {
+        let column = |n: &&str| match n.strip_prefix('>') {
+            Some(name) => Column { name: name.into(), right: true },
+            None => Column { name: (*n).into(), right: false },
         };
-        Table { columns: names.iter().map(column).collect(), rows: Vec::new() }
+        Table { title: None, columns: names.iter().map(column).collect(), rows: Vec::new() }
+    }
+
+    /// With a line above.
+    pub fn titled(mut self, title: &str) -> Table {
+        self.title = Some(title.into());
+        self
     }
 
     /// Adds a line; missing cells stay empty.
@@ -49,15 +56,19 @@ impl Table {
                 format!("{text} {} |", cell.replace('|', "\\|"))
             })
         };
-        let names = line(&mut self.columns.iter().map(|c| c.name));
+        let names = line(&mut self.columns.iter().map(|c| c.name.as_str()));
         let rules = line(&mut self.columns.iter().map(|c| if c.right { "---:" } else { "---" }));
         let rows = self.rows.iter().map(|r| line(&mut r.iter().map(String::as_str)));
-        [names, rules].into_iter().chain(rows).map(|l| l + "\n").collect()
+        let title = self.title.iter().map(|t| format!("{t}\n"));
+        title.chain([names, rules]).chain(rows).map(|l| l + "\n").collect()
     }
 }
 
 impl std::fmt::Display for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(title) = &self.title {
+            writeln!(f, "{title}")?;
+        }
         let width = |i: usize| {
             let cells = self.rows.iter().map(|r| r[i].chars().count());
             cells.chain([self.columns[i].name.chars().count()]).max().unwrap_or(0)
@@ -76,7 +87,7 @@ impl std::fmt::Display for Table {
             }
             writeln!(f, "{}", text.trim_end())
         };
-        line(&mut self.columns.iter().map(|c| c.name))?;
+        line(&mut self.columns.iter().map(|c| c.name.as_str()))?;
         let rules: Vec<String> = widths.iter().map(|w| "-".repeat(*w)).collect();
         line(&mut rules.iter().map(String::as_str))?;
         self.rows.iter().try_for_each(|r| line(&mut r.iter().map(String::as_str)))

@@ -1,6 +1,7 @@
 //! Building an engine: model, device, dtypes, method, sizes.
 
 use super::calibrate::{calibrated_order, order_limits, order_source};
+use super::key_profile::Profiling;
 use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, PAGE, open};
 use crate::kv::{KvCache, KvShape, pages_for};
@@ -8,7 +9,7 @@ use crate::model::{
     Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, Forecast, KeyOrder, ModelConfig,
     ModelError, Quant, Tokenizer, Weight, cache_dir, resolve,
 };
-use crate::select::{MethodSpec, Plan, SelectError, SelectorFactory};
+use crate::select::{Given, KeyProfile, MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -50,6 +51,7 @@ pub struct EngineBuilder<'a> {
     forecast: Option<PathBuf>,
     lookahead: bool,
     calibrate: bool,
+    profile: Option<KeyProfile>,
     key_order_dir: Option<PathBuf>,
     audit: Option<AuditConfig>,
     progress: OnProgress<'a>,
@@ -83,6 +85,7 @@ impl Engine {
             forecast: None,
             lookahead: false,
             calibrate: true,
+            profile: None,
             key_order_dir: None,
             audit: None,
             progress: Box::new(|_| ()),
@@ -181,12 +184,18 @@ impl<'a> EngineBuilder<'a> {
         self.lookahead = yes;
         self
     }
-    /// Whether to order keys by energy for methods that want it (default), or keep the checkpoint's order.
+    /// Whether to measure the model for methods that want it (default): the energy of its keys, to order them, and its
+    /// [`KeyProfile`]. Otherwise keys keep the checkpoint's order, and the profile is neutral.
     pub fn calibrate(mut self, yes: bool) -> Self {
         self.calibrate = yes;
         self
     }
-    /// Folder that keeps the measured order of the keys. Default: [`cache_dir`].
+    /// The model's profile where it is already there, in the checkpoint's order of dimensions.
+    pub fn key_profile(mut self, profile: impl Into<Option<KeyProfile>>) -> Self {
+        self.profile = profile.into();
+        self
+    }
+    /// Folder that keeps what was measured of the model's keys. Default: [`cache_dir`].
     pub fn key_order_dir(mut self, dir: impl Into<PathBuf>) -> Self {
         self.key_order_dir = Some(dir.into());
         self
@@ -267,13 +276,20 @@ impl<'a> EngineBuilder<'a> {
         let order_wanted = calibrate && plans.iter().any(Plan::wants_key_order);
         let source = order_source(&config, &fingerprint);
         let dir = self.key_order_dir.take().or_else(cache_dir);
-        let saved = dir.map(|d| KeyOrder::cache_file(&d, &fingerprint));
+        let saved = dir.as_ref().map(|d| KeyOrder::cache_file(d, &fingerprint));
         let known = saved.as_ref().and_then(|p| KeyOrder::load(p, &source, &config));
         let measure = order_wanted && known.is_none();
         let order = known.filter(|_| order_wanted).unwrap_or_else(|| KeyOrder::identity(&config));
         let mut progress = self.progress;
         let mut on_load = |done, all| progress(Progress::Load(done, all));
-        let first = if measure { order_limits(&source) } else { limits };
+        let wanted = plans.iter().any(Plan::wants_profile);
+        let given = self.profile.take();
+        let profiling = match wanted {
+            true => Profiling::new(given, calibrate, dir.as_deref(), (&config, &fingerprint))?,
+            false => Profiling::None,
+        };
+        let text = measure || profiling.measures();
+        let first = if text { order_limits(&source) } else { limits };
         let mut decoder = Decoder::load(backend, &checkpoint, dtype, order, first, &mut on_load)?;
         if measure {
             let mut on = |done, all| progress(Progress::Calibrate(done, all));
@@ -284,6 +300,10 @@ impl<'a> EngineBuilder<'a> {
                 notes.push(format!("the key order could not be saved to {}: {e}", path.display()));
             }
             decoder.set_key_order(&checkpoint, order)?;
+        }
+        let mut on = |done, all| progress(Progress::Calibrate(done, all));
+        let profile = profiling.finish(&mut decoder, &tokenizer, kv_dtype, &mut notes, &mut on)?;
+        if text {
             decoder.set_limits(limits)?;
         }
 
@@ -303,12 +323,14 @@ impl<'a> EngineBuilder<'a> {
                 slots: limits.seqs,
                 int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
                 key_stats: plans.iter().any(Plan::key_stats),
+                value_stats: plans.iter().any(Plan::value_stats),
             },
         )?;
         let summaries: Vec<_> = plans.iter().flat_map(Plan::summaries).collect();
         let cache = cache.with_summaries(&**decoder.backend(), &summaries)?;
         let shape = decoder.layer_shape(0, kv_dtype);
-        let attention = Attention::new(&**decoder.backend(), plan, shape, self.custom.as_ref())?;
+        let given = Given { custom: self.custom.as_ref(), profile: profile.as_ref() };
+        let attention = Attention::new(&**decoder.backend(), plan, shape, given)?;
         Ok(Engine {
             checkpoint,
             tokenizer: Arc::new(tokenizer),
@@ -317,6 +339,7 @@ impl<'a> EngineBuilder<'a> {
             cache,
             attention,
             custom: self.custom,
+            profile,
             audit: self.audit,
             fingerprint,
             notes,

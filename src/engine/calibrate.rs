@@ -4,10 +4,10 @@ use super::EngineError;
 use crate::backend::{DType, PAGE};
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{
-    Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, OrderSource, StepSeq, Tokenizer,
-    pair_energies,
+    Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, Observer, OrderSource, StepSeq,
+    Tokenizer, pair_energies,
 };
-use crate::select::Plan;
+use crate::select::{Given, Plan};
 use sha2::{Digest, Sha256};
 
 /// The opening of Sense and Sensibility (public domain).
@@ -48,6 +48,26 @@ pub fn calibrated_order(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<KeyOrder, EngineError> {
     let c = decoder.config().clone();
+    let cache = read_text(decoder, tokenizer, kv_dtype, &source, None, progress)?;
+    let b = decoder.backend();
+    let energies = (0..c.n_layers)
+        .filter_map(|l| cache.stats(l))
+        .map(|stats| pair_energies(&**b, stats, 0, c.n_kv_heads, c.head_dim))
+        .collect::<Result<Vec<_>, _>>()?;
+    Ok(KeyOrder::from_energies(source, &energies))
+}
+
+/// Reads the built-in text with a decoder of [`order_limits`], with somebody who looks into the layers where wanted.
+/// Returns the cache, which holds statistics of its keys.
+pub fn read_text(
+    decoder: &mut Decoder,
+    tokenizer: &Tokenizer,
+    kv_dtype: DType,
+    source: &OrderSource,
+    mut observer: Option<&mut Observer<'_>>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<KvCache, EngineError> {
+    let c = decoder.config().clone();
     let limits = decoder.limits();
     let mut tokens = tokenizer.encode(TEXT, tokenizer.adds_bos())?;
     tokens.truncate(source.tokens);
@@ -64,10 +84,11 @@ pub fn calibrated_order(
             slots: limits.seqs,
             int8_dims: 0,
             key_stats: true,
+            value_stats: false,
         },
     )?;
     let shape = decoder.layer_shape(0, kv_dtype);
-    let mut attention = Attention::new(&*b, Plan::dense(c.n_layers), shape, None)?;
+    let mut attention = Attention::new(&*b, Plan::dense(c.n_layers), shape, Given::default())?;
     let mut table = PageTable::default();
     let all = tokens.len() as u64;
     for chunk in tokens.chunks(limits.rows) {
@@ -75,12 +96,9 @@ pub fn calibrated_order(
         let cached = table.tokens();
         cache.extend(&*b, &mut table, chunk.len())??;
         let seq = StepSeq { tokens: chunk, cached, pages: table.pages(), slot: 0, decode: None };
-        decoder.forward(&[seq], &cache, &mut attention)?;
+        let observer = observer.as_deref_mut();
+        decoder.forward_observed(&[seq], &cache, &mut attention, observer)?;
     }
-    let energies = (0..c.n_layers)
-        .filter_map(|l| cache.stats(l))
-        .map(|stats| pair_energies(&*b, stats, 0, c.n_kv_heads, c.head_dim))
-        .collect::<Result<Vec<_>, _>>()?;
     progress(all, all);
-    Ok(KeyOrder::from_energies(source, &energies))
+    Ok(cache)
 }

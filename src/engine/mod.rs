@@ -18,6 +18,7 @@ mod calibrate;
 mod error;
 mod fork;
 mod generate;
+mod key_profile;
 mod request;
 mod reuse;
 mod sampling;

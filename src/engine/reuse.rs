@@ -26,7 +26,8 @@ impl Engine {
             |kept: &[u32]| kept.iter().zip(&prompt[..most]).take_while(|(a, b)| a == b).count();
         let best = self.kept.iter().enumerate().map(|(i, k)| (common(&k.1), i)).max();
         // Statistics cannot forget tokens, so nothing is reused with them.
-        let reusable = !self.cache.shape().key_stats;
+        let s = self.cache.shape();
+        let reusable = !(s.key_stats || s.value_stats);
         let Some((n, i)) = best.filter(|&(n, _)| reusable && n > 0) else {
             return Ok((self.open_sequence()?, 0));
         };

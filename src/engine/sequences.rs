@@ -3,8 +3,10 @@
 use super::{AuditConfig, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
-use crate::model::{Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, Tokenizer};
-use crate::select::{KvReads, Plan, SelectorFactory};
+use crate::model::{
+    Attention, ChatTemplate, Checkpoint, Decoder, LayerAudit, LayerProbe, Probe, Tokenizer,
+};
+use crate::select::{Given, KeyProfile, KvReads, Plan, SelectorFactory};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -35,6 +37,8 @@ pub struct Engine {
     pub(super) cache: KvCache,
     pub(super) attention: Attention,
     pub(super) custom: Option<SelectorFactory>,
+    /// What was measured of the model, in the decoder's key order.
+    pub(super) profile: Option<KeyProfile>,
     pub(super) audit: Option<AuditConfig>,
     pub(super) fingerprint: String,
     pub(super) notes: Vec<String>,
@@ -139,6 +143,9 @@ impl Engine {
         if plan.key_stats() && !s.key_stats {
             return Err(missing("key statistics").into());
         }
+        if plan.value_stats() && !s.value_stats {
+            return Err(missing("the sums of the values").into());
+        }
         if plan.summaries().into_iter().any(|kind| !self.cache.keeps(kind)) {
             return Err(missing("summaries of the keys").into());
         }
@@ -148,9 +155,18 @@ impl Engine {
         if plan.wants_key_order() && !self.key_order_settled {
             return Err(missing("energy-sorted keys").into());
         }
+        // What one plan has read sparsely is not what another would have read.
+        let old = self.attention.plan();
+        let sparsely = old.reads_prompts_sparsely() || plan.reads_prompts_sparsely();
+        if sparsely && *old != plan {
+            self.forget_kept();
+        }
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
-        self.attention = Attention::new(&*b, plan, shape, self.custom.as_ref())?;
+        let given = Given { custom: self.custom.as_ref(), profile: self.profile.as_ref() };
+        let attention = Attention::new(&*b, plan, shape, given)?;
+        let before = std::mem::replace(&mut self.attention, attention);
+        self.attention.probe = before.probe;
         Ok(())
     }
 
@@ -162,6 +178,23 @@ impl Engine {
     /// Takes the audit results collected so far.
     pub fn take_audits(&mut self) -> Vec<LayerAudit> {
         std::mem::take(&mut self.attention.audits)
+    }
+
+    /// Stops the audit and forgets what it has collected: an engine that goes on must neither measure nor keep it.
+    pub fn stop_audit(&mut self) {
+        self.set_audit(None);
+        self.take_audits();
+    }
+
+    /// Looks at the selections of every sparse layer from now on (in steps that decode a single sequence), or stops
+    /// and forgets what was found. A look reads every key and copies a score of every token to the host.
+    pub fn set_probe(&mut self, on: bool) {
+        self.attention.probe = on.then(Probe::new);
+    }
+
+    /// Takes what was found since the last call: a [`LayerProbe`] for each sparse layer of each step.
+    pub fn take_probes(&mut self) -> Vec<LayerProbe> {
+        self.attention.probe.as_mut().map(|p| std::mem::take(&mut p.found)).unwrap_or_default()
     }
 
     /// Opens an empty sequence. Where every slot is in use, the oldest kept sequence makes way.

@@ -11,7 +11,7 @@ pub struct Work<'a> {
     pub seq: SeqId,
     /// New tokens; exactly one when `decode` is set.
     pub tokens: &'a [u32],
-    /// A decode step: sparse layers select. Otherwise the tokens are prefilled densely.
+    /// A decode step: sparse layers select. Otherwise the tokens are prefilled: densely, or in the tiles of the plan.
     pub decode: bool,
     /// Rows whose logits are wanted: the last one, all, or none.
     pub logits: WantLogits,
@@ -74,6 +74,9 @@ impl Engine {
                 slot: w.seq.0,
                 decode: w.decode.then_some(s.decode_steps),
             });
+        }
+        if let Some(probe) = &mut self.attention.probe {
+            probe.begin(&seqs);
         }
         let (cache, attention) = (&self.cache, &mut self.attention);
         let step = self.decoder.forward_observed(&seqs, cache, attention, observer)?;

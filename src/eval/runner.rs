@@ -89,26 +89,21 @@ pub fn evaluate(
         let prefilled = done + sample.decode_from as u64;
         let mut reference: Option<Vec<f32>> = None;
         let text = &sample.tokens[..sample.decode_from];
-        // Of the prefill, or of the i-th method.
-        let on = |i: Option<usize>, n: usize| {
-            let before = i.map_or(done, |i| prefilled + (i * steps(sample)) as u64);
-            progress(before + n as u64, all)
+        let on = |p: Progress| {
+            let before = p.branch.map_or(done, |(i, _)| prefilled + (i * steps(sample)) as u64);
+            progress(before + p.tokens as u64, all)
         };
-        let outcome = continued(engine, text, &plans, on, |engine, seq, name, step| {
+        let outcome = continued(engine, text, &plans, 1, on, |engine, branch, step| {
             engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
-            let mut row = decoded(engine, seq, sample, step)?;
-            row.method = name.into();
+            let mut row = decoded(engine, branch.seq, sample, step)?;
+            row.method = branch.plan.into();
             let dense = reference.get_or_insert_with(|| row.nlls.clone());
             row.nll_difference = Difference::paired(&row.nlls, dense);
             each(&row);
             rows.push(row);
             Ok(())
         });
-        // An engine that goes on must not measure, nor keep what was measured.
-        engine.set_audit(None);
-        if outcome.is_err() {
-            engine.take_audits();
-        }
+        engine.stop_audit();
         outcome?;
         done = prefilled + (plans.len() * steps(sample)) as u64;
     }
@@ -122,30 +117,54 @@ pub(super) fn dense_first(engine: &Engine, plans: &[(String, Plan)]) -> Vec<(Str
     std::iter::once(dense).chain(others).collect()
 }
 
-/// Prefills `text` densely, then hands `f` a fork of it under each plan, with the plan's name and a report of the
-/// steps done that answers whether to go on. `progress` gets the number of the plan, none for the prefill, and the
-/// tokens done.
+/// How far [`continued`] is.
+pub(super) struct Progress {
+    /// Numbers of the plan and of the branch that is decoded; none while the text is read.
+    pub branch: Option<(usize, usize)>,
+    /// Tokens done of it.
+    pub tokens: usize,
+}
+
+/// A fork of a text under a plan.
+pub(super) struct Branch<'a> {
+    pub seq: SeqId,
+    /// Name of the plan.
+    pub plan: &'a str,
+    /// Number of the branch, from 0.
+    pub number: usize,
+}
+
+/// Prefills `text` densely, then hands `f` `branches` forks of it under each plan (a plan that reads prompts sparsely
+/// prefills it for itself), one at a time, with a report of the steps done that answers whether to go on. `progress` answers that as well.
 pub(super) fn continued(
     engine: &mut Engine,
     text: &[u32],
     plans: &[(String, Plan)],
-    mut progress: impl FnMut(Option<usize>, usize) -> bool,
-    mut f: impl FnMut(
-        &mut Engine,
-        SeqId,
-        &str,
-        &mut dyn FnMut(usize) -> bool,
-    ) -> Result<(), EngineError>,
+    branches: usize,
+    mut progress: impl FnMut(Progress) -> bool,
+    mut f: impl FnMut(&mut Engine, Branch<'_>, &mut dyn FnMut(usize) -> bool) -> Result<(), EngineError>,
 ) -> Result<(), EngineError> {
     engine.set_audit(None);
     engine.set_plan(Plan::dense(engine.plan().layers.len()))?;
     let base = engine.open_sequence()?;
     with(engine, base, |engine| {
-        engine.prefill(base, text, WantLogits::None, |_, _| (), |n| progress(None, n))?;
-        for (i, (name, plan)) in plans.iter().enumerate() {
-            engine.set_plan(plan.clone())?;
-            let seq = engine.fork(base)?;
-            with(engine, seq, |engine| f(engine, seq, name, &mut |n| progress(Some(i), n)))?;
+        let read = |tokens| progress(Progress { branch: None, tokens });
+        engine.prefill(base, text, WantLogits::None, |_, _| (), read)?;
+        for (i, (plan, p)) in plans.iter().enumerate() {
+            engine.set_plan(p.clone())?;
+            for number in 0..branches {
+                let branch = Some((i, number));
+                let own = p.reads_prompts_sparsely();
+                let seq = if own { engine.open_sequence()? } else { engine.fork(base)? };
+                with(engine, seq, |engine| {
+                    if own {
+                        let go_on = |_| progress(Progress { branch, tokens: 0 });
+                        engine.prefill(seq, text, WantLogits::None, |_, _| (), go_on)?;
+                    }
+                    let mut step = |tokens| progress(Progress { branch, tokens });
+                    f(engine, Branch { seq, plan, number }, &mut step)
+                })?;
+            }
         }
         Ok(())
     })

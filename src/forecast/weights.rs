@@ -2,10 +2,10 @@
 
 use crate::calibrate::CalibrateError;
 use crate::calibrate::state::failed;
-use crate::calibrate::tensor_file::TensorFile;
 use crate::model::forecast::{MODEL, name_of};
 use crate::model::lookahead::mean_projection;
 use crate::model::{Checkpoint, ModelConfig, ModelError};
+use crate::tensor_file::TensorFile;
 use rand::{RngExt, SeedableRng};
 use serde::{Deserialize, Serialize};
 use std::path::Path;

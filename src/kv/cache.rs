@@ -26,6 +26,8 @@ pub struct KvShape {
     pub int8_dims: usize,
     /// Keep running key statistics for the `*_qk` metrics.
     pub key_stats: bool,
+    /// Keep running sums of the values for the mean-value correction.
+    pub value_stats: bool,
 }
 
 struct Layer {
@@ -33,6 +35,7 @@ struct Layer {
     v: Tensor,
     int8: Option<(Tensor, Tensor)>,
     stats: Option<Tensor>,
+    value_stats: Option<Tensor>,
 }
 
 /// K and V pages of every layer on one device. A page number means the same tokens in every layer.
@@ -67,14 +70,13 @@ impl KvCache {
                     ))
                 })
                 .transpose()?;
-            let stats = shape
-                .key_stats
-                .then(|| {
-                    let n = shape.slots * shape.kv_heads * key_stats_len(shape.head_dim);
-                    b.alloc(DType::F32, n, "key statistics")
-                })
-                .transpose()?;
-            Ok(Layer { k, v, int8, stats })
+            let sums = |kept: bool, what: &str| {
+                let n = shape.slots * shape.kv_heads * key_stats_len(shape.head_dim);
+                kept.then(|| b.alloc(DType::F32, n, what)).transpose()
+            };
+            let stats = sums(shape.key_stats, "key statistics")?;
+            let value_stats = sums(shape.value_stats, "sums of values")?;
+            Ok(Layer { k, v, int8, stats, value_stats })
         };
         let layers = (0..shape.n_layers).map(layer).collect::<Result<_>>()?;
         let allocator = PageAllocator::new(shape.n_pages);
@@ -142,6 +144,11 @@ impl KvCache {
         self.layers[l].stats.as_ref()
     }
 
+    /// Layer `l`'s running sums of the values, likewise; the first `head_dim` of a head are the sums themselves.
+    pub fn value_stats(&self, l: usize) -> Option<&Tensor> {
+        self.layers[l].value_stats.as_ref()
+    }
+
     /// Makes room for `n` tokens of a sequence, copying a shared last page where needed.
     pub fn extend(
         &mut self,
@@ -185,7 +192,7 @@ impl KvCache {
         to: usize,
     ) -> Result<PageTable> {
         let n = self.shape.kv_heads * key_stats_len(self.shape.head_dim);
-        for s in self.layers.iter().filter_map(|l| l.stats.as_ref()) {
+        for s in self.layers.iter().flat_map(|l| l.stats.iter().chain(&l.value_stats)) {
             b.copy(&s.slice(from * n, n), &s.slice(to * n, n))?;
         }
         Ok(t.fork(&mut self.allocator))

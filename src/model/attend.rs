@@ -2,9 +2,9 @@
 
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::Growing;
-use crate::backend::{AttendDense, Backend, DType, Merge, Result, Tensor};
+use crate::backend::{AttendDense, AttendRows, Backend, DType, Merge, Result, Tensor};
 use crate::kv::KvCache;
-use crate::select::LayerShape;
+use crate::select::{LayerShape, Selection};
 
 /// Buffers of split results.
 pub(super) struct Partials {
@@ -87,6 +87,37 @@ impl Dense<'_> {
             splits,
             out,
             lse,
+        })
+    }
+
+    /// Attention of a group's rows over the lists of their sequences.
+    pub fn listed(
+        &self,
+        group: &GroupSeqs,
+        lists: &Selection,
+        head_map: Option<&Tensor>,
+        partials: &mut Partials,
+        out: &Tensor,
+        lse: &Tensor,
+    ) -> Result<()> {
+        let seqs = group.seqs();
+        let splits = self.b.splits(seqs.n * self.shape.kv_heads, lists.k);
+        partials.run(self.b, group, splits, self.shape, out, lse, |o, l, splits| {
+            self.b.attend_rows(&AttendRows {
+                q: self.q,
+                seqs,
+                cache: self.cache.pool(self.shape.layer),
+                heads: self.shape.heads,
+                scale: self.scale(),
+                indices: &lists.indices,
+                counts: &lists.counts,
+                k: lists.k,
+                rows_per_seq: lists.rows_per_seq,
+                head_map,
+                splits,
+                out: o,
+                lse: Some(l),
+            })
         })
     }
 

@@ -3,21 +3,25 @@
 use super::attend::{Dense, Partials};
 use super::audit::{LayerAudit, audit};
 use super::lists::{LayerLists, layer_lists};
-use super::step::{GroupSeqs, Step};
+use super::prefill::{Tiles, for_prompts, prefill, room, tilings};
+use super::probe::Probe;
+use super::step::{GroupSeqs, Step, Tiling};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{AttendRows, Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
+use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
-    LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector,
-    SelectorFactory, build, hand_down, refine,
+    Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector, build,
+    correct, hand_down, refine,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
 pub struct Attention {
     plan: Plan,
     thresholds: Vec<usize>,
+    tilings: Vec<Tiling>,
     selectors: Vec<Option<Box<dyn Selector>>>,
     lists: Vec<Option<LayerLists>>,
+    tiles: Tiles,
     scratch: Option<Scratch>,
     partials: Partials,
     audit_out: Growing,
@@ -26,6 +30,8 @@ pub struct Attention {
     pub audit_layers: Vec<usize>,
     /// Results, appended per step.
     pub audits: Vec<LayerAudit>,
+    /// Looks at what sparse layers select, where somebody wants to know.
+    pub(crate) probe: Option<Probe>,
 }
 
 impl std::fmt::Debug for Attention {
@@ -43,25 +49,37 @@ impl Attention {
         b: &dyn Backend,
         plan: Plan,
         shape: LayerShape,
-        custom: Option<&SelectorFactory>,
+        given: Given<'_>,
     ) -> std::result::Result<Self, SelectError> {
-        let mut selectors = Vec::with_capacity(plan.layers.len());
         let not_dense = || plan.layers.iter().filter(|p| p.role != Role::Dense);
+        let stride = shape.capacity.next_multiple_of(64);
+        let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
+        let per_head = not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
+        // What a sequence or a tile needs for its scores; scores of tiles by their rows need none per head.
+        let heads_of = |per_head: bool| if per_head { shape.heads } else { 0 };
+        let by_head = not_dense().any(|p| p.tile.is_some() && p.selects() && !p.scores_tiles());
+        let tile_bytes = (rows + heads_of(per_head && by_head)) * stride * 4;
+        let (most_tiles, batch) = room(&plan, &shape, tile_bytes);
+        let shape = LayerShape { at_once: shape.slots.max(batch), ..shape };
+        let mut selectors = Vec::with_capacity(plan.layers.len());
         for (layer, p) in plan.layers.iter().enumerate() {
-            let selector = build(b, &LayerShape { layer, ..shape }, p, custom);
+            let selector = build(b, &LayerShape { layer, ..shape }, p, given);
             selectors.push(selector.map_err(|e| e.of_method(&plan.method))?);
         }
-        let stride = shape.capacity.next_multiple_of(64);
         let lists = layer_lists(b, &plan, &shape, stride)?;
-        let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
-        let per_head = not_dense().any(|p| p.pool.softmax() || p.summary().is_some());
+        let mut tiles = Tiles { lists: Vec::new(), batch };
+        if most_tiles > 0 {
+            let shape = LayerShape { slots: most_tiles, ..shape };
+            tiles.lists = layer_lists(b, &for_prompts(&plan), &shape, stride)?;
+        }
         let scratch = (rows > 0)
             .then(|| -> Result<Scratch> {
                 let scores =
-                    |rows: usize| b.alloc(DType::F32, shape.slots * rows * stride, "token scores");
+                    |n: usize, rows: usize| b.alloc(DType::F32, n * rows * stride, "token scores");
+                let per_head_of = if by_head { shape.at_once } else { shape.slots };
                 Ok(Scratch {
-                    scores: scores(rows)?,
-                    head_scores: per_head.then(|| scores(shape.heads)).transpose()?,
+                    scores: scores(shape.at_once, rows)?,
+                    head_scores: per_head.then(|| scores(per_head_of, shape.heads)).transpose()?,
                     stride,
                 })
             })
@@ -69,17 +87,21 @@ impl Attention {
         let mut thresholds: Vec<usize> = not_dense().map(|p| p.budget.dense_until()).collect();
         thresholds.sort_unstable();
         thresholds.dedup();
+        let tilings = tilings(&plan);
         Ok(Attention {
             plan,
             thresholds,
+            tilings,
             selectors,
             lists,
+            tiles,
             scratch,
             partials: Partials::new(),
             audit_out: Growing::new(DType::F32, "audit"),
             audit_lse: Growing::new(DType::F32, "audit"),
             audit_layers: Vec::new(),
             audits: Vec::new(),
+            probe: None,
         })
     }
 
@@ -91,6 +113,16 @@ impl Attention {
     /// Distinct lengths up to which layers stay dense.
     pub fn thresholds(&self) -> &[usize] {
         &self.thresholds
+    }
+
+    /// How layers cut the rows of prompts that they read sparsely.
+    pub fn tilings(&self) -> &[Tiling] {
+        &self.tilings
+    }
+
+    /// Layer `layer` is there and reads prompts sparsely.
+    pub fn reads_prompts_sparsely(&self, layer: usize) -> bool {
+        self.plan.layers.get(layer).is_some_and(|p| p.tile.is_some())
     }
 
     /// Layer `layer` is there and is scored with a Forecast.
@@ -115,7 +147,7 @@ impl Attention {
     }
 
     /// Appends the step's keys and values to the cache of layer `shape.layer`, then attends: `ws.q`, `ws.k` and
-    /// the v part of `ws.qkv` in, `ws.attn` out. `forecast`: act `[decode rows, kv_heads, head_dim]`, where the layer is
+    /// the v part of `ws.qkv` in, `ws.attn` out. `forecast`: act `[rows, kv_heads, head_dim]`, where the layer is
     /// scored with it.
     #[allow(clippy::too_many_arguments)]
     pub fn layer(
@@ -148,20 +180,42 @@ impl Attention {
             let slots = cache.shape().slots;
             b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
         }
+        if let Some(stats) = cache.value_stats(l) {
+            let (slots, cache) = (cache.shape().slots, pool.of_values());
+            b.key_stats(&KeyStats { seqs: all.seqs(), cache, stats, slots })?;
+        }
         for summaries in cache.summaries(l) {
             b.kv_summaries(&KvSummaries { seqs: all.seqs(), cache: pool, summaries })?;
         }
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
-        dense.attend(step.prefill, 1, &ws.attn, None)?;
         let p = &self.plan.layers[l];
         let Some(lists) = &self.lists[l] else {
+            dense.attend(step.prefill, 1, &ws.attn, None)?;
             return Ok(dense.decode(step.decode, &mut self.partials, &ws.attn, &ws.lse)?);
         };
         let missing = |what: &str| SelectError::BadPlan {
             method: self.plan.method.clone(),
             reason: format!("there is no {what}"),
         };
+        let everybody = GroupSeqs::new(step, step.all);
+        let cx = LayerContext {
+            backend: b,
+            seqs: everybody.seqs(),
+            cache: pool,
+            int8: cache.int8(l),
+            stats: cache.stats(l),
+            value_stats: cache.value_stats(l),
+            summaries: p.summary().and_then(|kind| cache.summaries(l).find(|s| s.kind == kind)),
+            forecast,
+            shape,
+            scratch: self.scratch.as_ref().ok_or_else(|| missing("score buffer"))?,
+        };
+        let tiles = (self.tiles.lists.get(l).and_then(Option::as_ref), self.tiles.batch);
+        let selector = self.selectors[l].as_deref_mut();
+        prefill(&dense, &cx, p, tiles, selector, &mut self.partials, ws)
+            .map_err(|e| e.of_method(&self.plan.method))?;
+
         let threshold = p.budget.dense_until();
         let split = step.split(threshold).ok_or_else(|| missing("split of the step"))?;
         let densely = if p.sparse() { split.dense } else { step.decode };
@@ -169,55 +223,29 @@ impl Attention {
         if split.sparse.n == 0 {
             return Ok(());
         }
-
         let group = GroupSeqs::new(step, split.sparse);
-        let seqs = group.seqs();
-        let scratch = self.scratch.as_ref().ok_or_else(|| missing("score buffer"))?;
-        let cx = LayerContext {
-            backend: b,
-            seqs,
-            cache: pool,
-            int8: cache.int8(l),
-            stats: cache.stats(l),
-            summaries: p.summary().and_then(|kind| cache.summaries(l).find(|s| s.kind == kind)),
-            forecast,
-            shape,
-            scratch,
-        };
+        let cx = LayerContext { seqs: group.seqs(), ..cx };
         choose(&cx, p, lists, self.selectors[l].as_deref_mut(), &ws.q)
             .map_err(|e| e.of_method(&self.plan.method))?;
         if !p.sparse() {
             return Ok(());
         }
-        let out = &*lists.attend;
-        let splits = b.splits(seqs.n * shape.kv_heads, out.k);
-        let attend = |o: &Tensor, lse: &Tensor, splits: usize| {
-            b.attend_rows(&AttendRows {
-                q: &ws.q,
-                seqs,
-                cache: pool,
-                heads: shape.heads,
-                scale: dense.scale(),
-                indices: &out.indices,
-                counts: &out.counts,
-                k: out.k,
-                rows_per_seq: out.rows_per_seq,
-                head_map: lists.head_map.as_ref(),
-                splits,
-                out: o,
-                lse: Some(lse),
-            })
-        };
-        self.partials.run(b, &group, splits, shape, &ws.attn, &ws.lse, attend)?;
+        let map = lists.head_map.as_ref();
+        dense.listed(&group, &lists.attend, map, &mut self.partials, &ws.attn, &ws.lse)?;
+        correct(&cx, p, &lists.attend, &ws.attn)?;
         if self.audit_layers.contains(&l) {
             let members = step.sparse_members(threshold);
-            let exact_out = self.audit_out.at_least(b, seqs.rows * shape.heads * shape.head_dim)?;
-            let exact_lse = self.audit_lse.at_least(b, seqs.rows * shape.heads)?;
+            let exact_out =
+                self.audit_out.at_least(b, cx.seqs.rows * shape.heads * shape.head_dim)?;
+            let exact_lse = self.audit_lse.at_least(b, cx.seqs.rows * shape.heads)?;
             dense.decode(split.sparse, &mut self.partials, &exact_out, &exact_lse)?;
             let rows: Vec<(usize, usize)> =
                 members.iter().map(|&i| (i, step.first_row[i])).collect();
             let sparse = (&ws.attn, &ws.lse);
             audit(b, shape, &rows, sparse, (&exact_out, &exact_lse), &mut self.audits)?;
+        }
+        if let Some(probe) = &mut self.probe {
+            probe.look(&cx, &p.role, lists, self.selectors[l].as_deref(), &ws.q)?;
         }
         Ok(())
     }

@@ -20,6 +20,8 @@ pub enum Arch {
     Qwen2,
     /// RMS norm on every q and k head, explicit head dimension.
     Qwen3,
+    /// MiniCPM4: Llama's block with scaled embeddings, branches and logits.
+    MiniCpm,
 }
 
 /// How rotary frequencies are stretched beyond the pretraining length.
@@ -46,6 +48,24 @@ pub enum RopeScaling {
     },
     /// One divisor per rotary pair (`rope_freqs.weight` of GGUF files), length `head_dim / 2`.
     Factors(Vec<f32>),
+}
+
+/// Factors of the residual stream (muP): with an embedding `e`, branches `f` and a head `W`,
+/// `x = embedding * e`, then `x += residual * f(norm(x))`, then `logits = W (logits * norm(x))`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Scales {
+    /// Of embeddings.
+    pub embedding: f64,
+    /// Of what attention and MLP add.
+    pub residual: f64,
+    /// Of logits.
+    pub logits: f64,
+}
+
+impl Default for Scales {
+    fn default() -> Self {
+        Scales { embedding: 1.0, residual: 1.0, logits: 1.0 }
+    }
 }
 
 /// Everything the forward pass needs to know besides the weights.
@@ -75,6 +95,9 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Added to the mean square in every RMS norm.
     pub norm_eps: f64,
+    /// Factors of the residual stream.
+    #[serde(default)]
+    pub scales: Scales,
     /// Logits use the embedding matrix.
     pub tie_embeddings: bool,
     /// q, k and v projections have biases.
@@ -159,6 +182,12 @@ impl ModelConfig {
         if !(self.norm_eps.is_finite() && self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return bad(format!("its norm epsilon is {}", self.norm_eps));
         }
+        let Scales { embedding, residual, logits } = self.scales;
+        for (name, scale) in [("embedding", embedding), ("residual", residual), ("logit", logits)] {
+            if !(scale.is_finite() && (1e-6..=1e6).contains(&scale)) {
+                return bad(format!("its {name} scale is {scale}"));
+            }
+        }
         if self.windows.len() != self.n_layers {
             return bad(format!(
                 "it describes {} attention windows for {} layers",
@@ -181,6 +210,14 @@ impl ModelConfig {
             return bad(what);
         }
         Ok(self)
+    }
+
+    /// Factor of embeddings and epsilon of the norms of a residual stream that is kept divided by its
+    /// residual scale: `x / r` grows by the branches as they are, and a norm does not see the factor
+    /// but for its epsilon, which shrinks by `r^2`.
+    pub(super) fn stream(&self) -> (f32, f32) {
+        let r = self.scales.residual;
+        ((self.scales.embedding / r) as f32, (self.norm_eps / (r * r)) as f32)
     }
 
     /// Parameters of all matrices, a tied embedding counted once.

@@ -1,6 +1,6 @@
 //! The configuration in a GGUF file's metadata.
 
-use super::config::{Arch, ModelConfig, RopeScaling};
+use super::config::{Arch, ModelConfig, RopeScaling, Scales};
 use super::error::{ModelError, Result};
 use super::gguf::Gguf;
 
@@ -102,7 +102,7 @@ impl ModelConfig {
 
         let window = match arch {
             Arch::Llama | Arch::Mistral => k.uint("attention.sliding_window")?.filter(|&w| w > 0),
-            Arch::Qwen2 | Arch::Qwen3 => None,
+            Arch::Qwen2 | Arch::Qwen3 | Arch::MiniCpm => None,
         };
         let token = |key: &str| {
             let id = gguf.uint(&format!("tokenizer.ggml.{key}_token_id"))?;
@@ -130,6 +130,7 @@ impl ModelConfig {
             norm_eps: k.float("attention.layer_norm_rms_epsilon").ok_or_else(|| {
                 ModelError::corrupt(path, "it does not say attention.layer_norm_rms_epsilon")
             })?,
+            scales: Scales::default(),
             tie_embeddings: !gguf.tensors().contains_key("output.weight"),
             qkv_bias: arch == Arch::Qwen2 || gguf.tensors().contains_key("blk.0.attn_q.bias"),
             qk_norm: arch == Arch::Qwen3,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::config::{Arch, ModelConfig, RopeScaling};
+use super::config::{Arch, ModelConfig, RopeScaling, Scales};
 use super::error::{ModelError, Result};
 
 /// A JSON object with the file that messages name.
@@ -107,7 +107,7 @@ impl ModelConfig {
         };
         let (rope_theta, rope_scaling) = rotary(&f)?;
         let max_context = f.uint("max_position_embeddings")?.unwrap_or(match arch {
-            Arch::Llama => 2048,
+            Arch::Llama | Arch::MiniCpm => 2048,
             Arch::Mistral => 131_072,
             Arch::Qwen2 | Arch::Qwen3 => 32_768,
         });
@@ -134,7 +134,8 @@ impl ModelConfig {
             rope_theta,
             rope_scaling,
             norm_eps: f.float("rms_norm_eps")?.unwrap_or(1e-6),
-            tie_embeddings: f.flag("tie_word_embeddings", false)?,
+            scales: scales(&f, arch, hidden, n_layers)?,
+            tie_embeddings: f.flag("tie_word_embeddings", arch == Arch::MiniCpm)?,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
             windows: windows(&f, arch, n_layers)?,
@@ -154,6 +155,7 @@ fn architecture(f: &Fields<'_>) -> Result<Arch> {
         "mistral" | "MistralForCausalLM" => Ok(Arch::Mistral),
         "qwen2" | "Qwen2ForCausalLM" => Ok(Arch::Qwen2),
         "qwen3" | "Qwen3ForCausalLM" => Ok(Arch::Qwen3),
+        "minicpm" | "MiniCPMForCausalLM" => Ok(Arch::MiniCpm),
         other => Err(ModelError::UnknownArchitecture {
             path: f.path.to_owned(),
             arch: other.chars().take(60).collect(),
@@ -206,12 +208,50 @@ fn rotary(f: &Fields<'_>) -> Result<(f64, RopeScaling)> {
             high_freq_factor: s.need_float("high_freq_factor")?,
             original_max_position: s.need_uint("original_max_position_embeddings")?,
         },
+        "longrope" => long_rope(f, &s)?,
         other => {
             let what = format!("rotary scaling of the kind {other}");
             return Err(ModelError::unsupported(path, what));
         }
     };
     Ok((theta, scaling))
+}
+
+/// LongRoPE: a divisor for each frequency. Within the original context the short ones hold and lengths have no other
+/// effect; beyond it the reference implementation changes frequencies with the length of each call, which no cache
+/// of rotated keys can follow.
+fn long_rope(f: &Fields<'_>, s: &Fields<'_>) -> Result<RopeScaling> {
+    let original = s.uint("original_max_position_embeddings")?;
+    let most = f.uint("max_position_embeddings")?;
+    if let (Some(original), Some(most)) = (original, most)
+        && most > original
+    {
+        return Err(ModelError::unsupported(
+            f.path,
+            format!(
+                "LongRoPE beyond its original context (set max_position_embeddings to {original}, or use a checkpoint \
+                 whose original_max_position_embeddings is {most})"
+            ),
+        ));
+    }
+    let factors = s.get("short_factor").and_then(Value::as_array);
+    let factors: Option<Vec<f32>> =
+        factors.and_then(|a| a.iter().map(|v| v.as_f64().map(|v| v as f32)).collect());
+    let missing = || ModelError::corrupt(f.path, "its longrope scaling has no short_factor");
+    Ok(RopeScaling::Factors(factors.ok_or_else(missing)?))
+}
+
+/// muP as MiniCPM stores it: `scale_emb`, `scale_depth / sqrt(layers)`, `dim_model_base / hidden`.
+fn scales(f: &Fields<'_>, arch: Arch, hidden: usize, n_layers: usize) -> Result<Scales> {
+    if arch != Arch::MiniCpm {
+        return Ok(Scales::default());
+    }
+    let depth = f.float("scale_depth")?.unwrap_or(1.0);
+    Ok(Scales {
+        embedding: f.float("scale_emb")?.unwrap_or(1.0),
+        residual: depth / (n_layers as f64).sqrt(),
+        logits: f.float("dim_model_base")?.unwrap_or(1.0) / hidden as f64,
+    })
 }
 
 /// The sliding window of each layer.
@@ -224,7 +264,7 @@ fn windows(f: &Fields<'_>, arch: Arch, n_layers: usize) -> Result<Vec<Option<usi
         Some(_) => f.uint("sliding_window")?,
     };
     let on = match arch {
-        Arch::Llama => false,
+        Arch::Llama | Arch::MiniCpm => false,
         Arch::Mistral => true,
         Arch::Qwen2 | Arch::Qwen3 => f.flag("use_sliding_window", false)?,
     };

@@ -3,7 +3,7 @@
 use super::attention::Attention;
 use super::forecaster::Forecaster;
 use super::load::{LayerWeights, LoadError, Loader, Weights};
-use super::step::{Step, StepSeq};
+use super::step::{Step, StepSeq, Tiling};
 use super::trace::{LayerView, Observer, Stage};
 use super::workspace::{LOGIT_ROWS, Workspace};
 use super::{Checkpoint, Forecast, KeyOrder, ModelConfig};
@@ -87,7 +87,7 @@ impl Decoder {
         let act = self.backend.caps().activations(self.weight_dtype());
         self.ws = Workspace::new(&*self.backend, &self.config, act, limits.rows)?;
         if let Some(f) = &mut self.forecaster {
-            f.resize(&*self.backend, &self.config, limits.seqs)?;
+            f.resize(&*self.backend, &self.config, limits.rows)?;
         }
         self.step_words = None;
         self.limits = limits;
@@ -101,7 +101,7 @@ impl Decoder {
     pub fn set_forecast(&mut self, file: Forecast) -> std::result::Result<(), LoadError> {
         let (b, c, dtype) = (&*self.backend, &self.config, self.weight_dtype());
         let types = [dtype, b.caps().activations(dtype)];
-        self.forecaster = Some(Forecaster::new(b, file, c, &self.order, types, self.limits.seqs)?);
+        self.forecaster = Some(Forecaster::new(b, file, c, &self.order, types, self.limits.rows)?);
         Ok(())
     }
 
@@ -148,6 +148,8 @@ impl Decoder {
             head_dim: self.config.head_dim,
             kv_dtype,
             slots: self.limits.seqs,
+            at_once: self.limits.seqs,
+            rows: self.limits.rows,
             capacity: self.limits.context.next_multiple_of(PAGE),
         }
     }
@@ -176,8 +178,10 @@ impl Decoder {
         mut observer: Option<&mut Observer<'_>>,
     ) -> std::result::Result<Step, SelectError> {
         let b = self.backend.clone();
-        let buffer = self.step_buffer(attention.thresholds().len())?;
-        let step = Step::upload(&*b, &buffer, seqs, attention.thresholds())?;
+        let (thresholds, tilings) = (attention.thresholds(), attention.tilings());
+        let buffer = self.step_buffer(thresholds.len(), tilings)?;
+        let capacity = self.limits.context.next_multiple_of(PAGE);
+        let step = Step::upload(&*b, &buffer, seqs, capacity, thresholds, tilings)?;
         let c = &self.config;
         b.embed(&Embed {
             tokens: step.tokens(),
@@ -186,6 +190,7 @@ impl Decoder {
             rows: step.rows,
             cols: c.hidden,
             vocab: c.vocab,
+            scale: c.stream().0,
         })?;
         let mut show = |l: usize, stage: Stage| match observer.as_deref_mut() {
             Some(observe) => {
@@ -193,23 +198,37 @@ impl Decoder {
             }
             None => Ok(()),
         };
-        for l in 0..c.n_layers {
-            let shape = self.layer_shape(l, cache.shape().dtype);
-            let w = &self.weights.layers[l];
-            self.queries_and_keys(w, &step)?;
-            show(l, Stage::Projected)?;
-            let forecast = self.forecast(l, &step, attention)?;
-            attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
-            self.output(w, step.rows)?;
-            show(l, Stage::Attended)?;
-            self.mlp(w, step.rows)?;
+        let mut layers = || -> std::result::Result<(), SelectError> {
+            for l in 0..c.n_layers {
+                let shape = self.layer_shape(l, cache.shape().dtype);
+                let w = &self.weights.layers[l];
+                self.queries_and_keys(w, &step)?;
+                show(l, Stage::Projected)?;
+                let forecast = self.forecast(l, &step, attention)?;
+                attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
+                self.output(w, step.rows)?;
+                show(l, Stage::Attended)?;
+                self.mlp(w, step.rows)?;
+            }
+            Ok(())
+        };
+        // Prompts bring other shapes with every chunk; decode steps repeat.
+        if step.prefill.n > 0 {
+            layers()?;
+            return Ok(step);
         }
-        Ok(step)
+        let mut outcome = Ok(());
+        b.replayable(&mut || {
+            outcome = layers();
+            outcome.is_ok()
+        })?;
+        outcome.map(|()| step)
     }
 
-    fn step_buffer(&mut self, thresholds: usize) -> Result<Tensor> {
+    fn step_buffer(&mut self, thresholds: usize, tilings: &[Tiling]) -> Result<Tensor> {
         let l = self.limits;
-        let words = Step::words(l.rows, l.seqs, l.seqs * pages_for(l.context), thresholds);
+        let pages = l.seqs * pages_for(l.context);
+        let words = Step::words(l.rows, l.seqs, pages, thresholds, tilings);
         if let Some(t) = self.step_words.as_ref().filter(|t| t.len() >= words) {
             return Ok(t.clone());
         }
@@ -225,7 +244,7 @@ impl Decoder {
             out: &self.ws.normed,
             rows,
             cols: self.config.hidden,
-            eps: self.config.norm_eps as f32,
+            eps: self.config.stream().1,
         })
     }
 
@@ -268,13 +287,15 @@ impl Decoder {
     /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer
     /// is scored with one.
     fn forecast(&self, l: usize, step: &Step, attention: &Attention) -> Result<Option<&Tensor>> {
-        let Some(f) = self.forecaster.as_ref().filter(|_| step.decode.n > 0) else {
-            return Ok(None);
+        let rows = |target| match attention.reads_prompts_sparsely(target) {
+            true => step.rows,
+            false => step.decode_rows(),
         };
+        let Some(f) = &self.forecaster else { return Ok(None) };
         let (b, c, layers) = (&*self.backend, &self.config, &self.weights.layers);
         let from_here = if l == 0 { 0..2 } else { l + 1..l + 2 };
         for target in from_here.filter(|t| attention.wants_forecast(*t)) {
-            f.run(b, c, target, &layers[target], &self.ws.normed, step)?;
+            f.run(b, c, target, &layers[target], &self.ws.normed, step, rows(target))?;
         }
         Ok(attention.wants_forecast(l).then(|| f.of(l)))
     }
@@ -326,7 +347,7 @@ impl Decoder {
                 out: &ws.picked_normed,
                 rows: n,
                 cols: c.hidden,
-                eps: c.norm_eps as f32,
+                eps: c.stream().1,
             })?;
             b.linear(&Linear {
                 x: &ws.picked_normed,

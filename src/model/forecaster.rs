@@ -13,25 +13,25 @@ pub(super) struct Forecaster {
     file: Forecast,
     /// Per layer that they are for: `[kv_heads * head_dim, hidden]`, rows in that layer's [`KeyOrder`].
     weights: Vec<Tensor>,
-    /// act `[seqs, kv_heads * head_dim]`.
+    /// act `[rows, kv_heads * head_dim]`.
     projected: Tensor,
-    /// act `[seqs, kv_heads, head_dim]`: one is read while the other is written.
+    /// act `[rows, kv_heads, head_dim]`: one is read while the other is written.
     out: [Tensor; 2],
 }
 
 impl Forecaster {
-    /// Loads the weights in `dtype`; room for `seqs` decoding sequences with activations of `act`.
+    /// Loads the weights in `dtype`; room for `rows` rows with activations of `act`.
     pub fn new(
         b: &dyn Backend,
         file: Forecast,
         c: &ModelConfig,
         order: &KeyOrder,
         [dtype, act]: [DType; 2],
-        seqs: usize,
+        rows: usize,
     ) -> std::result::Result<Self, LoadError> {
         let n = c.n_kv_heads * c.head_dim;
         let weight = |_| b.alloc(dtype, n * c.hidden, "Forecast weights");
-        let [projected, even, odd] = vectors(b, c, act, seqs)?;
+        let [projected, even, odd] = vectors(b, c, act, rows)?;
         let weights = (0..c.n_layers).map(weight).collect::<Result<_>>()?;
         let new = Forecaster { file, weights, projected, out: [even, odd] };
         new.reorder(b, c, order)?;
@@ -60,14 +60,15 @@ impl Forecaster {
         Ok(())
     }
 
-    /// Makes room for another number of sequences.
-    pub fn resize(&mut self, b: &dyn Backend, c: &ModelConfig, seqs: usize) -> Result<()> {
-        let [projected, even, odd] = vectors(b, c, self.projected.dtype(), seqs)?;
+    /// Makes room for another number of rows.
+    pub fn resize(&mut self, b: &dyn Backend, c: &ModelConfig, rows: usize) -> Result<()> {
+        let [projected, even, odd] = vectors(b, c, self.projected.dtype(), rows)?;
         (self.projected, self.out) = (projected, [even, odd]);
         Ok(())
     }
 
-    /// Makes the Forecast for `layer`, whose weights are `target`, from the normed input of the step's decode rows.
+    /// Makes the Forecast for `layer`, whose weights are `target`, from the normed input of the step's first `rows`.
+    #[allow(clippy::too_many_arguments)]
     pub fn run(
         &self,
         b: &dyn Backend,
@@ -76,8 +77,12 @@ impl Forecaster {
         target: &LayerWeights,
         normed: &Tensor,
         step: &Step,
+        rows: usize,
     ) -> Result<()> {
-        let (rows, width) = (step.decode_rows(), c.n_kv_heads * c.head_dim);
+        if rows == 0 {
+            return Ok(());
+        }
+        let width = c.n_kv_heads * c.head_dim;
         b.linear(&Linear {
             x: normed,
             w: &self.weights[layer],
@@ -102,13 +107,13 @@ impl Forecaster {
         })
     }
 
-    /// The Forecast for `layer`: act `[decode rows, kv_heads, head_dim]`.
+    /// The Forecast for `layer`: act `[rows, kv_heads, head_dim]`.
     pub fn of(&self, layer: usize) -> &Tensor {
         &self.out[layer % 2]
     }
 }
 
-fn vectors(b: &dyn Backend, c: &ModelConfig, act: DType, seqs: usize) -> Result<[Tensor; 3]> {
-    let one = || b.alloc(act, seqs * c.n_kv_heads * c.head_dim, "Forecast");
+fn vectors(b: &dyn Backend, c: &ModelConfig, act: DType, rows: usize) -> Result<[Tensor; 3]> {
+    let one = || b.alloc(act, rows * c.n_kv_heads * c.head_dim, "Forecast");
     Ok([one()?, one()?, one()?])
 }

@@ -199,6 +199,8 @@ mod tests {
             head_dim: 16,
             kv_dtype: DType::F32,
             slots: 2,
+            at_once: 2,
+            rows: 2,
             capacity: 64,
         }
     }

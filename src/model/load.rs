@@ -212,7 +212,10 @@ impl<'a> Loader<'a> {
         let (n_layers, tied) = (c.n_layers, c.tie_embeddings);
         let embed = self.matrix(Weight::Embed, "embedding")?;
         let layers = (0..n_layers).map(|l| self.layer(l, order)).collect::<Result<_>>()?;
-        let output_norm = self.norm(Weight::OutputNorm)?;
+        let scale = self.checkpoint.config().scales.logits as f32;
+        let output_norm = self.checkpoint.read(Weight::OutputNorm)?;
+        let scaled: Vec<f32> = output_norm.iter().map(|w| w * scale).collect();
+        let output_norm = self.vector(&scaled, "norm weight")?;
         let output =
             if tied { embed.clone() } else { self.matrix(Weight::Output, "output weights")? };
         self.backend.sync()?;

@@ -37,6 +37,33 @@ pub struct Group {
     rows: usize,
 }
 
+/// The bound of a group's lengths: the next of about eight steps to the next power of two. Bounds that seldom change
+/// make the steps between them alike, which is what replaying them takes.
+fn bound(tokens: usize, capacity: usize) -> usize {
+    let step = (tokens.next_power_of_two() / 16).max(ALIGN);
+    tokens.next_multiple_of(step).min(capacity.max(tokens))
+}
+
+impl Group {
+    /// Of records that lie one after the other from `first_record` on.
+    fn of(first_record: usize, records: &[[u32; META_WORDS]], capacity: usize) -> Self {
+        let most = |f: fn(&[u32; META_WORDS]) -> u32| records.iter().map(f).max().unwrap_or(0);
+        Group {
+            first_record,
+            n: records.len(),
+            max_kv: bound(most(|m| m[Meta::KV_LEN]) as usize, capacity),
+            max_q: most(|m| m[Meta::Q_LEN]) as usize,
+            rows: most(|m| m[Meta::Q_START] + m[Meta::Q_LEN]) as usize,
+        }
+    }
+
+    /// Records `first..first + n` of the group. On devices that bind at 256-byte offsets `first` must be a multiple
+    /// of 8.
+    pub fn part(self, first: usize, n: usize) -> Self {
+        Group { first_record: self.first_record + first, n, ..self }
+    }
+}
+
 /// Decode sequences split by a layer's dense threshold.
 #[derive(Debug, Clone, Copy)]
 pub struct DecodeSplit {
@@ -44,6 +71,37 @@ pub struct DecodeSplit {
     pub dense: Group,
     /// Longer ones.
     pub sparse: Group,
+}
+
+/// How a layer cuts the rows of prompts: the first `threshold` tokens of a sequence are read densely, what comes
+/// after in tiles that end at multiples of `tile` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tiling {
+    /// Most rows of a tile.
+    pub tile: usize,
+    /// Tokens up to which a sequence is dense.
+    pub threshold: usize,
+}
+
+impl Tiling {
+    /// First token that is not read densely: tiles end at multiples of their size.
+    fn first(self) -> usize {
+        self.threshold / self.tile * self.tile
+    }
+
+    /// Tiles that a step of `rows` rows of `seqs` sequences may have: each sequence may begin and end within one.
+    pub fn most(self, rows: usize, seqs: usize) -> usize {
+        rows.min(rows / self.tile + 2 * seqs)
+    }
+}
+
+/// Prefilling rows split by a [`Tiling`].
+#[derive(Debug, Clone, Copy)]
+pub struct PrefillSplit {
+    /// Rows that attend to everything, sequence by sequence.
+    pub dense: Group,
+    /// The tiles; a record each.
+    pub tiles: Group,
 }
 
 /// Words between sections of the upload, so that every section starts on 256 bytes.
@@ -67,6 +125,7 @@ pub struct Step {
     /// Batch row of each sequence's first token, in the order given.
     pub first_row: Vec<usize>,
     splits: Vec<(usize, DecodeSplit, Vec<usize>)>,
+    tiled: Vec<(Tiling, PrefillSplit)>,
 }
 
 struct Words(Vec<u32>);
@@ -82,19 +141,30 @@ impl Words {
 
 impl Step {
     /// Words that a step of `rows` rows, `seqs` sequences and `pages` page entries in all may need.
-    pub fn words(rows: usize, seqs: usize, pages: usize, thresholds: usize) -> usize {
-        let meta = seqs * META_WORDS * (1 + thresholds) + ALIGN * (2 + 2 * thresholds);
+    pub fn words(
+        rows: usize,
+        seqs: usize,
+        pages: usize,
+        thresholds: usize,
+        tilings: &[Tiling],
+    ) -> usize {
+        let tiles: usize = tilings.iter().map(|t| seqs + t.most(rows, seqs)).sum();
+        let records = seqs * (2 + thresholds) + tiles;
+        let meta = records * META_WORDS + ALIGN * (2 + 2 * thresholds + 2 * tilings.len());
         2 * (rows + ALIGN) + meta + pages + ALIGN
     }
 
     /// Uploads a step into `buffer` (u32, at least [`Step::words`]).
     ///
-    /// `thresholds`: the distinct dense thresholds of the plan's sparse layers.
+    /// `capacity`: most tokens of a sequence, in whole pages; `thresholds`: the distinct dense thresholds of the plan's sparse layers; `tilings`: those of layers that read
+    /// prompts sparsely.
     pub fn upload(
         b: &dyn Backend,
         buffer: &Tensor,
         seqs: &[StepSeq<'_>],
+        capacity: usize,
         thresholds: &[usize],
+        tilings: &[Tiling],
     ) -> Result<Step> {
         let mut order: Vec<usize> = (0..seqs.len()).filter(|&i| seqs[i].decode.is_some()).collect();
         let n_decode = order.len();
@@ -108,27 +178,30 @@ impl Step {
             rows += seqs[i].tokens.len();
             page_words += seqs[i].pages.len();
         }
-        let record = |&i: &usize| {
+        // The rows of sequence `i` that hold tokens `from..to`.
+        let rows_of = |i: usize, from: usize, to: usize| {
             let s = &seqs[i];
             let mut m = [0u32; META_WORDS];
-            m[Meta::Q_START] = first_row[i] as u32;
-            m[Meta::Q_LEN] = s.tokens.len() as u32;
-            m[Meta::KV_LEN] = s.kv_len() as u32;
+            m[Meta::Q_START] = (first_row[i] + from - s.cached) as u32;
+            m[Meta::Q_LEN] = (to - from) as u32;
+            m[Meta::KV_LEN] = to as u32;
             m[Meta::PAGES] = page_start[i] as u32;
             m[Meta::SLOT] = s.slot as u32;
             m[Meta::STEP] = s.decode.unwrap_or(0) as u32;
             m
         };
-        let group = |first_record: usize, members: &[usize]| Group {
-            first_record,
-            n: members.len(),
-            max_kv: members.iter().map(|&i| seqs[i].kv_len()).max().unwrap_or(0),
-            max_q: members.iter().map(|&i| seqs[i].tokens.len()).max().unwrap_or(0),
-            rows: members.iter().map(|&i| first_row[i] + seqs[i].tokens.len()).max().unwrap_or(0),
+        let record = |&i: &usize| rows_of(i, seqs[i].cached, seqs[i].kv_len());
+        let group = |first_record: usize, members: &[usize]| {
+            Group::of(first_record, &members.iter().map(record).collect::<Vec<_>>(), capacity)
         };
 
-        let mut words =
-            Words(Vec::with_capacity(Step::words(rows, seqs.len(), page_words, thresholds.len())));
+        let mut words = Words(Vec::with_capacity(Step::words(
+            rows,
+            seqs.len(),
+            page_words,
+            thresholds.len(),
+            tilings,
+        )));
         let tokens = words.section(order.iter().flat_map(|&i| seqs[i].tokens.iter().copied()));
         let positions = words
             .section(order.iter().flat_map(|&i| seqs[i].cached as u32..seqs[i].kv_len() as u32));
@@ -146,6 +219,27 @@ impl Step {
                 order[..n_decode].iter().partition(|&&i| seqs[i].kv_len() <= t);
             splits.push((t, DecodeSplit { dense: add(&dense), sparse: add(&sparse) }, sparse));
         }
+        let tiled = tilings.iter().map(|&t| {
+            let (mut dense, mut tiles) = (Vec::new(), Vec::new());
+            for &i in &order[n_decode..] {
+                let (start, end) = (seqs[i].cached, seqs[i].kv_len());
+                let mut at = t.first().clamp(start, end);
+                if at > start {
+                    dense.push(rows_of(i, start, at));
+                }
+                while at < end {
+                    let next = ((at / t.tile + 1) * t.tile).min(end);
+                    tiles.push(rows_of(i, at, next));
+                    at = next;
+                }
+            }
+            let mut add = |records: &[[u32; META_WORDS]]| {
+                let start = words.section(records.iter().flatten().copied()).0;
+                Group::of((start - meta_start) / META_WORDS, records, capacity)
+            };
+            (t, PrefillSplit { dense: add(&dense), tiles: add(&tiles) })
+        });
+        let tiled: Vec<_> = tiled.collect();
         let meta_len = words.0.len() - meta_start;
         let pages = words.section(order.iter().flat_map(|&i| seqs[i].pages.iter().copied()));
         let part = |(start, len): (usize, usize)| buffer.slice(start, len);
@@ -161,6 +255,7 @@ impl Step {
             decode: group(0, &order[..n_decode]),
             first_row,
             splits,
+            tiled,
         })
     }
 
@@ -182,6 +277,11 @@ impl Step {
     /// The decode groups of a layer with this dense threshold.
     pub fn split(&self, threshold: usize) -> Option<&DecodeSplit> {
         self.splits.iter().find(|s| s.0 == threshold).map(|s| &s.1)
+    }
+
+    /// The prefilling rows as a layer with this tiling reads them.
+    pub fn tiled(&self, tiling: Tiling) -> Option<&PrefillSplit> {
+        self.tiled.iter().find(|s| s.0 == tiling).map(|s| &s.1)
     }
 
     /// The sequences of a threshold's sparse group, as positions in the order given.

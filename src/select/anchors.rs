@@ -1,11 +1,13 @@
-//! Methods whose layers share token lists: a few anchors choose, the layers after them reuse (Kascade), and may score
-//! what they are handed once more.
+//! Methods whose layers share token lists: a few anchors choose, the layers after them reuse (Kascade, OmniKV,
+//! LessIsMore), and may score what they are handed once more.
 //!
 //! Without a calibrated plan the anchors are spaced evenly and every KV head takes the list of its namesake.
 
+use super::blocks::Query;
 use super::catalog::Variant;
+use super::quest::whole_blocks;
 use super::{Budget, Keep, LayerPlan, MethodSpec, ModelShape, Refine, Role, Scorer, SelectError};
-use crate::backend::{HeadPool, LogitScale, Share};
+use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh, Share, SummaryKind};
 use serde::{Deserialize, Serialize};
 
 /// Which layers are anchors.
@@ -32,6 +34,32 @@ impl std::str::FromStr for Anchors {
     }
 }
 
+/// How anchors score tokens, where they do not take the exact logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnchorScorer {
+    /// Exact logits.
+    Exact,
+    /// The leading dimensions of energy-sorted keys.
+    Sorted,
+    /// Their int8 copy.
+    Int8,
+    /// Dimensions that the query chooses in every step, read from the keys (SparQ).
+    Dims,
+    /// Pages of 16 tokens by the bounds of their keys (Quest).
+    Blocks,
+}
+
+/// The layers of a published list, given for 32 layers, among those that are free. Few layers have one filter.
+fn spread(free: &[usize], of_32: &[usize]) -> Vec<usize> {
+    let at = |&f: &usize| free[(f * free.len() + 16) / 32];
+    match free.len() {
+        0 => Vec::new(),
+        1..8 => vec![free[0]],
+        _ => of_32.iter().map(at).collect(),
+    }
+}
+
 impl MethodSpec {
     fn bad(&self, reason: String) -> SelectError {
         SelectError::BadPlan { method: self.name().into(), reason }
@@ -40,7 +68,7 @@ impl MethodSpec {
     /// Layers of a method with anchors.
     ///
     /// The first anchor attends to everything (its attention is the flattest), the others to what they choose; every
-    /// layer in between reuses the nearest anchor before it.
+    /// layer in between reuses the nearest anchor before it. The filter layers of OmniKV and LessIsMore are all dense.
     pub(super) fn anchored(
         &self,
         m: &ModelShape<'_>,
@@ -48,22 +76,42 @@ impl MethodSpec {
     ) -> Result<Vec<LayerPlan>, SelectError> {
         let anchors = self.anchor_layers(m.windows)?;
         let refined = self.variant == Variant::Refined;
+        let filters = self.variant.filters();
+        let scorer = self.anchor_scorer(m.head_dim);
+        let mut budget = self.anchor_budget(context)?;
+        let blocks = matches!(scorer, Scorer::Blocks { .. });
+        if let Scorer::Blocks { unit, .. } = scorer {
+            budget = Budget::fixed(whole_blocks(budget.tokens, unit), budget.dense_below);
+        }
         let pool = match self.variant {
             Variant::KascadePooled => HeadPool::AllSoftmax,
-            _ => self.pool.unwrap_or(HeadPool::MeanSoftmax),
+            Variant::Omnikv | Variant::Lessismore => HeadPool::AnySoftmax,
+            _ => {
+                self.pool.unwrap_or(if blocks { HeadPool::SumLogit } else { HeadPool::MeanSoftmax })
+            }
         };
-        // As published, no token is forced but the newest, which is what `Keep` asks for at least.
-        let (sinks, recent) = if refined { (4, 32) } else { (0, 1) };
+        let (sinks, recent) = match self.variant {
+            Variant::Refined => (4, 32),
+            // A quarter of the budget, the sinks in it.
+            Variant::Lessismore => (4, (budget.tokens / 4).saturating_sub(4).max(1)),
+            // As published, no token is forced but the newest, which is what `Keep` asks for at least.
+            _ => (0, 1),
+        };
         let anchor = LayerPlan {
             role: Role::Select,
-            scorer: Scorer::Exact,
+            tile: None,
             pool,
-            scale: LogitScale::InvSqrtDim,
-            budget: self.anchor_budget(context)?,
+            scale: match scorer {
+                Scorer::Exact | Scorer::Blocks { .. } => LogitScale::InvSqrtDim,
+                _ => LogitScale::Coverage,
+            },
+            scorer,
+            budget,
             keep: Keep {
                 sinks: self.sinks.unwrap_or(sinks),
                 recent: self.recent.unwrap_or(recent),
             },
+            correct: false,
         };
         let tokens = anchor.budget.tokens;
         let refine = match self.variant {
@@ -78,10 +126,14 @@ impl MethodSpec {
         let layer = |l: usize| {
             let before = anchors.iter().copied().take_while(|&a| a <= l).last();
             match before {
+                // OmniKV: the layer behind a filter hides the time that fetching takes.
+                Some(from) if self.variant == Variant::Omnikv && from + 1 == l => {
+                    LayerPlan::dense()
+                }
                 Some(from) if m.windows[l].is_none() => {
                     let first = anchors.first() == Some(&l);
                     let role = match from == l {
-                        true if first => Role::DenseAnchor,
+                        true if first || filters.is_some() => Role::DenseAnchor,
                         true => Role::Select,
                         false => {
                             let (head_map, refine) = (head_map.clone(), refine.clone());
@@ -110,8 +162,33 @@ impl MethodSpec {
         map.map_err(|_| self.bad(format!("{lists} token lists; head maps name 256 at most")))
     }
 
+    /// How anchors score tokens.
+    fn anchor_scorer(&self, head_dim: usize) -> Scorer {
+        let dims = self.leading_dims(head_dim);
+        match self.scorer.unwrap_or(AnchorScorer::Exact) {
+            AnchorScorer::Exact => Scorer::Exact,
+            AnchorScorer::Sorted => Scorer::Sorted { dims, int8: false },
+            AnchorScorer::Int8 => Scorer::Sorted { dims, int8: true },
+            AnchorScorer::Dims => Scorer::Dims {
+                dims,
+                metric: DimMetric::AbsQ,
+                unit: 1,
+                refresh: Refresh::Every { every: 1, phase: 0 },
+                slice: false,
+            },
+            AnchorScorer::Blocks => Scorer::Blocks {
+                summary: SummaryKind::Bounds { page: 16 },
+                unit: 16,
+                query: Query::Own,
+            },
+        }
+    }
+
     fn anchor_layers(&self, windows: &[Option<usize>]) -> Result<Vec<usize>, SelectError> {
         let free: Vec<usize> = (0..windows.len()).filter(|&l| windows[l].is_none()).collect();
+        if let (None, Some(of_32)) = (&self.anchors, self.variant.filters()) {
+            return Ok(spread(&free, of_32));
+        }
         match &self.anchors {
             Some(Anchors::Layers(layers)) => {
                 if layers.windows(2).any(|w| w[0] >= w[1]) {
@@ -141,7 +218,7 @@ impl MethodSpec {
     }
 
     fn anchor_budget(&self, context: usize) -> Result<Budget, SelectError> {
-        if self.variant == Variant::Refined {
+        if matches!(self.variant, Variant::Refined | Variant::Lessismore) {
             let dense_below = self.dense_below.unwrap_or(2048);
             return Ok(Budget::fixed(self.budget_tokens(context), dense_below));
         }
@@ -161,7 +238,8 @@ impl MethodSpec {
             at_least: u32::try_from(least)
                 .map_err(|_| self.bad(format!("at least {least} tokens is too many")))?,
         };
-        Ok(Budget { tokens: share.of(context).min(context), dense_below, share: Some(share) })
+        let room = Budget::fixed(share.of(context).min(context), dense_below);
+        Ok(Budget { share: Some(share), ..room })
     }
 }
 
@@ -208,6 +286,50 @@ mod tests {
             assert!(e.contains(part), "{spec}: {e}");
         }
         assert!("kascade:anchors=0+x".parse::<MethodSpec>().is_err());
+    }
+
+    #[test]
+    fn filter_layers_are_dense_and_choose_for_those_behind_them() {
+        let plan = |spec: &str, n: usize| {
+            let windows = vec![None; n];
+            let windows = &windows;
+            let m = ModelShape { model: "m", windows, heads: 8, kv_heads: 4, head_dim: 64 };
+            spec.parse::<MethodSpec>().unwrap().plan(&m, 8192).unwrap()
+        };
+        let layers = |spec: &str, n: usize, role: fn(&Role) -> bool| -> Vec<usize> {
+            let p = plan(spec, n);
+            (0..n).filter(|l| role(&p.layers[*l].role)).collect()
+        };
+        let anchor = |r: &Role| *r == Role::DenseAnchor;
+        let dense = |r: &Role| *r == Role::Dense;
+        assert_eq!(layers("omnikv", 32, anchor), [2, 8, 18]);
+        assert_eq!(layers("omnikv", 32, dense), [0, 1, 3, 9, 19]);
+        assert_eq!(layers("lessismore", 32, anchor), [2, 13]);
+        assert_eq!(layers("lessismore", 32, dense), [0, 1]);
+        assert_eq!(layers("omnikv", 30, anchor), [2, 8, 17]);
+        assert_eq!(layers("omnikv:anchors=1+4", 6, dense), [0, 2, 5]);
+        assert_eq!(layers("lessismore", 3, anchor), [0]);
+        let last = &plan("lessismore:budget=400", 32).layers[31];
+        assert_eq!((last.keep, last.pool), (Keep { sinks: 4, recent: 96 }, HeadPool::AnySoftmax));
+        assert_eq!(last.lists(8, 4), 1);
+    }
+
+    #[test]
+    fn anchors_may_score_as_other_methods_do() {
+        let scorer = |spec: &str| {
+            let m =
+                ModelShape { model: "m", windows: &[None; 4], heads: 8, kv_heads: 4, head_dim: 64 };
+            let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
+            Ok::<_, SelectError>(plan.layers[0].scorer.clone())
+        };
+        assert_eq!(scorer("kascade:scorer=exact").unwrap(), Scorer::Exact);
+        let int8 = Scorer::Sorted { dims: 16, int8: true };
+        assert_eq!(scorer("kascade:scorer=int8").unwrap(), int8);
+        assert!(matches!(scorer("kascade:scorer=blocks").unwrap(), Scorer::Blocks { .. }));
+        for refused in ["refined:scorer=blocks", "kascade-pooled:scorer=blocks"] {
+            assert!(scorer(refused).is_err(), "{refused}");
+        }
+        assert!(scorer("kascade:scorer=best").is_err());
     }
 
     #[test]

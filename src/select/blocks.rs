@@ -57,6 +57,11 @@ pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
     if matches!(summary, SummaryKind::Windows { .. }) && plan.keep.recent == 0 {
         return Err("the newest tokens are in no window yet; keep at least 1 recent token".into());
     }
+    if plan.pool.shared() {
+        return Err(
+            "blocks are chosen for KV heads or query heads, not for all heads at once".into()
+        );
+    }
     if plan.budget.share.is_some() {
         return Err("a budget of blocks is a number of tokens, not a share of the length".into());
     }
@@ -102,7 +107,7 @@ impl BlockSelector {
         let Scorer::Blocks { summary, unit, query } = plan.scorer else {
             return Err(bad("the plan has no scorer of blocks".into()));
         };
-        let lists = shape.slots * plan.lists(shape.heads, shape.kv_heads);
+        let lists = shape.at_once * plan.lists(shape.heads, shape.kv_heads);
         let blocks = b.alloc(DType::U32, lists * (plan.budget.tokens / unit), "block lists")?;
         let counts = b.alloc(DType::U32, lists, "block counts")?;
         Ok(BlockSelector { plan: plan.clone(), summary, unit, query, blocks, counts })

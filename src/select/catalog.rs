@@ -23,6 +23,8 @@ pub enum Variant {
     Dense,
     /// First and most recent tokens.
     Window,
+    /// Random tokens.
+    Random,
     /// Top-k of the exact logits.
     Oracle,
     /// Scores on the leading dimensions of energy-sorted keys.
@@ -35,12 +37,22 @@ pub enum Variant {
     SparcasRecommended,
     /// Query-chosen groups of 8 sorted dimensions.
     SparcasGroups,
+    /// SparQ: fresh dimensions in every step, and the mean value for the tokens left out.
+    Sparq,
+    /// Double Sparsity: dimensions chosen offline.
+    DoubleSparsity,
+    /// Loki: principal components of the keys.
+    Loki,
     /// Kascade: layers reuse the tokens of anchor layers.
     Kascade,
     /// The same with one list for all heads.
     KascadePooled,
     /// Anchors hand down candidates, every layer scores them once more.
     Refined,
+    /// A few filter layers choose for all heads of the layers after them.
+    Omnikv,
+    /// The same with sinks and a recent quarter.
+    Lessismore,
     /// Pages by the bounds of their keys.
     Quest,
     /// Pages by the cuboid of means of their keys.
@@ -60,15 +72,69 @@ impl Variant {
     /// Some layers reuse the tokens of others.
     pub(super) fn anchored(self) -> bool {
         matches!(self, Variant::Kascade | Variant::KascadePooled | Variant::Refined)
+            || self.filters().is_some()
+    }
+
+    /// Layers that filter for those after them as published, of 32 (Llama 3.1 8B).
+    pub(super) fn filters(self) -> Option<&'static [usize]> {
+        match self {
+            Variant::Omnikv => Some(&[2, 8, 18]),
+            Variant::Lessismore => Some(&[2, 13]),
+            _ => None,
+        }
     }
 }
 
-const WINDOW: &[&str] = &["budget", "sinks", "recent", "dense-layers", "dense-below"];
-const EXACT: &[&str] = &["budget", "pool", "sinks", "recent", "dense-layers", "dense-below"];
-const LEADING: &[&str] =
-    &["budget", "dims", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const WINDOW: &[&str] =
+    &["budget", "sinks", "recent", "dense-layers", "dense-below", "tile", "prompt-dense"];
+/// What a hash, which no prompt is read with, can be told.
+const HASHED: &[&str] = &["budget", "sinks", "recent", "dense-layers", "dense-below"];
+const EXACT: &[&str] = &[
+    "budget",
+    "mass",
+    "floor",
+    "correct",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
+/// Dimensions that the method chooses by itself.
+const LEADING: &[&str] = &[
+    "budget",
+    "mass",
+    "floor",
+    "correct",
+    "dims",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
+/// The same, in a slice or a choice of decode steps.
+const CHOSEN_ONCE: &[&str] = &[
+    "budget",
+    "mass",
+    "floor",
+    "correct",
+    "dims",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+];
 const QUERY_CHOSEN: &[&str] = &[
     "budget",
+    "mass",
+    "floor",
+    "correct",
     "dims",
     "update",
     "beta",
@@ -86,19 +152,54 @@ const SHARED: &[&str] = &[
     "percent",
     "budget-min",
     "anchors",
+    "scorer",
+    "candidates",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
+const SHARED_BY_ALL: &[&str] = &[
+    "budget",
+    "percent",
+    "budget-min",
+    "anchors",
+    "scorer",
+    "candidates",
+    "sinks",
+    "recent",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
+const REFINED: &[&str] = &[
+    "budget",
+    "dims",
+    "anchors",
+    "scorer",
     "candidates",
     "pool",
     "sinks",
     "recent",
     "dense-below",
 ];
-const SHARED_BY_ALL: &[&str] =
-    &["budget", "percent", "budget-min", "anchors", "candidates", "sinks", "recent", "dense-below"];
-const REFINED: &[&str] =
-    &["budget", "dims", "anchors", "candidates", "pool", "sinks", "recent", "dense-below"];
+const FILTERED: &[&str] =
+    &["budget", "percent", "budget-min", "anchors", "sinks", "recent", "dense-below"];
+const FILTERED_FIXED: &[&str] = &["budget", "anchors", "sinks", "recent", "dense-below"];
 const BLOCKS: &[&str] = WINDOW;
-const PAGES: &[&str] =
-    &["budget", "unit", "pool", "sinks", "recent", "dense-layers", "dense-below"];
+const PAGES: &[&str] = &[
+    "budget",
+    "unit",
+    "pool",
+    "sinks",
+    "recent",
+    "dense-layers",
+    "dense-below",
+    "tile",
+    "prompt-dense",
+];
 
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
@@ -113,6 +214,12 @@ pub const METHODS: &[MethodInfo] = &[
         about: "first and most recent tokens only (StreamingLLM at original positions)",
         variant: Variant::Window,
         options: WINDOW,
+    },
+    MethodInfo {
+        name: "random",
+        about: "tokens that a hash of layer, KV head and position picks (what every scorer must beat)",
+        variant: Variant::Random,
+        options: HASHED,
     },
     MethodInfo {
         name: "oracle",
@@ -151,6 +258,25 @@ pub const METHODS: &[MethodInfo] = &[
         options: QUERY_CHOSEN,
     },
     MethodInfo {
+        name: "sparq",
+        about: "SparQ: |q| picks dimensions every step, read from the keys; the mean value stands for the tokens left \
+                out",
+        variant: Variant::Sparq,
+        options: CHOSEN_ONCE,
+    },
+    MethodInfo {
+        name: "double-sparsity",
+        about: "Double Sparsity: dimensions of the largest mean |q k|, measured once, in a 16-bit compact slice",
+        variant: Variant::DoubleSparsity,
+        options: CHOSEN_ONCE,
+    },
+    MethodInfo {
+        name: "loki",
+        about: "Loki: leading principal components of the keys, measured once, in a slice of their own",
+        variant: Variant::Loki,
+        options: CHOSEN_ONCE,
+    },
+    MethodInfo {
         name: "kascade",
         about: "Kascade: anchor layers choose 10 % of the tokens by exact scores, the layers after them reuse the choice \
                 (a plan of `longsight calibrate` brings anchors and head maps; without one: even spacing, no map)",
@@ -168,6 +294,20 @@ pub const METHODS: &[MethodInfo] = &[
         about: "anchors hand down four times the budget, every layer scores that again on its leading dimensions",
         variant: Variant::Refined,
         options: REFINED,
+    },
+    MethodInfo {
+        name: "omnikv",
+        about: "OmniKV: three filter layers attend to everything and choose 10 % of the tokens, by the largest \
+                probability of any head, for the layers after them",
+        variant: Variant::Omnikv,
+        options: FILTERED,
+    },
+    MethodInfo {
+        name: "lessismore",
+        about: "LessIsMore: two filter layers, sinks and a quarter of recent tokens, the rest by the largest \
+                probability of any head (as published by the best rank)",
+        variant: Variant::Lessismore,
+        options: FILTERED_FIXED,
     },
     MethodInfo {
         name: "quest",

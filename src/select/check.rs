@@ -1,7 +1,7 @@
 //! Whether a plan can run: each layer by itself, and layers that use each other's tokens.
 
-use super::{Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError, blocks};
-use crate::backend::{DimMetric, HeadPool, Refresh};
+use super::{Follow, Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError, blocks};
+use crate::backend::{DimMetric, Refresh};
 
 /// What is wrong, as the end of a sentence.
 type Checked = Result<(), String>;
@@ -37,6 +37,20 @@ impl LayerPlan {
             }
         };
         check_scorer(&self.scorer, head_dim)?;
+        self.check_tile()?;
+        let token_logits = matches!(
+            self.scorer,
+            Scorer::Exact
+                | Scorer::Sorted { .. }
+                | Scorer::Dims { .. }
+                | Scorer::Static { .. }
+                | Scorer::Components { .. }
+        );
+        ensure(!self.correct || (self.role == Role::Select && token_logits), || {
+            "the mean value can only stand for tokens that the layer itself has scored one by one"
+                .into()
+        })?;
+        self.check_follow()?;
         if self.summary().is_some() {
             return blocks::check(self);
         }
@@ -47,7 +61,10 @@ impl LayerPlan {
                 ensure(s.permille <= 1000, || format!("a share of {} thousandths", s.permille))?;
                 budget.tokens.min(s.at_least as usize)
             }
-            None => budget.tokens,
+            None => match budget.follow {
+                Some(Follow::Shared { mean, .. }) => mean,
+                _ => budget.tokens,
+            },
         };
         let forced = sinks.checked_add(recent);
         ensure(recent > 0 && forced.is_some_and(|n| n <= least), || {
@@ -67,8 +84,73 @@ impl LayerPlan {
     }
 }
 
+/// Most rows of a prompt's tile.
+const MAX_TILE: usize = 256;
+
+impl LayerPlan {
+    /// What can choose tokens for the rows of a prompt.
+    fn check_tile(&self) -> Checked {
+        let Some(tile) = self.tile else { return Ok(()) };
+        ensure((1..=MAX_TILE).contains(&tile), || {
+            format!("tiles of {tile} prompt tokens: give 1 to {MAX_TILE}")
+        })?;
+        if let Role::Reuse { refine, .. } = &self.role {
+            return ensure(refine.is_none(), || {
+                "layers that refine candidates read prompts densely; leave the tile out".into()
+            });
+        }
+        let rows = matches!(
+            self.scorer,
+            Scorer::None | Scorer::Exact | Scorer::Sorted { .. } | Scorer::Blocks { .. }
+        );
+        ensure(rows, || {
+            "its scorer works for the queries of decode steps only; leave the tile out".into()
+        })?;
+        ensure(!self.correct && self.budget.follow.is_none(), || {
+            "mean values and budgets that follow the scores are for decode steps; leave the tile out".into()
+        })?;
+        let shared = self.scorer == Scorer::None || self.scores_tiles();
+        ensure(tile == 1 || shared, || {
+            "only exact scores pooled by mean_softmax or all_softmax are shared by the rows of a tile; take tile 1"
+                .into()
+        })?;
+        let (Keep { sinks, .. }, budget) = (self.keep, &self.budget);
+        let least = budget.share.map_or(budget.tokens, |s| budget.tokens.min(s.at_least as usize));
+        ensure(sinks.saturating_add(tile) <= least, || {
+            format!("{sinks} sinks and a tile of {tile} do not fit a budget of {least} tokens")
+        })
+    }
+}
+
+impl LayerPlan {
+    /// A budget that follows the scores is that of a layer that has some, and keeps them.
+    fn check_follow(&self) -> Checked {
+        let Some(follow) = self.budget.follow else { return Ok(()) };
+        let scored = !matches!(self.scorer, Scorer::None | Scorer::Blocks { .. });
+        ensure(self.role == Role::Select && scored && self.budget.share.is_none(), || {
+            "its budget follows scores of tokens, which it does not make for itself alone; give a number of tokens"
+                .into()
+        })?;
+        let tokens = self.budget.tokens;
+        match follow {
+            Follow::Mass { permille, .. } => ensure((1..=1000).contains(&permille), || {
+                format!("{permille} thousandths of the mass of its scores: give 1 to 1000")
+            }),
+            Follow::Shared { mean, at_least } => {
+                ensure(mean <= tokens && at_least as usize <= mean, || {
+                    format!("{at_least} tokens at least, {mean} on average, {tokens} at most")
+                })
+            }
+        }
+    }
+}
+
 fn check_scorer(scorer: &Scorer, head_dim: usize) -> Checked {
-    if let Scorer::Sorted { dims, .. } | Scorer::Dims { dims, .. } = scorer {
+    if let Scorer::Sorted { dims, .. }
+    | Scorer::Dims { dims, .. }
+    | Scorer::Static { dims }
+    | Scorer::Components { dims } = scorer
+    {
         ensure(*dims > 0 && *dims <= head_dim && dims.is_multiple_of(8), || {
             format!("{dims} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}")
         })?;
@@ -131,6 +213,9 @@ impl Plan {
                 m.kv_heads
             )
         })?;
+        ensure(layer.tile.is_none() || layer.tile == anchor.tile, || {
+            format!("layer {l} reads prompts in other tiles than layer {from}, which it reuses")
+        })?;
         let lists = anchor.lists(m.heads, m.kv_heads);
         if let Some(entry) = head_map.iter().find(|&&e| usize::from(e) >= lists) {
             return Err(format!(
@@ -144,9 +229,11 @@ impl Plan {
                 format!("layer {l} attends to the tokens of layer {from} and must have its budget")
             });
         };
-        ensure(!matches!(anchor.scorer, Scorer::None | Scorer::Custom { .. }), || {
+        let no_ranks =
+            matches!(anchor.scorer, Scorer::None | Scorer::Custom { .. } | Scorer::Blocks { .. });
+        ensure(!no_ranks, || {
             format!(
-                "layer {from} hands down no candidates: it has no built-in scores to rank them by"
+                "layer {from} hands down no candidates: it has no built-in scores of tokens to rank them by"
             )
         })?;
         let kept = layer.keep.sinks <= anchor.keep.sinks && layer.keep.recent <= anchor.keep.recent;
@@ -154,7 +241,7 @@ impl Plan {
             format!("layer {l} keeps more sinks or recent tokens than layer {from} hands down")
         })?;
         let one_list = head_map.windows(2).all(|w| w[0] == w[1]);
-        ensure(layer.pool != HeadPool::AllSoftmax || one_list, || {
+        ensure(!layer.pool.shared() || one_list, || {
             format!("layer {l} makes one list for all heads, but its head map names several")
         })?;
         // One list of candidates for each anchor.

@@ -1,10 +1,13 @@
 //! SparCas: key dimensions chosen by the query, refreshed every U steps, scored on a compact slice.
 //!
 //! With `refresh = every step` and no slice it is SparQ's selection; with units of 8 or 16 it reads query-chosen
-//! groups of sorted keys. Formulas: [`SelectDims`](crate::backend::SelectDims).
+//! groups of sorted keys; with what was measured in the place of the query, and no refresh, it is Double Sparsity.
+//! Formulas: [`SelectDims`](crate::backend::SelectDims).
 
 use super::selector::score_and_pick;
-use super::{LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector};
+use super::{
+    KeyProfile, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector,
+};
 use crate::backend::{
     Backend, CHANGED_WORDS, CompactSlice, DIM_STATE_WORDS, DType, DimMetric, RebuildSlice, Refresh,
     ScoreSource, SelectDims, Tensor,
@@ -24,17 +27,27 @@ pub struct DimsSelector {
     changed: Tensor,
     coverage: Tensor,
     slice: Option<Tensor>,
+    /// f32 `[slots, heads, head_dim]`: what dimensions are chosen by, where it is not the query.
+    offline: Option<Tensor>,
 }
 
 impl DimsSelector {
     /// For a plan with [`Scorer::Dims`]; allocates the sets and, where the plan wants it, the slice.
     pub fn new(b: &dyn Backend, shape: &LayerShape, plan: &LayerPlan) -> Result<Self, SelectError> {
-        let Scorer::Dims { dims: n_dims, metric, unit, refresh, slice } = plan.scorer.clone()
-        else {
-            return Err(SelectError::BadPlan {
-                method: "dims".into(),
-                reason: "the plan has no dimension scorer".into(),
-            });
+        let (n_dims, metric, unit, refresh, slice) = match plan.scorer {
+            Scorer::Dims { dims, metric, unit, refresh, slice } => {
+                (dims, metric, unit, refresh, slice)
+            }
+            // Chosen in the first decode step, which also fills the slice, and never again.
+            Scorer::Static { dims } => {
+                (dims, DimMetric::AbsQ, 1, Refresh::Every { every: 0, phase: 0 }, true)
+            }
+            _ => {
+                return Err(SelectError::BadPlan {
+                    method: "dims".into(),
+                    reason: "the plan has no dimension scorer".into(),
+                });
+            }
         };
         let per = shape.slots * shape.kv_heads;
         let slice = slice
@@ -52,7 +65,31 @@ impl DimsSelector {
             changed: b.alloc(DType::U32, per * CHANGED_WORDS, "changed columns")?,
             coverage: b.alloc(DType::F32, per * 2, "dimension coverage")?,
             slice,
+            offline: None,
         })
+    }
+
+    /// For a plan with [`Scorer::Static`]: the dimensions of the largest importance in `profile`, which is in the order
+    /// of the keys as the cache holds them.
+    ///
+    /// # Errors
+    /// As [`DimsSelector::new`].
+    pub fn chosen_offline(
+        b: &dyn Backend,
+        shape: &LayerShape,
+        plan: &LayerPlan,
+        profile: &KeyProfile,
+    ) -> Result<Self, SelectError> {
+        let mut selector = Self::new(b, shape, plan)?;
+        // The sum of |q| over a group is the importance where one head of the group has it and the others nothing.
+        let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let mut row = vec![0.0; shape.heads * d];
+        let heads = profile.importance(shape.layer).chunks_exact(d);
+        row.chunks_exact_mut(group * d).zip(heads).for_each(|(q, i)| q[..d].copy_from_slice(i));
+        let offline = b.alloc(DType::F32, shape.slots * row.len(), "importance of dimensions")?;
+        b.upload(&offline, bytemuck::cast_slice(&row.repeat(shape.slots)))?;
+        selector.offline = Some(offline);
+        Ok(selector)
     }
 }
 
@@ -65,6 +102,10 @@ impl Selector for DimsSelector {
             capacity: self.shape.capacity,
             slots: self.shape.slots,
         })
+    }
+
+    fn dims(&self) -> Option<(&Tensor, usize)> {
+        Some((&self.dims, self.n_dims))
     }
 
     fn select(
@@ -80,7 +121,7 @@ impl Selector for DimsSelector {
             });
         }
         cx.backend.select_dims(&SelectDims {
-            q,
+            q: self.offline.as_ref().unwrap_or(q),
             seqs: cx.seqs,
             stats: cx.stats,
             dims: &self.dims,
@@ -131,13 +172,7 @@ impl Selector for DimsSelector {
             b.copy(&t.slice(from * n, n), &t.slice(to * n, n))?;
         }
         if let Some(slice) = &self.slice {
-            let part = |slot: usize, head: usize| {
-                let row = (slot * kv_heads + head) * self.shape.capacity;
-                slice.slice(row * self.n_dims, tokens.min(self.shape.capacity) * self.n_dims)
-            };
-            for head in 0..kv_heads {
-                b.copy(&part(from, head), &part(to, head))?;
-            }
+            self.shape.copy_slice(b, slice, self.n_dims, (from, to), tokens)?;
         }
         Ok(())
     }

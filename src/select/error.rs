@@ -44,7 +44,8 @@ pub enum SelectError {
     MissingSummary {
         /// Method name.
         method: String,
-        /// `the int8 key copy`, `key statistics`, `energy-sorted keys` or `summaries of the keys`.
+        /// `the int8 key copy`, `key statistics`, `energy-sorted keys`, `the sums of the values`, `a profile of this
+        /// model's keys` or `summaries of the keys`.
         what: &'static str,
     },
     /// A Forecast is needed and none was given.

@@ -20,6 +20,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
     let local = tokens / BLOCK / 3;
     LayerPlan {
         role: Role::Select,
+        tile: None,
         scorer: Scorer::Blocks { summary: WINDOWS, unit: BLOCK, query: Query::Own },
         pool: HeadPool::MeanSoftmax,
         scale: LogitScale::InvSqrtDim,
@@ -28,6 +29,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
             sinks: spec.sinks.unwrap_or(if tokens > BLOCK { BLOCK } else { 0 }),
             recent: spec.recent.unwrap_or(local * BLOCK + 1),
         },
+        correct: false,
     }
 }
 

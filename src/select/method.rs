@@ -2,7 +2,7 @@
 //! plans.
 
 use super::SelectError;
-use super::anchors::Anchors;
+use super::anchors::{AnchorScorer, Anchors};
 use super::catalog::{METHODS, Variant};
 use crate::backend::{DimMetric, HeadPool};
 use serde::{Deserialize, Serialize};
@@ -46,6 +46,24 @@ pub struct MethodSpec {
     /// Tokens that an anchor hands down to layers that score them once more.
     #[serde(default)]
     pub candidates: Option<usize>,
+    /// Rows of a prompt that share a choice of tokens; 0, the default: prompts are read densely.
+    #[serde(default)]
+    pub tile: Option<usize>,
+    /// Leading layers that read prompts densely all the same. Default 0.
+    #[serde(default)]
+    pub prompt_dense: Option<usize>,
+    /// Share of the estimated softmax mass at which a list ends, in front of its budget.
+    #[serde(default)]
+    pub mass: Option<f32>,
+    /// The KV heads of a layer share their budgets; each is sure of this share of its own.
+    #[serde(default)]
+    pub floor: Option<f32>,
+    /// The mean value stands for the tokens that are left out.
+    #[serde(default)]
+    pub correct: Option<bool>,
+    /// How anchors score tokens.
+    #[serde(default)]
+    pub scorer: Option<AnchorScorer>,
 }
 
 impl Default for MethodSpec {
@@ -73,6 +91,12 @@ impl From<Variant> for MethodSpec {
             budget_min: None,
             anchors: None,
             candidates: None,
+            tile: None,
+            prompt_dense: None,
+            mass: None,
+            floor: None,
+            correct: None,
+            scorer: None,
         }
     }
 }
@@ -141,6 +165,12 @@ impl MethodSpec {
             "budget-min" => to(&mut self.budget_min, value.parse().ok()),
             "anchors" => to(&mut self.anchors, value.parse().ok()),
             "candidates" => to(&mut self.candidates, value.parse().ok()),
+            "tile" => to(&mut self.tile, value.parse().ok()),
+            "prompt-dense" => to(&mut self.prompt_dense, value.parse().ok()),
+            "mass" => to(&mut self.mass, value.parse().ok()),
+            "floor" => to(&mut self.floor, value.parse().ok()),
+            "correct" => to(&mut self.correct, value.parse().ok()),
+            "scorer" => to(&mut self.scorer, parse_name(value).ok()),
             _ => false,
         }
     }
@@ -163,6 +193,12 @@ impl MethodSpec {
             ("budget-min", self.budget_min.is_some()),
             ("anchors", self.anchors.is_some()),
             ("candidates", self.candidates.is_some()),
+            ("tile", self.tile.is_some()),
+            ("prompt-dense", self.prompt_dense.is_some()),
+            ("mass", self.mass.is_some()),
+            ("floor", self.floor.is_some()),
+            ("correct", self.correct.is_some()),
+            ("scorer", self.scorer.is_some()),
         ]
         .into_iter()
         .filter_map(|(name, set)| set.then_some(name))
@@ -189,6 +225,12 @@ impl MethodSpec {
         keep(&mut self.budget_min, v.takes("budget-min"));
         keep(&mut self.anchors, v.takes("anchors"));
         keep(&mut self.candidates, v.takes("candidates"));
+        keep(&mut self.tile, v.takes("tile"));
+        keep(&mut self.prompt_dense, v.takes("prompt-dense"));
+        keep(&mut self.mass, v.takes("mass"));
+        keep(&mut self.floor, v.takes("floor"));
+        keep(&mut self.correct, v.takes("correct"));
+        keep(&mut self.scorer, v.takes("scorer"));
         self
     }
 

@@ -8,36 +8,46 @@ mod anchors;
 mod blocks;
 mod catalog;
 mod check;
+mod components;
 mod dims;
 mod error;
 mod infllm;
+mod key_profile;
+mod mean_value;
 mod method;
 mod npy;
 mod oracle;
 mod plan;
 mod profile;
 mod quest;
+mod random;
 mod refine;
 mod role;
 mod selector;
 mod sorted;
 mod sparda;
+mod tiles;
 mod window;
 
-pub use anchors::Anchors;
+pub use anchors::{AnchorScorer, Anchors};
 pub use blocks::{BlockSelector, Query};
 pub use catalog::{METHODS, MethodInfo, Variant};
+pub use components::ComponentsSelector;
 pub use dims::DimsSelector;
 pub use error::SelectError;
+pub use key_profile::KeyProfile;
+pub use mean_value::correct;
 pub use method::{MethodSpec, parse_name};
 pub use npy::read_head_maps;
 pub use oracle::ExactSelector;
 pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
+pub use random::{RandomSelector, noise};
 pub use refine::refine;
-pub use role::{Budget, Keep, Refine, Role, Scorer};
+pub use role::{Budget, Follow, Keep, Refine, Role, Scorer};
 pub use selector::{
-    LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build, hand_down,
-    pool_and_pick,
+    Given, LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build,
+    hand_down, pool_and_pick,
 };
 pub use sorted::SortedSelector;
+pub use tiles::select_tiles;
 pub use window::WindowSelector;

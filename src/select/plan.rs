@@ -58,6 +58,13 @@ pub struct LayerPlan {
     pub budget: Budget,
     /// Which tokens always are.
     pub keep: Keep,
+    /// Rows of a prompt that share a choice of tokens, their own tile included; None: prompts are read densely.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tile: Option<usize>,
+    /// The mean of all values stands for the tokens that are left out, by their estimated share of the attention
+    /// (SparQ).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub correct: bool,
 }
 
 impl LayerPlan {
@@ -70,7 +77,15 @@ impl LayerPlan {
             scale: LogitScale::InvSqrtDim,
             budget: Budget::fixed(0, 0),
             keep: Keep { sinks: 0, recent: 1 },
+            tile: None,
+            correct: false,
         }
+    }
+
+    /// A prompt's tiles are scored together, after a softmax per row, and not row by row as a decode step's queries.
+    pub fn scores_tiles(&self) -> bool {
+        let sums = matches!(self.pool, HeadPool::MeanSoftmax | HeadPool::AllSoftmax);
+        self.selects() && self.scorer == Scorer::Exact && sums
     }
 
     /// The layer attends to some of the tokens only, in sequences longer than its budget's
@@ -117,7 +132,8 @@ impl LayerPlan {
     ///
     /// `row` = bytes of one key (or value) of one KV head: dense `2 min(n, window) row` per KV head; else the score
     /// reads and a rebuild's key read over U per KV head, and `2 T_b row` per token list (per KV head where lists
-    /// are shared). A layer that refines reads the scored dimensions of its candidates.
+    /// are shared). A layer that refines reads the scored dimensions of its candidates. Where the mass of the scores
+    /// ends a list, this is the most that it can be.
     pub fn bytes_read(&self, n: usize, shape: &KvReads<'_>, window: Option<usize>) -> u64 {
         let KvReads { heads, kv_heads, head_dim, elem, .. } = *shape;
         let row = head_dim * elem;
@@ -134,7 +150,9 @@ impl LayerPlan {
             Some(refine) => score_bytes(&refine.scorer, n.min(refine.candidates), row, elem),
             None => score_bytes(&self.scorer, n, row, elem),
         };
-        let score = (score * kv_heads as f64) as u64;
+        // The mean value is kept in f32.
+        let mean = if self.correct { 4 * head_dim } else { 0 };
+        let score = ((score + mean as f64) * kv_heads as f64) as u64;
         if self.role == Role::DenseAnchor {
             return dense + score;
         }
@@ -147,7 +165,9 @@ impl LayerPlan {
 /// Bytes of one KV head's keys that scoring `n` tokens reads; `row` bytes a key, `elem` a number.
 fn score_bytes(scorer: &Scorer, n: usize, row: usize, elem: usize) -> f64 {
     match scorer {
-        Scorer::None => 0.0,
+        // The hash of a position does not depend on its key.
+        Scorer::None | Scorer::Random { .. } => 0.0,
+        Scorer::Static { dims } | Scorer::Components { dims } => (n * dims * elem) as f64,
         Scorer::Exact | Scorer::Custom { .. } => (n * row) as f64,
         Scorer::Sorted { dims, int8: true } => (n * (dims + 4)) as f64,
         Scorer::Sorted { dims, int8: false } => (n * dims * elem) as f64,
@@ -227,6 +247,11 @@ impl Plan {
         kinds
     }
 
+    /// Some layer reads prompts sparsely.
+    pub fn reads_prompts_sparsely(&self) -> bool {
+        self.layers.iter().any(|l| l.tile.is_some())
+    }
+
     /// Some layer is scored with a Forecast.
     pub fn wants_forecast(&self) -> bool {
         self.layers.iter().any(LayerPlan::wants_forecast)
@@ -235,6 +260,16 @@ impl Plan {
     /// Some layer reads key statistics.
     pub fn key_stats(&self) -> bool {
         self.scorers().any(|s| matches!(s, Scorer::Dims { metric, .. } if metric.needs_stats()))
+    }
+
+    /// Some layer needs the sums of all values.
+    pub fn value_stats(&self) -> bool {
+        self.layers.iter().any(|l| l.correct)
+    }
+
+    /// Some layer reads what was measured of the model's queries and keys ([`KeyProfile`](super::KeyProfile)).
+    pub fn wants_profile(&self) -> bool {
+        self.scorers().any(|s| matches!(s, Scorer::Static { .. } | Scorer::Components { .. }))
     }
 
     /// Some layer relies on the energy order of key pairs.

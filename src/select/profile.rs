@@ -2,7 +2,8 @@
 
 use super::catalog::Variant;
 use super::{
-    Budget, Keep, LayerPlan, MethodSpec, ModelShape, Plan, Role, Scorer, SelectError, blocks,
+    Budget, Follow, Keep, LayerPlan, MethodSpec, ModelShape, Plan, Role, Scorer, SelectError,
+    blocks,
 };
 use crate::backend::{DimMetric, HeadPool, LogitScale, Refresh};
 
@@ -14,7 +15,7 @@ impl MethodSpec {
     /// [`SelectError::BadPlan`] when options do not fit the model.
     pub fn plan(&self, m: &ModelShape<'_>, context: usize) -> Result<Plan, SelectError> {
         let n_layers = m.windows.len();
-        let layers = match self.variant {
+        let mut layers = match self.variant {
             Variant::Dense => vec![LayerPlan::dense(); n_layers],
             v if v.anchored() => self.anchored(m, context)?,
             _ => {
@@ -23,14 +24,36 @@ impl MethodSpec {
                 let dense_layers = self.dense_layers.unwrap_or(if every { 0 } else { 2 });
                 let layer = |l: usize| match m.windows[l] {
                     None if l >= dense_layers => self.layer(l, n_layers, m.head_dim, context),
-                    _ => LayerPlan::dense(),
+                    _ => Ok(LayerPlan::dense()),
                 };
-                (0..n_layers).map(layer).collect()
+                (0..n_layers).map(layer).collect::<Result<_, _>>()?
             }
         };
+        self.read_prompts(&mut layers);
         let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
         plan.check(m)?;
         Ok(plan)
+    }
+
+    /// Lets layers read prompts sparsely, where that is asked for.
+    fn read_prompts(&self, layers: &mut [LayerPlan]) {
+        let Some(tile) = self.tile.filter(|t| *t > 0) else { return };
+        let dense = self.prompt_dense.unwrap_or(0);
+        for p in layers.iter_mut().skip(dense).filter(|p| p.role != Role::Dense) {
+            p.tile = Some(tile);
+        }
+        // An anchor that none of them reuses need not choose.
+        for l in 0..layers.len() {
+            let reused = |p: &LayerPlan| match p.role {
+                Role::Reuse { from, .. } => from == l && p.tile.is_some(),
+                _ => false,
+            };
+            let used = layers.iter().any(reused);
+            let p = &mut layers[l];
+            if p.role == Role::DenseAnchor || p.role == Role::Select && l < dense {
+                p.tile = used.then_some(tile);
+            }
+        }
     }
 
     /// T_b where the budget does not follow the length.
@@ -43,19 +66,27 @@ impl MethodSpec {
         self.dims.unwrap_or_else(|| (head_dim / 4).next_multiple_of(8).min(head_dim))
     }
 
-    fn layer(&self, l: usize, n_layers: usize, head_dim: usize, context: usize) -> LayerPlan {
+    fn layer(
+        &self,
+        l: usize,
+        n_layers: usize,
+        head_dim: usize,
+        context: usize,
+    ) -> Result<LayerPlan, SelectError> {
         if let Some(plan) = blocks::layer(self, self.budget_tokens(context)) {
-            return plan;
+            return Ok(plan);
         }
+        let tokens = self.budget_tokens(context);
         let paper = self.variant == Variant::SparcasPaper;
         let (sinks, recent) = match self.variant {
             Variant::SparcasPaper => (0, 1),
             Variant::SparcasRecommended => (4, 64),
+            // As published: a quarter of the budget, no sinks.
+            Variant::Sparq => (0, (tokens / 4).max(1)),
             _ => (4, 32),
         };
         let mut keep =
             Keep { sinks: self.sinks.unwrap_or(sinks), recent: self.recent.unwrap_or(recent) };
-        let tokens = self.budget_tokens(context);
         if self.variant == Variant::Window {
             // The whole budget is sinks and window, unless a smaller window was asked for.
             keep.recent = self.recent.unwrap_or(tokens.saturating_sub(keep.sinks));
@@ -64,28 +95,67 @@ impl MethodSpec {
             Variant::Window => keep.sinks + keep.recent,
             _ => tokens,
         };
-        LayerPlan {
+        let scored = self.variant.takes("mass");
+        let dense_below = self.dense_below.unwrap_or(if paper { 0 } else { 2048 });
+        let budget = Budget::fixed(budget_tokens, dense_below);
+        Ok(LayerPlan {
             role: Role::Select,
-            scorer: self.scorer(l, n_layers, head_dim),
+            scorer: self.scorer_of(l, n_layers, head_dim),
             pool: match self.variant {
                 // No scores to pool.
-                Variant::Window => HeadPool::SumLogit,
-                Variant::SparcasPaper => self.pool.unwrap_or(HeadPool::SumLogit),
+                Variant::Window | Variant::Random => HeadPool::SumLogit,
+                Variant::SparcasPaper | Variant::Sparq => self.pool.unwrap_or(HeadPool::SumLogit),
                 _ => self.pool.unwrap_or(HeadPool::MaxSoftmax),
             },
             scale: match self.variant {
-                Variant::Oracle | Variant::Window => LogitScale::InvSqrtDim,
+                // Components are no part of the query's own dimensions.
+                Variant::Oracle | Variant::Window | Variant::Random | Variant::Loki => {
+                    LogitScale::InvSqrtDim
+                }
                 _ => LogitScale::Coverage,
             },
-            budget: Budget::fixed(
-                budget_tokens,
-                self.dense_below.unwrap_or(if paper { 0 } else { 2048 }),
-            ),
+            budget: if scored { self.following(budget, context)? } else { budget },
             keep,
+            tile: None,
+            correct: scored && self.correct.unwrap_or(self.variant == Variant::Sparq),
+        })
+    }
+
+    /// The budget with what the scores have to say about it.
+    fn following(&self, budget: Budget, context: usize) -> Result<Budget, SelectError> {
+        /// Least tokens of a list that ends with its mass.
+        const LEAST: u32 = 16;
+        /// Times the mean that a list has room for where lists share a budget.
+        const ROOM: usize = 4;
+        let share = |name: &str, x: f32, least: f32| match x {
+            x if x >= least && x <= 1.0 => Ok(x),
+            _ => Err(SelectError::BadPlan {
+                method: self.name().into(),
+                reason: format!("{name} of {x}: give a share up to 1"),
+            }),
+        };
+        match (self.mass, self.floor) {
+            (None, None) => Ok(budget),
+            (Some(mass), None) => {
+                let permille = (share("a mass", mass, 0.001)? * 1000.0).round() as u32;
+                let follow = Some(Follow::Mass { permille, at_least: LEAST });
+                Ok(Budget { follow, ..budget })
+            }
+            (None, Some(floor)) => {
+                let mean = budget.tokens;
+                let at_least = (share("a floor", floor, 0.0)? * mean as f32) as u32;
+                let follow = Some(Follow::Shared { mean, at_least });
+                let tokens = mean.saturating_mul(ROOM).min(context.max(mean));
+                Ok(Budget { tokens, follow, ..budget })
+            }
+            (Some(_), Some(_)) => Err(SelectError::BadPlan {
+                method: self.name().into(),
+                reason: "a list ends with its mass, or lists share their budgets; give one".into(),
+            }),
         }
     }
 
-    fn scorer(&self, l: usize, n_layers: usize, head_dim: usize) -> Scorer {
+    fn scorer_of(&self, l: usize, n_layers: usize, head_dim: usize) -> Scorer {
         let query_chosen = |dims, metric, unit, refresh, slice| {
             let metric = self.metric.unwrap_or(metric);
             let pair = matches!(metric, DimMetric::PairNorm | DimMetric::PairQk);
@@ -129,6 +199,13 @@ impl MethodSpec {
                 let every = Refresh::Every { every: 1, phase: 0 };
                 query_chosen(self.leading_dims(head_dim), DimMetric::PairQk, 8, every, false)
             }
+            Variant::Sparq => {
+                let every = Refresh::Every { every: 1, phase: 0 };
+                query_chosen(half, DimMetric::AbsQ, 1, every, false)
+            }
+            Variant::DoubleSparsity => Scorer::Static { dims: self.dims.unwrap_or(half) },
+            Variant::Loki => Scorer::Components { dims: leading },
+            Variant::Random => Scorer::Random { seed: 0 },
             // No scores; methods of anchors and blocks do not come here.
             _ => Scorer::None,
         }

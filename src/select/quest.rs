@@ -18,6 +18,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
     let (sinks, recent) = if arkvale { (2 * page, page.saturating_add(1)) } else { (0, 1) };
     LayerPlan {
         role: Role::Select,
+        tile: None,
         scorer: Scorer::Blocks {
             summary: if arkvale {
                 SummaryKind::Cuboid { page }
@@ -31,6 +32,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
         scale: LogitScale::InvSqrtDim,
         budget: Budget::fixed(whole_blocks(tokens, page), spec.dense_below.unwrap_or(2048)),
         keep: Keep { sinks: spec.sinks.unwrap_or(sinks), recent: spec.recent.unwrap_or(recent) },
+        correct: false,
     }
 }
 

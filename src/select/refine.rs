@@ -41,7 +41,7 @@ pub fn refine(
         scale: plan.scale,
         among,
         lists: candidates.rows_per_seq,
-        scores: score_target(cx, plan.pool)?,
+        scores: score_target(cx, plan)?,
         stride: cx.scratch.stride,
     })?;
     pool_and_pick_among(cx, plan, out, Some(among))

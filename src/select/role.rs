@@ -65,6 +65,21 @@ pub enum Scorer {
         /// Keep a compact copy of the chosen dimensions; else read them from the keys.
         slice: bool,
     },
+    /// A number that layer, KV head and position decide: what every scorer must beat.
+    Random {
+        /// Other seeds give other tokens.
+        seed: u32,
+    },
+    /// Dimensions chosen offline by the mean of `|q_i k_i|`, read from a compact slice (Double Sparsity).
+    Static {
+        /// Dimensions read per token.
+        dims: usize,
+    },
+    /// The leading principal components of the keys, measured offline, read from a slice of their own (Loki).
+    Components {
+        /// Components read per token.
+        dims: usize,
+    },
     /// Whole blocks by summaries of their keys (Quest, ArkVale, InfLLM-V2, SparDA).
     Blocks {
         /// What stands for a run of keys.
@@ -81,6 +96,27 @@ pub enum Scorer {
     },
 }
 
+/// How a budget follows the scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Follow {
+    /// The fewest tokens whose estimated softmax mass reaches a share (Twilight's top-p); sinks and recent tokens
+    /// come on top.
+    Mass {
+        /// The share in thousandths.
+        permille: u32,
+        /// Least tokens of a list.
+        at_least: u32,
+    },
+    /// The lists of a layer share their budgets by the scores (AdaKV).
+    Shared {
+        /// Tokens of a list on average.
+        mean: usize,
+        /// Tokens that each list is sure of.
+        at_least: u32,
+    },
+}
+
 /// How many tokens are attended to, forced ones included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -92,23 +128,31 @@ pub struct Budget {
     /// A sequence's own limit below `tokens`: a share of its length.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<Share>,
+    /// A limit below `tokens` that the scores set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub follow: Option<Follow>,
 }
 
 impl Budget {
     /// The same number of tokens at every length.
     pub fn fixed(tokens: usize, dense_below: usize) -> Self {
-        Budget { tokens, dense_below, share: None }
+        Budget { tokens, dense_below, share: None, follow: None }
     }
 
-    /// Tokens attended to in a sequence of `n`, not more than there are.
+    /// Tokens attended to in a sequence of `n`, not more than there are: the mean over the lists of a layer, and
+    /// the most that there may be where the mass of the scores decides.
     pub fn tokens_at(&self, n: usize) -> usize {
+        if let Some(Follow::Shared { mean, .. }) = self.follow {
+            return mean.min(n);
+        }
         self.share.map_or(self.tokens, |s| s.of(n).min(self.tokens)).min(n)
     }
 
     /// Longest sequence that is still attended to densely: its tokens all fit the budget.
     pub fn dense_until(&self) -> usize {
-        let all_fit = match self.share {
-            Some(s) if s.permille < 1000 => self.tokens.min(s.at_least as usize),
+        let all_fit = match (self.share, self.follow) {
+            (_, Some(Follow::Shared { mean, .. })) => mean,
+            (Some(s), _) if s.permille < 1000 => self.tokens.min(s.at_least as usize),
             _ => self.tokens,
         };
         self.dense_below.max(all_fit)
@@ -132,7 +176,7 @@ mod tests {
     #[test]
     fn a_share_follows_the_length() {
         let share = Some(Share { permille: 100, at_least: 128 });
-        let b = Budget { tokens: 3276, dense_below: 0, share };
+        let b = Budget { share, ..Budget::fixed(3276, 0) };
         let k: Vec<usize> =
             [1, 100, 128, 129, 1280, 1290, 32_768, 65_536].map(|n| b.tokens_at(n)).into();
         assert_eq!(k, [1, 100, 128, 128, 128, 129, 3276, 3276]);

@@ -1,12 +1,12 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    BlockSelector, DimsSelector, ExactSelector, LayerPlan, Scorer, SelectError, SortedSelector,
-    WindowSelector,
+    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, KeyProfile, LayerPlan,
+    RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
-    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
-    Share, Summaries, Tensor, TopK,
+    Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
+    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
 };
 use std::sync::Arc;
 
@@ -25,8 +25,30 @@ pub struct LayerShape {
     pub kv_dtype: DType,
     /// Slots of per-sequence state.
     pub slots: usize,
+    /// Most sequences, or tiles of prompts, that one call of a selector may see.
+    pub at_once: usize,
+    /// Most rows of a step.
+    pub rows: usize,
     /// Most tokens of a sequence.
     pub capacity: usize,
+}
+
+impl LayerShape {
+    /// Copies the first `tokens` rows of every KV head of a slice of `n` columns from one slot to another.
+    pub(super) fn copy_slice(
+        &self,
+        b: &dyn Backend,
+        slice: &Tensor,
+        n: usize,
+        (from, to): (usize, usize),
+        tokens: usize,
+    ) -> Result<(), BackendError> {
+        let part = |slot: usize, head: usize| {
+            let row = (slot * self.kv_heads + head) * self.capacity;
+            slice.slice(row * n, tokens.min(self.capacity) * n)
+        };
+        (0..self.kv_heads).try_for_each(|head| b.copy(&part(from, head), &part(to, head)))
+    }
 }
 
 /// Score buffers that all layers share.
@@ -34,7 +56,7 @@ pub struct LayerShape {
 pub struct Scratch {
     /// f32 `[n, rows, stride]`, rows = KV heads, or query heads for per-head selection.
     pub scores: Tensor,
-    /// f32 `[n, heads, stride]`, per-head logits before a softmax pool.
+    /// f32 `[n, heads, stride]`, per-head logits before they are pooled.
     pub head_scores: Option<Tensor>,
     /// At least every sequence's length; a multiple of 64.
     pub stride: usize,
@@ -54,7 +76,20 @@ pub struct Selection {
     pub rows_per_seq: usize,
 }
 
-/// What a selector may read in a decode step of one layer.
+impl Selection {
+    /// The lists of `n` sequences from the `first` on.
+    pub fn part(&self, first: usize, n: usize) -> Selection {
+        let (k, lists) = (self.k, self.rows_per_seq);
+        Selection {
+            indices: self.indices.slice(first * lists * k, n * lists * k),
+            counts: self.counts.slice(first * lists, n * lists),
+            k,
+            rows_per_seq: lists,
+        }
+    }
+}
+
+/// What a selector may read in a decode step of one layer, or in a prefill with tiles of one row.
 #[derive(Clone, Copy)]
 pub struct LayerContext<'a> {
     /// The device.
@@ -67,6 +102,8 @@ pub struct LayerContext<'a> {
     pub int8: Option<Int8Keys<'a>>,
     /// Running key statistics `[slots, kv_heads, key_stats_len(head_dim)]`.
     pub stats: Option<&'a Tensor>,
+    /// Running sums of the values `[slots, kv_heads, key_stats_len(head_dim)]`, where the cache keeps them.
+    pub value_stats: Option<&'a Tensor>,
     /// The summaries of keys that the layer's plan reads, where the cache keeps them.
     pub summaries: Option<Summaries<'a>>,
     /// act `[rows, kv_heads, head_dim]`: the Forecast for this layer, where there is one.
@@ -89,6 +126,12 @@ impl std::fmt::Debug for LayerContext<'_> {
 pub trait Selector: Send {
     /// Compact slice that must be appended to with every new key.
     fn slice(&self) -> Option<CompactSlice<'_>> {
+        None
+    }
+
+    /// The key dimensions that the query has chosen, u32 `[slots, kv_heads, n]`, and `n`, for those who measure how
+    /// the choice changes.
+    fn dims(&self) -> Option<(&Tensor, usize)> {
         None
     }
 
@@ -129,27 +172,59 @@ pub type SelectorFactory = Arc<
         + Sync,
 >;
 
+/// What selectors are made with, beside the plan.
+#[derive(Clone, Copy, Default)]
+pub struct Given<'a> {
+    /// Makes those of [`Scorer::Custom`].
+    pub custom: Option<&'a SelectorFactory>,
+    /// What was measured of the model, in the order of the keys as the cache holds them.
+    pub profile: Option<&'a KeyProfile>,
+}
+
+impl std::fmt::Debug for Given<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Given").field("custom", &self.custom.is_some()).finish_non_exhaustive()
+    }
+}
+
 /// Makes the selector of a layer; `None` for layers that are dense or reuse another's tokens.
 ///
 /// # Errors
-/// [`SelectError::BadPlan`] for a custom scorer without a factory, [`SelectError::Backend`] when its state does
-/// not fit the device.
+/// [`SelectError::BadPlan`] for a custom scorer without a factory, [`SelectError::MissingSummary`] for one that reads
+/// a profile without one, [`SelectError::Backend`] when its state does not fit the device.
 pub fn build(
     backend: &dyn Backend,
     shape: &LayerShape,
     plan: &LayerPlan,
-    custom: Option<&SelectorFactory>,
+    given: Given<'_>,
 ) -> Result<Option<Box<dyn Selector>>, SelectError> {
     if !plan.selects() {
         return Ok(None);
     }
+    let profile = || {
+        let fits = |p: &&KeyProfile| {
+            (p.kv_heads, p.head_dim) == (shape.kv_heads, shape.head_dim)
+                && p.fits_layer(shape.layer)
+        };
+        given.profile.filter(fits).ok_or_else(|| SelectError::MissingSummary {
+            method: "profile".into(),
+            what: "a profile of this model's keys",
+        })
+    };
     Ok(Some(match &plan.scorer {
         Scorer::None => Box::new(WindowSelector::new(plan)),
+        Scorer::Random { .. } => Box::new(RandomSelector::new(backend, shape, plan)?),
+        Scorer::Static { .. } => {
+            Box::new(DimsSelector::chosen_offline(backend, shape, plan, profile()?)?)
+        }
+        Scorer::Components { .. } => {
+            Box::new(ComponentsSelector::new(backend, shape, plan, profile()?)?)
+        }
         Scorer::Exact => Box::new(ExactSelector::new(plan)),
         Scorer::Sorted { .. } => Box::new(SortedSelector::new(plan)?),
         Scorer::Dims { .. } => Box::new(DimsSelector::new(backend, shape, plan)?),
         Scorer::Blocks { .. } => Box::new(BlockSelector::new(backend, shape, plan)?),
-        Scorer::Custom { name } => match custom {
+        Scorer::Custom { name } => match given.custom {
             Some(f) => f(backend, shape, plan)?,
             None => {
                 return Err(SelectError::BadPlan {
@@ -165,7 +240,7 @@ pub fn build(
 /// tokens, take the top-k.
 ///
 /// Expects `score_dims` (or a custom scorer) to have written `scratch.scores`, or `scratch.head_scores` for the
-/// softmax pools.
+/// softmax pools and for a plan that corrects.
 pub fn pool_and_pick(
     cx: &LayerContext<'_>,
     plan: &LayerPlan,
@@ -182,9 +257,14 @@ pub(super) fn pool_and_pick_among(
     among: Option<Among<'_>>,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if plan.pool.softmax() {
+    if plan.correct && plan.pool == HeadPool::None {
+        // Forcing tokens writes to the scores; the logits are needed once more.
+        let n = cx.seqs.n * cx.shape.heads * s.stride;
+        let logits = score_target(cx, plan)?;
+        cx.backend.copy(&logits.slice(0, n), &s.scores.slice(0, n))?;
+    } else if per_head(plan) {
         cx.backend.pool_scores(&PoolScores {
-            scores: score_target(cx, plan.pool)?,
+            scores: score_target(cx, plan)?,
             out: &s.scores,
             seqs: cx.seqs,
             heads: cx.shape.heads,
@@ -194,16 +274,39 @@ pub(super) fn pool_and_pick_among(
             lengths: among.map(|a| a.counts),
         })?;
     }
-    cx.backend.force(&Force {
-        scores: &s.scores,
+    let trim = |trim: Trim| {
+        let (rows_per_seq, stride) = (out.rows_per_seq, s.stride);
+        let scores = &s.scores;
+        cx.backend.trim_scores(&TrimScores { scores, seqs: cx.seqs, rows_per_seq, stride, trim })
+    };
+    if let Some(Follow::Mass { permille, at_least }) = plan.budget.follow {
+        trim(Trim::Mass { permille, at_least })?;
+    }
+    force(cx, (plan.keep.sinks, plan.keep.recent), out, among)?;
+    if let Some(Follow::Shared { mean, at_least }) = plan.budget.follow {
+        // Forced tokens are part of the total.
+        let tokens = u32::try_from(mean.saturating_mul(out.rows_per_seq)).unwrap_or(u32::MAX);
+        trim(Trim::Together { tokens, at_least })?;
+    }
+    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+}
+
+/// Puts sinks and recent tokens first.
+pub(super) fn force(
+    cx: &LayerContext<'_>,
+    (sinks, recent): (usize, usize),
+    out: &Selection,
+    among: Option<Among<'_>>,
+) -> Result<(), SelectError> {
+    Ok(cx.backend.force(&Force {
+        scores: &cx.scratch.scores,
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
-        stride: s.stride,
-        sinks: plan.keep.sinks,
-        recent: plan.keep.recent,
+        stride: cx.scratch.stride,
+        sinks,
+        recent,
         among,
-    })?;
-    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+    })?)
 }
 
 /// As many tokens as `out` has room for, by the scores that the selector of this layer has just left in the shared
@@ -215,7 +318,8 @@ pub fn hand_down(cx: &LayerContext<'_>, out: &Selection) -> Result<(), SelectErr
     take(cx, Share::ALL, out, None)
 }
 
-fn take(
+/// The best scores of each list.
+pub(super) fn take(
     cx: &LayerContext<'_>,
     share: Share,
     out: &Selection,
@@ -235,17 +339,22 @@ fn take(
     })?)
 }
 
-/// The buffer that scores are written to for a plan's pool.
+/// The logits of every query head are kept apart until they are pooled.
+fn per_head(plan: &LayerPlan) -> bool {
+    plan.pool.softmax() || plan.correct
+}
+
+/// The buffer that a plan's scores are written to before they are pooled.
 pub(super) fn score_target<'a>(
     cx: &LayerContext<'a>,
-    pool: HeadPool,
+    plan: &LayerPlan,
 ) -> Result<&'a Tensor, SelectError> {
-    if !pool.softmax() {
+    if !per_head(plan) {
         return Ok(&cx.scratch.scores);
     }
     cx.scratch.head_scores.as_ref().ok_or_else(|| SelectError::BadPlan {
         method: "pool".into(),
-        reason: "softmax pooling without a per-head score buffer".into(),
+        reason: "pooling without a per-head score buffer".into(),
     })
 }
 
@@ -263,9 +372,9 @@ pub(super) fn score_and_pick(
         cache: cx.cache,
         source,
         heads: cx.shape.heads,
-        pool: plan.pool,
+        pool: if plan.correct { HeadPool::None } else { plan.pool },
         scale: plan.scale,
-        scores: score_target(cx, plan.pool)?,
+        scores: score_target(cx, plan)?,
         stride: cx.scratch.stride,
     })?;
     pool_and_pick(cx, plan, out)

@@ -140,6 +140,8 @@ pub struct Layer {
     /// Tokens that there is room for; a multiple of a page.
     pub capacity: usize,
     pub stats: Tensor,
+    /// Sums of the values, likewise.
+    pub value_stats: Tensor,
     lead: usize,
     n_pages: usize,
     k: Tensor,
@@ -173,6 +175,7 @@ impl Layer {
         Layer {
             q: upload(&**dev, &data.q),
             stats: alloc(DType::F32, heads.kv * key_stats_len(heads.dim)),
+            value_stats: alloc(DType::F32, heads.kv * key_stats_len(heads.dim)),
             k: alloc(DType::F32, rows * heads.dim),
             v: alloc(DType::F32, rows * heads.dim),
             int8: (alloc(DType::I8, rows * heads.dim), alloc(DType::F32, rows)),
@@ -200,6 +203,8 @@ impl Layer {
         let p = KvAppend { k: &k, k_stride, v: &v, v_stride, seqs, cache, int8, slice };
         self.dev.kv_append(&p).unwrap();
         self.dev.key_stats(&KeyStats { seqs, cache, stats: &self.stats, slots: 1 }).unwrap();
+        let (cache, stats) = (cache.of_values(), &self.value_stats);
+        self.dev.key_stats(&KeyStats { seqs, cache, stats, slots: 1 }).unwrap();
         self.set(1, new.end);
     }
 
@@ -239,6 +244,8 @@ impl Layer {
             head_dim: self.heads.dim,
             kv_dtype: DType::F32,
             slots: 1,
+            at_once: 1,
+            rows: 1,
             capacity: self.capacity,
         }
     }

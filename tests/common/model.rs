@@ -1,7 +1,7 @@
 //! The tiny random model on disk, engines over it, and methods that act on texts of a few hundred tokens.
 
-use super::forecast;
 use super::tiny::Tiny;
+use super::{forecast, profile};
 use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, EngineBuilder};
 use longsight::model::{Arch, Quant};
@@ -13,7 +13,10 @@ use std::sync::Arc;
 pub const CONTEXT: usize = 256;
 
 /// The tiny model on disk.
-pub struct Model(tempfile::TempDir);
+pub struct Model {
+    dir: tempfile::TempDir,
+    n_layers: usize,
+}
 
 impl Model {
     pub fn new() -> Model {
@@ -25,19 +28,19 @@ impl Model {
         let dir = tempfile::tempdir().unwrap();
         let tiny = Tiny::deep(Arch::Llama, false, 3, n_layers);
         tiny.write_hf(&dir.path().join("tiny"), Quant::F32, 1);
-        let model = Model(dir);
+        let model = Model { dir, n_layers };
         forecast::write_random(&model.forecast(), &model.path());
         model
     }
 
     /// A random Forecast for it.
     pub fn forecast(&self) -> PathBuf {
-        self.0.path().join("forecast.safetensors")
+        self.dir.path().join("forecast.safetensors")
     }
 
     /// Folder of the checkpoint.
     pub fn path(&self) -> PathBuf {
-        self.0.path().join("tiny")
+        self.dir.path().join("tiny")
     }
 
     /// Three sequences of f32, keys in the checkpoint's order.
@@ -48,6 +51,7 @@ impl Model {
             .dtype(DType::F32)
             .method(spec.clone())
             .forecast(self.forecast())
+            .key_profile(profile::random(self.n_layers, 2, 16))
             .context(CONTEXT)
             .sequences(3)
             .calibrate(false)

@@ -1,10 +1,14 @@
 //! A method's own selector over one layer of random keys.
 
 use super::cache::{Heads, Layer, Picked, upload};
+use super::profile;
+use longsight::backend::reference::floats;
 use longsight::backend::{
-    DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
+    AttendRows, DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
 };
-use longsight::select::{LayerContext, MethodSpec, ModelShape, Scratch, Selection, build};
+use longsight::select::{
+    Given, LayerContext, LayerPlan, MethodSpec, ModelShape, Scratch, Selection, build, correct,
+};
 
 /// Summaries of all tokens of the layer.
 pub fn summaries(l: &Layer, tokens: usize, kind: SummaryKind) -> Tensor {
@@ -33,11 +37,49 @@ pub fn mean_queries(q: &[f32], kv_heads: usize, dim: usize) -> Vec<f32> {
 
 /// Runs a method's own selector over the layer, whose query is `q`.
 pub fn select(l: &Layer, q: &[f32], spec: &MethodSpec) -> Picked {
+    select_then(l, q, spec, |_, _, _| ())
+}
+
+/// The same, and the attention `[query, dim]` over what was picked, with the plan's correction.
+pub fn attend(l: &Layer, q: &[f32], spec: &MethodSpec) -> (Picked, Vec<f64>) {
+    let out = l.alloc(DType::F32, l.heads.query * l.heads.dim);
+    let picked = select_then(l, q, spec, |cx, plan, picked| {
+        let heads = l.heads;
+        l.dev
+            .attend_rows(&AttendRows {
+                q: &l.q,
+                seqs: l.seqs(),
+                cache: l.pool(),
+                heads: heads.query,
+                scale: 1.0 / (heads.dim as f32).sqrt(),
+                indices: &picked.indices,
+                counts: &picked.counts,
+                k: picked.k,
+                rows_per_seq: picked.rows_per_seq,
+                head_map: None,
+                splits: 1,
+                out: &out,
+                lse: None,
+            })
+            .unwrap();
+        correct(cx, plan, picked, &out).unwrap();
+    });
+    (picked, floats(&*l.dev, &out).unwrap())
+}
+
+fn select_then(
+    l: &Layer,
+    q: &[f32],
+    spec: &MethodSpec,
+    then: impl FnOnce(&LayerContext<'_>, &LayerPlan, &Selection),
+) -> Picked {
     let heads = l.heads;
     let Heads { query, kv: kv_heads, dim: head_dim } = heads;
     let model = ModelShape { model: "m", windows: &[None], heads: query, kv_heads, head_dim };
     let plan = &spec.plan(&model, 4096).unwrap().layers[0];
-    let mut selector = build(&*l.dev, &l.shape(), plan, None).unwrap().expect("a sparse layer");
+    let profile = profile::random(1, kv_heads, head_dim);
+    let given = Given { profile: Some(&profile), ..Given::default() };
+    let mut selector = build(&*l.dev, &l.shape(), plan, given).unwrap().expect("a sparse layer");
     let rows = l.rows(plan.pool);
     let scratch = Scratch {
         scores: l.alloc(DType::F32, rows * l.capacity),
@@ -60,11 +102,13 @@ pub fn select(l: &Layer, q: &[f32], spec: &MethodSpec) -> Picked {
         cache: l.pool(),
         int8: Some(l.int8()),
         stats: Some(&l.stats),
+        value_stats: Some(&l.value_stats),
         summaries: data.as_ref().map(|(data, kind)| Summaries { data, kind: *kind }),
         forecast: Some(&forecast),
         shape: l.shape(),
         scratch: &scratch,
     };
     selector.select(&cx, &l.q, &out).unwrap();
+    then(&cx, plan, &out);
     Picked::read(&*l.dev, out.indices, out.counts, k)
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use half::{bf16, f16};
 use longsight::model::quant::Quant;
-use longsight::model::{Arch, LayerWeight, ModelConfig, RopeScaling, Weight};
+use longsight::model::{Arch, LayerWeight, ModelConfig, RopeScaling, Scales, Weight};
 use serde_json::{Map, Value, json};
 
 use super::gguf_file::{self, Meta, Tensor};
@@ -47,6 +47,7 @@ impl Tiny {
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::None,
             norm_eps: 1e-5,
+            scales: Scales::default(),
             tie_embeddings: tied,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
@@ -127,7 +128,16 @@ impl Tiny {
     /// What `config.json` says.
     pub fn hf_config(&self) -> Value {
         let c = &self.config;
+        let Scales { embedding, residual, logits } = c.scales;
+        let rotary = match &c.rope_scaling {
+            RopeScaling::Factors(factors) => json!({"rope_type": "longrope",
+                "short_factor": factors, "long_factor": factors,
+                "original_max_position_embeddings": c.max_context}),
+            _ => Value::Null,
+        };
         json!({
+            "scale_emb": embedding, "scale_depth": residual * (c.n_layers as f64).sqrt(),
+            "dim_model_base": logits * c.hidden as f64, "rope_scaling": rotary,
             "model_type": arch_name(c.arch), "num_hidden_layers": c.n_layers,
             "hidden_size": c.hidden, "num_attention_heads": c.n_heads,
             "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
@@ -238,6 +248,7 @@ pub fn arch_name(arch: Arch) -> &'static str {
         Arch::Mistral => "mistral",
         Arch::Qwen2 => "qwen2",
         Arch::Qwen3 => "qwen3",
+        Arch::MiniCpm => "minicpm",
     }
 }
 

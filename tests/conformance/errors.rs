@@ -29,9 +29,10 @@ fn embed_gather(rig: &mut Rig) -> Outcome {
     let tokens = rig.words(&[1, 2, 3])?;
     let table = rig.zeros(DType::F32, vocab * cols)?;
     let out = rig.output(DType::F32, rows * cols)?;
-    let p = || Embed { tokens: &tokens, table: &table, out: &out, rows, cols, vocab };
+    let p = || Embed { tokens: &tokens, table: &table, out: &out, rows, cols, vocab, scale: 1.0 };
     rig.refuses("tokens as f32", dev.embed(&Embed { tokens: &table, ..p() }))?;
     rig.refuses("table as u32", dev.embed(&Embed { table: &tokens, ..p() }))?;
+    rig.refuses("scaled by NaN", dev.embed(&Embed { scale: f32::NAN, ..p() }))?;
     rig.refuses("short table", dev.embed(&Embed { table: &short(&table), ..p() }))?;
     rig.refuses("short out", dev.embed(&Embed { out: &short(&out), ..p() }))?;
     rig.refuses("short tokens", dev.embed(&Embed { tokens: &short(&tokens), ..p() }))?;
@@ -251,10 +252,7 @@ fn score(rig: &mut Rig) -> Outcome {
         pool: HeadPool::MaxSoftmax,
         lengths: None,
     };
-    rig.refuses(
-        "pool of logits",
-        dev.pool_scores(&PoolScores { pool: HeadPool::SumLogit, ..p() }),
-    )?;
+    rig.refuses("nothing to pool", dev.pool_scores(&PoolScores { pool: HeadPool::None, ..p() }))?;
     rig.refuses("no KV heads", dev.pool_scores(&PoolScores { kv_heads: 0, ..p() }))?;
     rig.refuses("short scores", dev.pool_scores(&PoolScores { heads: 4, ..p() }))?;
     rig.refuses("out in scores", dev.pool_scores(&PoolScores { out: &scores, ..p() }))?;

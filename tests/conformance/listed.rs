@@ -33,7 +33,7 @@ const EDGES: &[usize] = &[1, 63, 64, 65];
 const LONG: &[usize] = &[1000, 200, 5000];
 
 pub fn cases(c: &mut Cases) {
-    use HeadPool::{AllSoftmax, MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
+    use HeadPool::{AllSoftmax, AnySoftmax, MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
     use Lists::{One, PerHead, PerKvHead};
     use LogitScale::{Coverage, InvSqrtDim};
     for (d, kv_heads, group, lead, gather, n, pool, scale, lists, k) in [
@@ -70,7 +70,7 @@ pub fn cases(c: &mut Cases) {
     }
     c.add("score_rows", "bad_arguments", |rig, _| bad_arguments(rig));
     for (heads, kv_heads, scale) in [(9, 3, 1.0), (8, 2, 40.0), (16, 1, 200.0), (2, 2, 1.0)] {
-        for pool in [MaxSoftmax, MeanSoftmax, AllSoftmax] {
+        for pool in [MaxSoftmax, MeanSoftmax, AllSoftmax, AnySoftmax, SumLogit] {
             for (mix, kv) in [("edges", EDGES), ("long", LONG)] {
                 let name = format!("listed_h{heads}_kv{kv_heads}_scale{scale}_{pool:?}_{mix}");
                 c.add("pool_scores", name.to_lowercase(), move |rig, _| {

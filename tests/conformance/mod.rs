@@ -10,6 +10,7 @@ mod errors;
 mod kv;
 mod listed;
 mod memory;
+mod neighbours;
 pub mod oracle;
 #[path = "../common/readme.rs"]
 mod readme;
@@ -52,8 +53,15 @@ pub struct Cases {
 }
 
 /// Ops that take f32 activations over a narrower KV cache on every backend.
-const MIXED: &[&str] =
-    &["score_dims", "score_rows", "score_tiles", "score_summaries", "attend_dense", "attend_rows"];
+const MIXED: &[&str] = &[
+    "score_dims",
+    "score_rows",
+    "score_tiles",
+    "score_summaries",
+    "project",
+    "attend_dense",
+    "attend_rows",
+];
 
 impl Cases {
     /// Adds a case; its name gets the dtype.
@@ -86,6 +94,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         listed::cases(&mut c);
         blocks::cases(&mut c);
         attend::cases(&mut c);
+        neighbours::cases(&mut c);
         tiles::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
@@ -102,6 +111,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             listed::cases(&mut c);
             blocks::cases(&mut c);
             attend::cases(&mut c);
+            neighbours::cases(&mut c);
             tiles::cases(&mut c);
             all.append(&mut c.all);
         }

@@ -30,7 +30,7 @@ const EDGES: &[usize] = &[1, 63, 64, 65];
 const LONG: &[usize] = &[1000, 200, 5000];
 
 pub fn cases(c: &mut Cases) {
-    use HeadPool::{AllSoftmax, MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
+    use HeadPool::{AllSoftmax, AnySoftmax, MaxLogit, MaxSoftmax, MeanSoftmax, None, SumLogit};
     use Kind::{Gather, Int8, Lead, Slice};
     use LogitScale::{Coverage, InvSqrtDim};
     for (d, kv_heads, group, lead, from, n, pool, scale) in [
@@ -81,7 +81,8 @@ pub fn cases(c: &mut Cases) {
     for (heads, kv_heads, scale) in
         [(9, 3, 1.0), (8, 2, 40.0), (8, 1, 3.0), (16, 1, 200.0), (2, 2, 1.0)]
     {
-        let all = [(AllSoftmax, EDGES), (AllSoftmax, LONG)];
+        let all = [AllSoftmax, AnySoftmax, SumLogit, MaxLogit];
+        let all = all.into_iter().flat_map(|pool| [(pool, EDGES), (pool, LONG)]);
         let group = [(MaxSoftmax, EDGES), (MeanSoftmax, LONG), (MaxSoftmax, LONG)];
         for (pool, kv) in group.into_iter().chain(all) {
             let mix = if kv == EDGES { "edges" } else { "long" };

@@ -47,12 +47,14 @@ const TABLE: &[(&str, f64, f64, f64)] = &[
     // Probabilities: an error in the exponent is a relative one.
     ("score_tiles", F32, F16, BF16),
     ("pool_scores", F32, F16, BF16),
+    ("project", F32, F16, BF16),
     ("kv_summaries", F32, F16, BF16),
     ("score_summaries", F32, F16, BF16),
     ("pool_blocks", F32, F16, BF16),
     ("attend_dense", F32, F16, BF16),
     ("attend_rows", F32, F16, BF16),
     ("merge", F32, F16, BF16),
+    ("mean_value", F32, F16, BF16),
 ];
 
 /// The tolerance of output `name` of `op`, stored as `out`, computed from activations of `act`.

@@ -1,4 +1,4 @@
-//! Token embedding: `out[r, :] = table[tokens[r], :]`, zeros for a token outside the vocabulary.
+//! Token embedding: `out[r, :] = scale * table[tokens[r], :]`, zeros for a token outside the vocabulary.
 
 use super::memory::{Io, with_float};
 use super::{par, simd};
@@ -13,6 +13,9 @@ pub(super) fn run(io: &Io<'_>, p: &Embed<'_>) -> Result<()> {
             let token = tokens[r] as usize;
             if token < p.vocab {
                 simd::widen(&table[token * p.cols..][..p.cols], row);
+                if p.scale != 1.0 {
+                    simd::scale(row, p.scale);
+                }
             } else {
                 row.fill(0.0);
             }

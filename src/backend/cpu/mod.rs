@@ -19,12 +19,14 @@ mod kv_append;
 mod kv_summaries;
 mod linear;
 mod matmul;
+mod mean_value;
 mod memory;
 mod merge;
 mod par;
 mod pool;
 mod pool_blocks;
 mod pool_scores;
+mod project;
 mod rebuild_slice;
 mod rms_norm;
 mod rope;
@@ -38,6 +40,7 @@ mod simd;
 mod swiglu;
 mod tiles;
 mod top_k;
+mod trim_scores;
 
 use std::sync::Arc;
 
@@ -180,11 +183,13 @@ impl Backend for CpuBackend {
         kv_summaries: KvSummaries,
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
+        project: Project,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
         score_tiles: ScoreTiles,
         pool_scores: PoolScores,
         force: Force,
+        trim_scores: TrimScores,
         top_k: TopK,
         score_summaries: ScoreSummaries,
         pool_blocks: PoolBlocks,
@@ -192,5 +197,6 @@ impl Backend for CpuBackend {
         attend_dense: AttendDense,
         attend_rows: AttendRows,
         merge: Merge,
+        mean_value: MeanValue,
     }
 }

@@ -1,5 +1,5 @@
-//! Pools per-query-head logits over a GQA group, or over all heads, after a softmax per head, in the log domain:
-//! `max_h (s_{h,j} - lse_h)`, or `log sum_h exp(s_{h,j} - lse_h)`.
+//! Pools per-query-head logits over a GQA group, or over all heads: after a softmax per head, in the log domain,
+//! `max_h (s_{h,j} - lse_h)` or `log sum_h exp(s_{h,j} - lse_h)`; or as they are, `max_h s_{h,j}` or `sum_h s_{h,j}`.
 
 use super::attention::log_sum;
 use super::memory::{Io, Parts};
@@ -22,7 +22,9 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
     let length = |i: usize| lengths.map_or(seqs[i / rows].kv_len, |l| p.stride.min(l[i] as usize));
     let row = |i: usize| &scores[i * p.stride..][..length(i / group)];
     let mut lse = vec![0.0; seqs.len() * p.heads];
-    par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));
+    if p.pool.softmax() {
+        par::chunks(&mut lse, 1, work, |i, lse| lse[0] = log_sum_exp(row(i)));
+    }
 
     let per_row = p.longest().div_ceil(CHUNK);
     let out = Parts::new(out);
@@ -33,11 +35,18 @@ pub(super) fn run(io: &Io<'_>, p: &PoolScores<'_>) -> Result<()> {
         let heads = i * group..(i + 1) * group;
         // SAFETY: tasks differ in row or tokens.
         let out = unsafe { out.part(i * p.stride + tokens.start, tokens.len()) };
+        if p.pool == HeadPool::SumLogit {
+            out.fill(0.0);
+            for h in heads {
+                out.iter_mut().zip(&row(h)[tokens.clone()]).for_each(|(o, s)| *o += s);
+            }
+            return;
+        }
         out.fill(f32::NEG_INFINITY);
         for h in heads.clone() {
             simd::max_sub(&row(h)[tokens.clone()], lse[h], out);
         }
-        if p.pool != HeadPool::MaxSoftmax {
+        if !p.pool.largest() {
             for (out, j) in out.iter_mut().zip(tokens).filter(|(max, _)| **max > f32::NEG_INFINITY)
             {
                 // -infinity stays: its head may have nothing else, and no sum to divide by.

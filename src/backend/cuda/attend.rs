@@ -1,11 +1,11 @@
-//! Attention and the merge of its splits.
+//! Attention, the merge of its splits, and the mean value of what it left out.
 
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use super::parts;
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, KvPool, Merge, Result, Seqs, Tensor,
+    AttendDense, AttendRows, Backend, DType, KvPool, MeanValue, Merge, Result, Seqs, Tensor,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -46,6 +46,25 @@ struct MergeArgs {
     heads: u32,
     head_dim: u32,
     pad: u32,
+}
+
+/// `MeanValueArgs` of `mean_value.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct MeanValueArgs {
+    scores: u64,
+    seqs: SeqsArg,
+    indices: u64,
+    counts: u64,
+    sums: u64,
+    out: u64,
+    stride: u64,
+    k: u32,
+    lists: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    slots: u32,
 }
 
 /// Head sizes with tensor-core kernels.
@@ -197,5 +216,27 @@ impl CudaBackend {
         };
         let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], p.heads.clamp(1, 8) * 32);
         self.launch(OP, &format!("merge_{}", p.out.dtype()), shape, Args::new().with(args))
+    }
+
+    pub(super) fn mean_value_op(&self, p: &MeanValue<'_>) -> Result<()> {
+        const OP: &str = "mean_value";
+        p.check()?;
+        let args = MeanValueArgs {
+            scores: self.ptr(OP, p.scores)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            indices: self.ptr(OP, p.listed.indices)?,
+            counts: self.ptr(OP, p.listed.counts)?,
+            sums: self.ptr(OP, p.sums)?,
+            out: self.ptr(OP, p.out)?,
+            stride: p.stride as u64,
+            k: word(OP, "k", p.listed.k)?,
+            lists: word(OP, "lists", p.lists)?,
+            heads: word(OP, "heads", p.heads)?,
+            kv_heads: word(OP, "kv_heads", p.kv_heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            slots: word(OP, "slots", p.slots)?,
+        };
+        let shape = Shape::new([p.heads, p.seqs.n, 1], 512);
+        self.launch(OP, &format!("mean_value_{}", p.out.dtype()), shape, Args::new().with(args))
     }
 }

@@ -26,6 +26,18 @@ pub(super) struct Product {
     pub accumulate: bool,
 }
 
+impl Product {
+    /// Of w, x and y. Row-major y[rows, outputs] is column-major outputs x rows: w transposed times x.
+    fn layouts(self) -> Result<[Layout; 3]> {
+        let (m, n, k) = (self.outputs as u64, self.rows as u64, self.inputs as u64);
+        Ok([
+            Layout::new(self.input, k, m)?,
+            Layout::new(self.input, k, n)?,
+            Layout::new(self.output, m, n)?,
+        ])
+    }
+}
+
 /// A cuBLASLt handle, its workspace, and the algorithms chosen so far.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
@@ -60,7 +72,19 @@ impl Blas {
         Some(Blas { handle, workspace: Mutex::new(workspace), chosen: Mutex::default() })
     }
 
-    /// Records the product; false when cuBLASLt has no algorithm for it.
+    /// cuBLASLt has an algorithm for the product.
+    pub fn takes(&self, p: Product) -> Result<bool> {
+        let known = self.chosen.lock().unwrap_or_else(|e| e.into_inner()).get(&p).copied();
+        if let Some(algo) = known {
+            return Ok(algo.is_some());
+        }
+        let (desc, [a, b, d]) = (Desc::new()?, p.layouts()?);
+        let workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
+        let bytes = workspace.as_ref().map_or(0, |_| WORKSPACE);
+        Ok(self.algorithm(p, bytes, &desc, [&a, &b, &d])?.is_some())
+    }
+
+    /// Records a product that it [takes](Blas::takes).
     ///
     /// # Safety
     /// The addresses must hold `x`, `w` and `y` of the product's shapes.
@@ -71,17 +95,12 @@ impl Blas {
         x: u64,
         w: u64,
         y: u64,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         stream.context().bind_to_thread().said("binding the context")?;
-        // Row-major y[rows, outputs] is column-major outputs x rows: w transposed times x.
-        let (m, n, k) = (p.outputs as u64, p.rows as u64, p.inputs as u64);
-        let a = Layout::new(p.input, k, m)?;
-        let b = Layout::new(p.input, k, n)?;
-        let d = Layout::new(p.output, m, n)?;
-        let desc = Desc::new()?;
+        let (desc, [a, b, d]) = (Desc::new()?, p.layouts()?);
         let workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
         let (space, bytes) = workspace.as_ref().map_or((0, 0), |w| (w.ptr(), WORKSPACE));
-        let Some(algo) = self.algorithm(p, bytes, &desc, [&a, &b, &d])? else { return Ok(false) };
+        let Some(algo) = self.algorithm(p, bytes, &desc, [&a, &b, &d])? else { return Ok(()) };
         let (alpha, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
         // SAFETY: descriptors live until the end of this call, which copies what it needs; the rest is the
         // caller's promise.
@@ -105,8 +124,7 @@ impl Blas {
                 stream.cu_stream().cast(),
             )
         }
-        .said("a matrix product")?;
-        Ok(true)
+        .said("a matrix product")
     }
 
     fn algorithm(

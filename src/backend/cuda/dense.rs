@@ -41,7 +41,8 @@ impl CudaBackend {
             .with(self.ptr(OP, p.table)?)
             .with(self.ptr(OP, p.out)?)
             .with(word(OP, "cols", p.cols)?)
-            .with(word(OP, "vocab", p.vocab)?);
+            .with(word(OP, "vocab", p.vocab)?)
+            .with(p.scale);
         let shape = Shape::new([p.rows, 1, 1], row_block(p.cols));
         self.launch(OP, &format!("embed_{}", p.table.dtype()), shape, args)
     }

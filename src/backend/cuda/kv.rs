@@ -1,10 +1,10 @@
-//! Writing the KV cache: keys and values, statistics, chosen dimensions, the compact slice.
+//! Writing the KV cache: keys and values, statistics, chosen dimensions, the compact slice, projected keys.
 
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    DimMetric, KeyStats, KvAppend, PAGE, RebuildSlice, Refresh, Result, SelectDims,
+    DimMetric, KeyStats, KvAppend, PAGE, Project, RebuildSlice, Refresh, Result, SelectDims,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -62,6 +62,23 @@ struct SliceArgs {
     changed: u64,
     n_dims: u32,
     capacity: u32,
+}
+
+/// `ProjectArgs` of `project.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct ProjectArgs {
+    q: u64,
+    seqs: SeqsArg,
+    pool: PoolArg,
+    basis: u64,
+    out: u64,
+    slice: u64,
+    done: u64,
+    n: u32,
+    heads: u32,
+    capacity: u32,
+    slots: u32,
 }
 
 impl CudaBackend {
@@ -159,5 +176,34 @@ impl CudaBackend {
         let grid = [p.seqs.max_kv.div_ceil(PAGE), p.cache.kv_heads, p.seqs.n];
         let entry = format!("rebuild_slice_{}", p.cache.k.dtype());
         self.launch(OP, &entry, Shape::new(grid, 256), Args::new().with(args))
+    }
+
+    pub(super) fn project_op(&self, p: &Project<'_>) -> Result<()> {
+        const OP: &str = "project";
+        /// Blocks of a (KV head, sequence); most steps bring one key.
+        const WALKERS: usize = 64;
+        p.check()?;
+        let (kv_heads, n) = (p.cache.kv_heads, p.seqs.n);
+        let args = ProjectArgs {
+            q: self.ptr(OP, p.q)?,
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.cache)?,
+            basis: self.ptr(OP, p.basis)?,
+            out: self.ptr(OP, p.out)?,
+            slice: self.ptr(OP, p.slice)?,
+            done: self.ptr(OP, p.done)?,
+            n: word(OP, "n", p.n)?,
+            heads: word(OP, "heads", p.heads)?,
+            capacity: word(OP, "capacity", p.capacity)?,
+            slots: word(OP, "slots", p.slots)?,
+        };
+        let with = || Args::new().with(args);
+        let queries = Shape::new([p.heads, n, 1], 128);
+        self.launch(OP, &format!("project_queries_{}", p.q.dtype()), queries, with())?;
+        let walkers = p.seqs.max_kv.div_ceil(PAGE).min(WALKERS);
+        let keys = Shape::new([walkers, kv_heads, n], 256);
+        self.launch(OP, &format!("project_keys_{}", p.cache.k.dtype()), keys, with())?;
+        let mark = Shape::new([(n * kv_heads).div_ceil(128), 1, 1], 128);
+        self.launch(OP, "project_mark", mark, with().with(word(OP, "sequences", n)?))
     }
 }

@@ -26,7 +26,7 @@ const PLAIN_SHARED: usize = 48 << 10;
 const GRID_YZ: usize = 65_535;
 
 /// Kernel arguments by value, in order.
-#[derive(Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Args {
     words: Vec<u64>,
     starts: Vec<usize>,
@@ -50,7 +50,7 @@ impl Args {
 }
 
 /// Grid, block, dynamic shared memory (bytes) and cluster (neighbours in x) of a launch.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Shape {
     pub grid: [usize; 3],
     pub block: usize,
@@ -138,7 +138,7 @@ impl Kernels {
         op: &'static str,
         entry: &str,
         shape: Shape,
-        args: Args,
+        args: &Args,
     ) -> Result<()> {
         let Shape { grid, block, shared, cluster } = shape;
         if grid.contains(&0) {
@@ -163,9 +163,12 @@ impl Kernels {
         }
         let f = self.function(op, entry)?;
         self.ctx.bind_to_thread().said("binding the context")?;
-        let Args { mut words, starts } = args;
-        let mut pointers: Vec<*mut c_void> =
-            starts.iter().map(|i| std::ptr::from_mut(&mut words[*i]).cast()).collect();
+        // The driver only reads them.
+        let mut pointers: Vec<*mut c_void> = args
+            .starts
+            .iter()
+            .map(|i| std::ptr::from_ref(&args.words[*i]).cast_mut().cast())
+            .collect();
         let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
         let launched = if cluster > 1 {
             let mut size = sys::CUlaunchAttribute {
@@ -196,7 +199,7 @@ impl Kernels {
             unsafe { sys::cuLaunchKernelEx(&config, f.cu_function(), pointers.as_mut_ptr(), none) }
                 .result()
         } else {
-            // SAFETY: the function's module is kept by `f`; the pointers are into `words`, which the driver
+            // SAFETY: the function's module is kept by `f`; the pointers are into `args`, which the driver
             // copies before it returns; the rest is the caller's promise.
             unsafe {
                 result::launch_kernel(

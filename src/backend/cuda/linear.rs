@@ -4,6 +4,7 @@ use super::CudaBackend;
 use super::args::word;
 use super::blas::Product;
 use super::launch::{Args, Shape};
+use super::replay::Node;
 use crate::backend::{DType, Linear, Result};
 use bytemuck::{Pod, Zeroable};
 
@@ -83,10 +84,10 @@ impl CudaBackend {
             outputs: p.outputs,
             accumulate: p.accumulate,
         };
-        // SAFETY: `check` made sure that the tensors hold these shapes.
-        if !unsafe { blas.run(&self.stream, product, args.x, args.w, args.y) }? {
+        if !blas.takes(product)? {
             return Ok(false);
         }
+        self.submit(Node::Product { product, x: args.x, w: args.w, y: args.y })?;
         if p.bias.is_some() {
             let shape = Shape::new([p.outputs.div_ceil(256), p.rows.min(4096), 1], 256);
             let entry = format!("linear_bias_{}", p.x.dtype());

@@ -1,6 +1,7 @@
 //! Device memory, pinned staging and copies.
 
 use super::error::Said;
+use super::replay;
 use crate::backend::{BackendError, DType, DeviceBuffer, Result, Tensor};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 use std::any::Any;
@@ -27,15 +28,22 @@ impl DeviceBuffer for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // Kernels may still use it. Errors show at the next call; nothing can be done about them here.
-        let _ = self.stream.synchronize();
-        let _ = self.stream.context().bind_to_thread();
-        // SAFETY: allocated by `Memory::new`, freed once, and the stream has drained.
-        let _ = unsafe { result::free_sync(self.ptr) };
+        if !replay::free_later(&self.stream, self.ptr) {
+            Memory::free(&self.stream, self.ptr);
+        }
     }
 }
 
 impl Memory {
+    /// Frees the address of a dropped [`Memory`].
+    pub fn free(stream: &CudaStream, ptr: sys::CUdeviceptr) {
+        // Kernels may still use it. Errors show at the next call; nothing can be done about them here.
+        let _ = stream.synchronize();
+        let _ = stream.context().bind_to_thread();
+        // SAFETY: allocated by `Memory::new`, freed once, and the stream has drained.
+        let _ = unsafe { result::free_sync(ptr) };
+    }
+
     /// `bytes` of device memory, zero-filled on `stream`.
     pub fn new(stream: &Arc<CudaStream>, bytes: usize, what: &str) -> Result<Self> {
         let ctx = stream.context();

@@ -3,7 +3,7 @@
 //! One stream; kernels come from `kernels/<op>.cu`, embedded as machine code or compiled at first use
 //! ([`nvrtc`]). Everything that varies inside a step is read from device memory by the kernels; grids are
 //! sized from the bounds in the parameter structs. Environment variables: `LONGSIGHT_CUBLAS=off` keeps
-//! cuBLASLt out, `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
+//! cuBLASLt out, `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel ([`replay`]), `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
 mod attend;
@@ -18,21 +18,24 @@ mod linear;
 mod memory;
 mod nvrtc;
 mod parts;
+mod replay;
 mod score;
 mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
-    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
-    ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, check_copy, check_host,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
+    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
+    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores, check_copy,
+    check_host,
 };
 use blas::Blas;
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaStream};
 use driver::Limits;
 use error::Said;
 use launch::{Args, Kernels, Shape};
 use memory::{Memory, Staging, timed};
+use replay::{Node, Replays, Runner};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -46,6 +49,7 @@ pub struct CudaBackend {
     blas: Option<Blas>,
     staging: Mutex<Staging>,
     scratch: Mutex<Option<Arc<Memory>>>,
+    replays: Replays,
 }
 
 /// The scratch memory for the time of one op.
@@ -94,6 +98,7 @@ impl CudaBackend {
             blas: Blas::open(&stream),
             staging: Mutex::new(Staging::new(&stream)),
             scratch: Mutex::default(),
+            replays: Replays::new(&ctx)?,
             ctx,
             stream,
         })
@@ -105,9 +110,24 @@ impl CudaBackend {
 
     /// Launches a kernel whose arguments an op's `check` has gone over.
     fn launch(&self, op: &'static str, entry: &str, shape: Shape, args: Args) -> Result<()> {
-        // SAFETY: every caller builds `args` from the struct of its kernel and from tensors that the op's
-        // `check` found large enough; their memory is freed only after the stream has drained.
-        unsafe { self.kernels.launch(&self.stream, op, entry, shape, args) }
+        self.submit(Node::Kernel { op, entry: entry.into(), shape, args })
+    }
+
+    fn runner(&self) -> Runner<'_> {
+        Runner { kernels: &self.kernels, blas: self.blas.as_ref(), scratch: &self.scratch }
+    }
+
+    /// Runs `node`, or lists it where this thread records.
+    fn submit(&self, node: Node) -> Result<()> {
+        let Some(node) = self.replays.listed(node) else { return Ok(()) };
+        // SAFETY: every caller builds a kernel's arguments from the struct of that kernel and from tensors that the
+        // op's `check` found large enough; their memory is freed only after the stream has drained.
+        unsafe { self.runner().run(&node, &self.stream) }
+    }
+
+    /// What this thread has listed runs before what comes now.
+    fn flush(&self) -> Result<()> {
+        self.replays.flush(self.runner(), &self.stream)
     }
 
     fn unsupported(&self, op: &'static str, what: String) -> BackendError {
@@ -126,6 +146,7 @@ impl CudaBackend {
                 Arc::new(Memory::new(&self.stream, size, "scratch space")?)
             }
         };
+        self.replays.keep(&memory);
         let ptr = memory.ptr();
         *held = Some(memory);
         Ok(Scratch { ptr, _turn: held })
@@ -164,11 +185,13 @@ impl Backend for CudaBackend {
     }
     fn upload(&self, dst: &Tensor, bytes: &[u8]) -> Result<()> {
         check_host("upload", dst, bytes.len())?;
+        self.flush()?;
         let at = self.ptr("upload", dst)?;
         self.staging.lock().unwrap_or_else(|e| e.into_inner()).upload(at, bytes)
     }
     fn download(&self, src: &Tensor, out: &mut [u8]) -> Result<()> {
         check_host("download", src, out.len())?;
+        self.flush()?;
         let at = self.ptr("download", src)?;
         if out.is_empty() {
             return self.sync();
@@ -181,22 +204,23 @@ impl Backend for CudaBackend {
         if src.is_empty() {
             return Ok(());
         }
-        self.ctx.bind_to_thread().said("binding the context")?;
-        // SAFETY: both views hold `src.bytes()` and do not overlap.
-        unsafe { result::memcpy_dtod_async(to, from, src.bytes(), self.stream.cu_stream()) }
-            .said("copying on the device")
+        self.submit(Node::Copy { from, to, bytes: src.bytes() })
     }
     fn zero(&self, dst: &Tensor) -> Result<()> {
         let at = self.ptr("zero", dst)?;
         if dst.is_empty() {
             return Ok(());
         }
-        self.ctx.bind_to_thread().said("binding the context")?;
-        // SAFETY: the view holds `dst.bytes()`.
-        unsafe { result::memset_d8_async(at, 0, dst.bytes(), self.stream.cu_stream()) }
-            .said("clearing memory")
+        self.submit(Node::Zero { at, bytes: dst.bytes() })
+    }
+    fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
+        self.replays.record(self.runner(), &self.stream, f)
+    }
+    fn replayed(&self) -> u64 {
+        self.replays.replayed()
     }
     fn sync(&self) -> Result<()> {
+        self.flush()?;
         self.stream.synchronize().said("waiting for the device")
     }
     fn free_memory(&self) -> Option<u64> {
@@ -257,6 +281,9 @@ impl Backend for CudaBackend {
     fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()> {
         self.rebuild_slice_op(p)
     }
+    fn project(&self, p: &Project<'_>) -> Result<()> {
+        self.project_op(p)
+    }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         self.score_dims_op(p)
     }
@@ -271,6 +298,9 @@ impl Backend for CudaBackend {
     }
     fn force(&self, p: &Force<'_>) -> Result<()> {
         self.force_op(p)
+    }
+    fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()> {
+        self.trim_scores_op(p)
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         self.top_k_op(p)
@@ -292,5 +322,8 @@ impl Backend for CudaBackend {
     }
     fn merge(&self, p: &Merge<'_>) -> Result<()> {
         self.merge_op(p)
+    }
+    fn mean_value(&self, p: &MeanValue<'_>) -> Result<()> {
+        self.mean_value_op(p)
     }
 }

@@ -1,11 +1,11 @@
-//! Scores on few dimensions, pooling, forcing and top-k.
+//! Scores on few dimensions, pooling, forcing, trimming and top-k.
 
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
     Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
-    ScoreSource, TopK,
+    ScoreSource, TopK, Trim, TrimScores,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -184,19 +184,25 @@ impl CudaBackend {
         let stride = p.stride as u64;
         let lengths = p.lengths.map_or(Ok(0), |t| self.ptr(OP, t))?;
         let rows = word(OP, "rows", p.rows_per_seq())?;
-        let scratch = self.scratch(p.seqs.n * p.heads * DType::F32.bytes())?;
-        let args = Args::new().with(scores).with(seqs).with(scratch.ptr).with(heads).with(stride);
-        let args = args.with(lengths).with(rows);
-        self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
+        // Logits are pooled without one.
+        let softmax = p.pool.softmax();
+        let scratch = softmax.then(|| self.scratch(p.seqs.n * p.heads * DType::F32.bytes()));
+        let scratch = scratch.transpose()?;
+        let lse = scratch.as_ref().map_or(0, |s| s.ptr);
+        if softmax {
+            let args = Args::new().with(scores).with(seqs).with(lse).with(heads).with(stride);
+            let args = args.with(lengths).with(rows);
+            self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
+        }
         let args = Args::new()
             .with(scores)
             .with(seqs)
-            .with(scratch.ptr)
+            .with(lse)
             .with(self.ptr(OP, p.out)?)
             .with(heads)
             .with(rows)
             .with(stride)
-            .with(u32::from(p.pool != HeadPool::MaxSoftmax))
+            .with(u32::from(!p.pool.largest()))
             .with(lengths);
         let grid = [p.longest().div_ceil(1024), p.rows_per_seq(), p.seqs.n];
         self.launch(OP, OP, Shape::new(grid, 256), args)
@@ -222,6 +228,27 @@ impl CudaBackend {
             .with(self.ptr(OP, a.counts)?)
             .with(word(OP, "k", a.k)?);
         self.launch(OP, "force_listed", shape, args)
+    }
+
+    pub(super) fn trim_scores_op(&self, p: &TrimScores<'_>) -> Result<()> {
+        const OP: &str = "trim_scores";
+        p.check()?;
+        let args = Args::new()
+            .with(self.ptr(OP, p.scores)?)
+            .with(self.seqs(OP, &p.seqs)?)
+            .with(word(OP, "rows_per_seq", p.rows_per_seq)?)
+            .with(p.stride as u64);
+        match p.trim {
+            Trim::Mass { permille, at_least } => {
+                let args = args.with(permille as f32 / 1000.0).with(at_least);
+                let shape = Shape::new([p.rows_per_seq, p.seqs.n, 1], 1024);
+                self.launch(OP, "trim_scores_mass", shape, args)
+            }
+            Trim::Together { tokens, at_least } => {
+                let shape = Shape::new([p.seqs.n, 1, 1], 1024);
+                self.launch(OP, "trim_scores_together", shape, args.with(tokens).with(at_least))
+            }
+        }
     }
 
     pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {

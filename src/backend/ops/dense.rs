@@ -18,12 +18,15 @@ pub struct Embed<'a> {
     pub cols: usize,
     /// Rows of the table.
     pub vocab: usize,
+    /// Factor of every value; finite.
+    pub scale: f32,
 }
 
 impl Embed<'_> {
     /// Shapes and dtypes fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "embed";
+        ensure(OP, self.scale.is_finite(), || format!("a scale of {}", self.scale))?;
         is(OP, "tokens", self.tokens, DType::U32)?;
         float(OP, "table", self.table)?;
         is(OP, "out", self.out, DType::F32)?;

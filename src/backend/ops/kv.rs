@@ -99,6 +99,12 @@ impl KvPool<'_> {
         holds(op, "v", self.v, &shape)
     }
 
+    /// The values in the place of the keys: rows of `head_dim`, for ops that read keys only.
+    #[must_use]
+    pub const fn of_values(self) -> Self {
+        KvPool { k: self.v, v: self.k, lead: self.head_dim, ..self }
+    }
+
     /// The tensors, for [`apart`].
     pub(crate) fn named(&self) -> [Named<'_>; 2] {
         [("key pages", self.k), ("value pages", self.v)]
@@ -231,7 +237,8 @@ pub const fn key_stats_len(head_dim: usize) -> usize {
     3 * head_dim
 }
 
-/// Adds the step's new keys to running sums: the `sigma` of the `*_qk` metrics.
+/// Adds the step's new keys to running sums: the `sigma` of the `*_qk` metrics; over [`KvPool::of_values`] the sums of
+/// the values for [`MeanValue`](super::MeanValue).
 ///
 /// Per (slot, KV head): `sum[head_dim]`, `sum of squares[head_dim]` per coordinate, then
 /// `sum[head_dim / 2]`, `sum of squares[head_dim / 2]` of the rotary pair norms. Keys are read back from the

@@ -9,10 +9,13 @@ mod blocks;
 mod dense;
 mod dims;
 mod kv;
+mod mean_value;
 mod pool_scores;
+mod project;
 mod score;
 mod score_rows;
 mod score_tiles;
+mod trim_scores;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
@@ -21,10 +24,13 @@ pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh,
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
+pub use mean_value::MeanValue;
 pub use pool_scores::PoolScores;
+pub use project::Project;
 pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
 pub use score_tiles::ScoreTiles;
+pub use trim_scores::{Trim, TrimScores};
 
 use super::{BackendError, DType, Result, Tensor};
 

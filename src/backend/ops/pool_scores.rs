@@ -1,4 +1,4 @@
-//! Pooling the scores of query heads after a softmax.
+//! Pooling the scores of query heads.
 
 use super::score::check_scores;
 use super::{HeadPool, Seqs, apart, ensure, holds, is};
@@ -6,16 +6,20 @@ use crate::backend::{DType, Result, Tensor};
 
 /// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
 /// `MaxSoftmax`: `out_j = max_h (s_{h,j} - lse_h)`; `MeanSoftmax`: `out_j = log sum_h exp(s_{h,j} - lse_h)`;
-/// `AllSoftmax`: the same sum over all query heads, one row per sequence.
-/// Monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
-/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group stays -infinity. Entries
+/// `AllSoftmax` and `AnySoftmax`: the same sum, and the same largest value, over all query heads, one row per
+/// sequence. `SumLogit` and `MaxLogit` pool the logits themselves, as [`ScoreDims`](super::ScoreDims) would: for
+/// those who need the logits of every head as well.
+///
+/// The softmax modes are monotone in the pooled probability, so the top-k is the same and far tokens do not underflow into ties (use a
+/// log-sum-exp around the largest term). An entry of -infinity in all heads of the group (for `SumLogit` in any)
+/// stays -infinity. Entries
 /// from `kv_len` on are neither read nor written; with `lengths`, those from `lengths[s, row]` on, `row` being the
 /// output row (more than `stride` counts as `stride`).
 #[derive(Debug)]
 pub struct PoolScores<'a> {
     /// f32 `[n, heads, stride]`.
     pub scores: &'a Tensor,
-    /// f32 `[n, rows, stride]`, out; `rows` = `kv_heads`, or 1 for `AllSoftmax`.
+    /// f32 `[n, rows, stride]`, out; `rows` = `kv_heads`, or 1 for the modes of all heads.
     pub out: &'a Tensor,
     /// The sequences.
     pub seqs: Seqs<'a>,
@@ -25,7 +29,7 @@ pub struct PoolScores<'a> {
     pub kv_heads: usize,
     /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
-    /// `MaxSoftmax`, `MeanSoftmax` or `AllSoftmax`.
+    /// Any but `None`.
     pub pool: HeadPool,
     /// u32 `[n, rows]`: how many scores a row holds, where they are those of listed tokens
     /// ([`ScoreRows`](super::ScoreRows)).
@@ -37,7 +41,7 @@ impl PoolScores<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
-        ensure(OP, self.pool.softmax(), || "only the softmax modes are pooled here".into())?;
+        ensure(OP, self.pool != HeadPool::None, || "there is nothing to pool".into())?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)
         })?;

@@ -44,26 +44,38 @@ pub enum HeadPool {
     MeanSoftmax,
     /// One selection for all heads: probabilities summed over every query head, softmax per query head.
     AllSoftmax,
+    /// One selection for all heads: the largest probability of any query head, softmax per query head.
+    AnySoftmax,
     /// One selection per query head.
     None,
 }
 
 impl HeadPool {
-    /// Pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
+    /// Can be pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
     pub const fn in_score(self) -> bool {
         matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
     }
 
     /// Pooled by [`PoolScores`], after a softmax per query head.
     pub const fn softmax(self) -> bool {
-        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax | HeadPool::AllSoftmax)
+        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) || self.shared()
+    }
+
+    /// One selection for all heads.
+    pub const fn shared(self) -> bool {
+        matches!(self, HeadPool::AllSoftmax | HeadPool::AnySoftmax)
+    }
+
+    /// Heads are pooled by the largest of them, else by their sum.
+    pub const fn largest(self) -> bool {
+        matches!(self, HeadPool::MaxLogit | HeadPool::MaxSoftmax | HeadPool::AnySoftmax)
     }
 
     /// Token lists of a sequence: one per KV head, one per query head, or one for all.
     pub const fn lists(self, heads: usize, kv_heads: usize) -> usize {
         match self {
             HeadPool::None => heads,
-            HeadPool::AllSoftmax => 1,
+            HeadPool::AllSoftmax | HeadPool::AnySoftmax => 1,
             _ => kv_heads,
         }
     }

@@ -10,7 +10,11 @@ pub fn embed<'a>(p: &Embed<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let mut out = Output::exact("embed", "out", p.out);
     for (r, t) in tokens[..p.rows].iter().map(|t| *t as usize).enumerate() {
         match t < p.vocab {
-            true => out.put(r * p.cols, &table[t * p.cols..(t + 1) * p.cols]),
+            true => {
+                let row = &table[t * p.cols..(t + 1) * p.cols];
+                let scaled: Vec<f64> = row.iter().map(|x| x * f64::from(p.scale)).collect();
+                out.put(r * p.cols, &scaled);
+            }
             false => out.put(r * p.cols, &vec![0.0; p.cols]),
         }
     }

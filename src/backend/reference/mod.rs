@@ -10,18 +10,24 @@ mod blocks;
 mod dense;
 mod dims;
 mod kv;
+mod mean_value;
+mod project;
 mod score;
 mod score_rows;
 mod score_tiles;
+mod trim_scores;
 
 pub use attend::{attend_dense, attend_rows, merge};
 pub use blocks::{expand_blocks, kv_summaries, pool_blocks, score_summaries};
 pub use dense::{embed, gather_rows, linear, rms_norm, rope, swiglu};
 pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use kv::{key_stats, kv_append};
+pub use mean_value::mean_value;
+pub use project::project;
 pub use score::{force, pool_scores, score_dims, top_k};
 pub use score_rows::score_rows;
 pub use score_tiles::score_tiles;
+pub use trim_scores::trim_scores;
 
 use super::{Backend, DType, KvPool, META_WORDS, Meta, PAGE, Result, Seqs, Tensor};
 use half::{bf16, f16};

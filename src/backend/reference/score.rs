@@ -109,14 +109,16 @@ pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Outp
             let n = lengths.as_ref().map_or(s.kv_len, listed);
             let row = |h: usize| &scores[(index * p.heads + h) * p.stride..][..n];
             let heads = r * group..(r + 1) * group;
-            let lse: Vec<f64> = heads.clone().map(|h| log_sum_exp(row(h))).collect();
+            let total = |h: usize| if p.pool.softmax() { log_sum_exp(row(h)) } else { 0.0 };
+            let lse: Vec<f64> = heads.clone().map(total).collect();
             let pooled = |j: usize| {
                 let each = heads.clone().zip(&lse).map(|(h, l)| match row(h)[j] {
                     f64::NEG_INFINITY => f64::NEG_INFINITY,
                     s => s - l,
                 });
                 match p.pool {
-                    HeadPool::MaxSoftmax => each.fold(f64::NEG_INFINITY, f64::max),
+                    HeadPool::SumLogit => each.sum(),
+                    pool if pool.largest() => each.fold(f64::NEG_INFINITY, f64::max),
                     _ => log_sum_exp(&each.collect::<Vec<_>>()),
                 }
             };

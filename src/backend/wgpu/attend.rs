@@ -1,9 +1,9 @@
-//! Attention: attend_dense, attend_rows, merge.
+//! Attention: attend_dense, attend_rows, merge, mean_value.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
-use crate::backend::{AttendDense, AttendRows, KvPool, Merge, Result};
+use crate::backend::{AttendDense, AttendRows, KvPool, MeanValue, Merge, Result};
 
 /// Query rows of one prefill workgroup (BLOCK in the shader).
 const PREFILL_ROWS: usize = 32;
@@ -142,5 +142,33 @@ pub fn merge(gpu: &Gpu, p: &Merge<'_>) -> Result<()> {
             u32::from(p.lse.is_some()),
         ],
         grid: grid(OP, [p.seqs.max_q.min(MAX_GROUPS), p.heads, p.seqs.n])?,
+    })
+}
+
+pub fn mean_value(gpu: &Gpu, p: &MeanValue<'_>) -> Result<()> {
+    const OP: &str = "mean_value";
+    p.check()?;
+    acts_are_f32(OP, &[p.out])?;
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::MEAN_VALUE,
+        constants: &[],
+        binds: &[
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.scores),
+            Bind::Tensor(p.listed.indices),
+            Bind::Tensor(p.listed.counts),
+            Bind::Tensor(p.sums),
+            Bind::Tensor(p.out),
+        ],
+        params: &[
+            word(OP, p.heads)?,
+            word(OP, p.kv_heads)?,
+            word(OP, p.head_dim)?,
+            word(OP, p.stride)?,
+            word(OP, p.listed.k)?,
+            word(OP, p.lists)?,
+            word(OP, p.slots)?,
+        ],
+        grid: grid(OP, [p.heads, p.seqs.n, 1])?,
     })
 }

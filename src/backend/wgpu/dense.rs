@@ -57,7 +57,14 @@ pub fn embed(gpu: &Gpu, p: &Embed<'_>) -> Result<()> {
             kernel: &pipelines::EMBED,
             constants: &[("DTYPE", dtype_code(p.table.dtype()))],
             binds: &[Bind::Tensor(p.tokens), rows_of(p.table, &range, p.cols), Bind::Tensor(p.out)],
-            params: &[rows, cols, vocab, word(OP, range.start)?, word(OP, range.len())?],
+            params: &[
+                rows,
+                cols,
+                vocab,
+                word(OP, range.start)?,
+                word(OP, range.len())?,
+                p.scale.to_bits(),
+            ],
             grid: flat_grid(OP, (p.rows * p.cols).div_ceil(64))?,
         })?;
     }

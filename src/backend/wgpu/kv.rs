@@ -1,9 +1,9 @@
-//! The ops that write the KV cache and its summaries: kv_append, key_stats, rebuild_slice.
+//! The ops that write the KV cache and what is kept beside it: kv_append, key_stats, rebuild_slice, project.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, loose_offset, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
-use crate::backend::{KeyStats, KvAppend, PAGE, RebuildSlice, Result};
+use crate::backend::{KeyStats, KvAppend, PAGE, Project, RebuildSlice, Result};
 
 pub fn kv_append(gpu: &Gpu, p: &KvAppend<'_>) -> Result<()> {
     const OP: &str = "kv_append";
@@ -105,5 +105,50 @@ pub fn rebuild_slice(gpu: &Gpu, p: &RebuildSlice<'_>) -> Result<()> {
             word(OP, p.slice.slots)?,
         ],
         grid: grid(OP, [page_groups, p.cache.kv_heads, p.seqs.n])?,
+    })
+}
+
+pub fn project(gpu: &Gpu, p: &Project<'_>) -> Result<()> {
+    const OP: &str = "project";
+    /// Workgroups of a (KV head, sequence); most steps bring one key.
+    const WALKERS: usize = 64;
+    p.check()?;
+    acts_are_f32(OP, &[p.q])?;
+    let (pool, n) = (&p.cache, p.seqs.n);
+    let params = [
+        word(OP, p.heads)?,
+        word(OP, pool.kv_heads)?,
+        word(OP, pool.head_dim)?,
+        word(OP, pool.lead)?,
+        word(OP, pool.n_pages)?,
+        word(OP, p.n)?,
+        word(OP, p.capacity)?,
+        word(OP, p.slots)?,
+        word(OP, n)?,
+    ];
+    let constants = [("DTYPE", dtype_code(pool.k.dtype()))];
+    let (meta, basis) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.basis));
+    let (slice, done) = (Bind::Tensor(p.slice), Bind::Tensor(p.done));
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::PROJECT_QUERIES,
+        constants: &constants,
+        binds: &[meta, Bind::Tensor(p.q), basis, Bind::Tensor(p.out)],
+        params: &params,
+        grid: grid(OP, [p.heads, n, 1])?,
+    })?;
+    let walkers = p.seqs.max_kv.div_ceil(PAGE).min(WALKERS);
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::PROJECT_KEYS,
+        constants: &constants,
+        binds: &[meta, Bind::Tensor(p.seqs.pages), Bind::Tensor(pool.k), basis, slice, done],
+        params: &params,
+        grid: grid(OP, [walkers, pool.kv_heads, n])?,
+    })?;
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::PROJECT_MARK,
+        constants: &constants,
+        binds: &[meta, done],
+        params: &params,
+        grid: grid(OP, [(n * pool.kv_heads).div_ceil(64), 1, 1])?,
     })
 }

@@ -14,9 +14,9 @@ mod score;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, Merge, PoolBlocks,
-    PoolScores, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries,
-    ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
+    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
+    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -237,6 +237,9 @@ impl Backend for WgpuBackend {
     fn rebuild_slice(&self, p: &RebuildSlice<'_>) -> Result<()> {
         kv::rebuild_slice(&self.gpu, p)
     }
+    fn project(&self, p: &Project<'_>) -> Result<()> {
+        kv::project(&self.gpu, p)
+    }
 
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         score::score_dims(&self.gpu, p)
@@ -252,6 +255,9 @@ impl Backend for WgpuBackend {
     }
     fn force(&self, p: &Force<'_>) -> Result<()> {
         score::force(&self.gpu, p)
+    }
+    fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()> {
+        score::trim_scores(&self.gpu, p)
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         score::top_k(&self.gpu, p)
@@ -275,6 +281,9 @@ impl Backend for WgpuBackend {
     }
     fn merge(&self, p: &Merge<'_>) -> Result<()> {
         attend::merge(&self.gpu, p)
+    }
+    fn mean_value(&self, p: &MeanValue<'_>) -> Result<()> {
+        attend::mean_value(&self.gpu, p)
     }
 }
 

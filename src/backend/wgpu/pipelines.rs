@@ -58,6 +58,9 @@ const ATTEND_DENSE_SRC: &[&str] =
 const ATTEND_ROWS_SRC: &[&str] =
     &[COMMON, ATTEND_BUFFERS, FLASH_DECODE, include_str!("../../../shaders/attend_rows.wgsl")];
 const MERGE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/merge.wgsl")];
+const PROJECT_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/project.wgsl")];
+const TRIM_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/trim_scores.wgsl")];
+const MEAN_VALUE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/mean_value.wgsl")];
 const BANDWIDTH_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/bandwidth.wgsl")];
 
 const fn kernel(
@@ -119,6 +122,15 @@ pub static REBUILD_SLICE: Kernel = kernel(
     REBUILD_SLICE_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write)],
 );
+pub static PROJECT_QUERIES: Kernel =
+    kernel("project", "queries", PROJECT_SRC, &[(1, Read), (3, Read), (5, Read), (6, Write)]);
+pub static PROJECT_KEYS: Kernel = kernel(
+    "project",
+    "keys",
+    PROJECT_SRC,
+    &[(1, Read), (2, Read), (4, Read), (5, Read), (7, Write), (8, Write)],
+);
+pub static PROJECT_MARK: Kernel = kernel("project", "mark", PROJECT_SRC, &[(1, Read), (8, Write)]);
 pub static SCORE_DIMS: Kernel = kernel(
     "score_dims",
     "main",
@@ -168,6 +180,10 @@ pub static EXPAND_BLOCKS: Kernel = kernel(
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =
     kernel("force", "listed", FORCE_SRC, &[(1, Read), (2, Write), (3, Read), (4, Read)]);
+pub static TRIM_MASS: Kernel =
+    kernel("trim_scores", "mass", TRIM_SCORES_SRC, &[(1, Read), (2, Write)]);
+pub static TRIM_TOGETHER: Kernel =
+    kernel("trim_scores", "together", TRIM_SCORES_SRC, &[(1, Read), (2, Write)]);
 pub static TOP_K: Kernel = kernel(
     "top_k",
     "main",
@@ -200,6 +216,12 @@ pub static ATTEND_ROWS: Kernel = kernel(
 );
 pub static MERGE: Kernel =
     kernel("merge", "main", MERGE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)]);
+pub static MEAN_VALUE: Kernel = kernel(
+    "mean_value",
+    "main",
+    MEAN_VALUE_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Read), (6, Write)],
+);
 pub static BANDWIDTH: Kernel = kernel("bandwidth", "main", BANDWIDTH_SRC, &[(1, Read), (2, Write)]);
 
 /// Values of a kernel's `override` constants.

@@ -1,12 +1,12 @@
-//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, score_rows, score_tiles, pool_scores,
-//! force, top_k.
+//! Choosing dimensions, scoring and selecting tokens: select_dims, score_dims, score_rows, score_tiles, pool_scores, force, trim_scores,
+//! top_k.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
     BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh,
-    Result, ScoreDims, ScoreRows, ScoreSource, ScoreTiles, SelectDims, TopK,
+    Result, ScoreDims, ScoreRows, ScoreSource, ScoreTiles, SelectDims, TopK, Trim, TrimScores,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -225,8 +225,11 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     }
     let chunks = p.longest().div_ceil(POOL_CHUNK);
     let scratch = gpu.scratch(p.seqs.n * p.heads * chunks * 8)?;
-    let constants =
-        [("GROUP", word(OP, group)?), ("MEAN", u32::from(p.pool != HeadPool::MaxSoftmax))];
+    let constants = [
+        ("GROUP", word(OP, group)?),
+        ("SUM", u32::from(!p.pool.largest())),
+        ("SOFTMAX", u32::from(p.pool.softmax())),
+    ];
     let params = [
         word(OP, p.heads)?,
         word(OP, rows)?,
@@ -236,13 +239,15 @@ pub fn pool_scores(gpu: &Gpu, p: &PoolScores<'_>) -> Result<()> {
     ];
     let (meta, scores) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.scores));
     let lengths = p.lengths.map_or(Bind::Absent, Bind::Tensor);
-    gpu.dispatch(&Dispatch {
-        kernel: &pipelines::POOL_PARTIALS,
-        constants: &constants,
-        binds: &[meta, scores, Bind::Raw(&scratch.buffer), lengths],
-        params: &params,
-        grid: grid(OP, [chunks, p.heads, p.seqs.n])?,
-    })?;
+    if p.pool.softmax() {
+        gpu.dispatch(&Dispatch {
+            kernel: &pipelines::POOL_PARTIALS,
+            constants: &constants,
+            binds: &[meta, scores, Bind::Raw(&scratch.buffer), lengths],
+            params: &params,
+            grid: grid(OP, [chunks, p.heads, p.seqs.n])?,
+        })?;
+    }
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::POOL_SCORES,
         constants: &constants,
@@ -289,6 +294,33 @@ pub fn force(gpu: &Gpu, p: &Force<'_>) -> Result<()> {
             0,
         ],
         grid: grid(OP, [(sinks + recent).div_ceil(64).min(MAX_GROUPS), p.rows_per_seq, p.seqs.n])?,
+    })
+}
+
+pub fn trim_scores(gpu: &Gpu, p: &TrimScores<'_>) -> Result<()> {
+    const OP: &str = "trim_scores";
+    p.check()?;
+    let (kernel, tokens, at_least, share, groups) = match p.trim {
+        Trim::Mass { permille, at_least } => {
+            let share = permille as f32 / 1000.0;
+            (&pipelines::TRIM_MASS, 0, at_least, share, [p.rows_per_seq, p.seqs.n, 1])
+        }
+        Trim::Together { tokens, at_least } => {
+            (&pipelines::TRIM_TOGETHER, tokens, at_least, 0.0, [p.seqs.n, 1, 1])
+        }
+    };
+    gpu.dispatch(&Dispatch {
+        kernel,
+        constants: &[],
+        binds: &[Bind::Tensor(p.seqs.meta), Bind::Tensor(p.scores)],
+        params: &[
+            word(OP, p.rows_per_seq)?,
+            word(OP, p.stride)?,
+            tokens,
+            at_least,
+            share.to_bits(),
+        ],
+        grid: grid(OP, groups)?,
     })
 }
 

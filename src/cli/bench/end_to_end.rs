@@ -2,7 +2,8 @@
 
 use super::{ReportArgs, origin, percent};
 use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
-use crate::cli::args::{MethodOptions, ModelArgs, read_plans};
+use crate::cli::args::{ModelArgs, read_plans};
+use crate::cli::method_args::MethodOptions;
 use crate::cli::table::Table;
 use crate::cli::ui;
 use crate::engine::EngineError;

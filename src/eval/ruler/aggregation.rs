@@ -1,7 +1,8 @@
 //! Tasks that gather what is spread over the whole text: variable tracking, common words, frequent words.
 
-use super::words::{FILLER, different, plain, shuffle};
-use super::{Draft, Piece};
+use crate::eval::Check;
+use crate::eval::draft::{Draft, Piece, Question};
+use crate::eval::words::{FILLER, different, plain, shuffle};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -52,8 +53,8 @@ pub(super) fn variables(rng: &mut ChaCha8Rng, tokens: usize) -> Draft {
         }
         pieces.push(Piece::filler(FILLER));
     }
-    let (question, prefix) = (ask(value), start(value));
-    Draft { head, pieces, question, prefix, references: names, any: false }
+    let question = Question { text: ask(value), prefix: start(value), check: Check::All(names) };
+    Draft { head, pieces, questions: vec![question] }
 }
 
 /// A numbered list with `often` copies of each common word and `seldom` of each other one.
@@ -100,14 +101,9 @@ pub(super) fn common_words(rng: &mut ChaCha8Rng, tokens: usize, prose: &str) -> 
         .into_iter()
         .map(|e| if of_common(&e) { Piece::needed(e) } else { Piece::filler(e) })
         .collect();
-    Draft {
-        head,
-        pieces,
-        question: format!("\n{ask}"),
-        prefix: start.into(),
-        references: common,
-        any: false,
-    }
+    let question =
+        Question { text: format!("\n{ask}"), prefix: start.into(), check: Check::All(common) };
+    Draft { head, pieces, questions: vec![question] }
 }
 
 pub(super) fn frequent_words(rng: &mut ChaCha8Rng, tokens: usize) -> Draft {
@@ -133,11 +129,13 @@ pub(super) fn frequent_words(rng: &mut ChaCha8Rng, tokens: usize) -> Draft {
                frequently appeared coded words.\n"
             .into(),
         pieces,
-        question: "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three \
+        questions: vec![Question {
+            text: "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three \
                    most frequently appeared words in the above coded text?"
-            .into(),
-        prefix: " Answer: According to the coded text above, the three most frequently appeared words are:".into(),
-        references: wanted,
-        any: false,
+                .into(),
+            prefix: " Answer: According to the coded text above, the three most frequently appeared words are:"
+                .into(),
+            check: Check::All(wanted),
+        }],
     }
 }

@@ -7,10 +7,9 @@
 mod aggregation;
 mod needles;
 mod questions;
-mod words;
 
-use super::{Problem, SampleError};
-use crate::model::{ModelError, Tokenizer};
+use super::draft::{Frame, TaskSource, assemble};
+use super::{Cell, Problem, SampleError};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -82,53 +81,12 @@ impl RulerTask {
     }
 }
 
-/// What problems are made from.
-#[derive(Clone, Copy, Debug)]
-pub struct RulerSource<'a> {
-    /// The model's tokenizer.
-    pub tokenizer: &'a Tokenizer,
-    /// Prose for haystacks; any long text.
-    pub prose: &'a str,
-    /// Tokens before the task's text, as a chat template puts them.
-    pub before: &'a [u32],
-    /// Tokens between the task's text and the start of the answer.
-    pub after: &'a [u32],
-}
-
-/// A task's text in parts that are encoded apart.
-struct Draft {
-    /// Instructions before the haystack.
-    head: String,
-    /// Pieces of the haystack in order. As many as fit are kept, those marked `needed` always.
-    pieces: Vec<Piece>,
-    /// The question after the haystack.
-    question: String,
-    /// Start of the answer, which the model continues.
-    prefix: String,
-    references: Vec<String>,
-    any: bool,
-}
-
-struct Piece {
-    text: String,
-    needed: bool,
-}
-
-impl Piece {
-    fn filler(text: impl Into<String>) -> Piece {
-        Piece { text: text.into(), needed: false }
-    }
-    fn needed(text: impl Into<String>) -> Piece {
-        Piece { text: text.into(), needed: true }
-    }
-}
-
 /// Problem number `number` of a task with `tokens` tokens in all; the same number gives the same problem.
 ///
 /// # Errors
 /// [`SampleError`] when the number of tokens or the prose is too small.
 pub fn ruler(
-    source: &RulerSource<'_>,
+    source: &TaskSource<'_>,
     task: RulerTask,
     tokens: usize,
     number: u64,
@@ -144,85 +102,22 @@ pub fn ruler(
         T::Qa2 => questions::two_hops(&mut rng, tokens),
         niah => needles::draft(&mut rng, niah, tokens, source.prose)?,
     };
-    assemble(source, task, tokens, number, draft)
-}
-
-fn assemble(
-    source: &RulerSource<'_>,
-    task: RulerTask,
-    tokens: usize,
-    number: u64,
-    draft: Draft,
-) -> Result<Problem, SampleError> {
-    let encode = |s: &str| source.tokenizer.encode(s, false);
-    let (head, question, prefix) =
-        (encode(&draft.head)?, encode(&draft.question)?, encode(&draft.prefix)?);
-    let encoded: Vec<(Vec<u32>, bool)> = draft
-        .pieces
-        .iter()
-        .map(|p| Ok((encode(&p.text)?, p.needed)))
-        .collect::<Result<_, ModelError>>()?;
-    let needed: usize = encoded.iter().filter(|p| p.1).map(|p| p.0.len()).sum();
-    let fixed = source.before.len()
-        + head.len()
-        + question.len()
-        + source.after.len()
-        + prefix.len()
-        + needed
-        + task.answer_tokens();
-    let room =
-        tokens.checked_sub(fixed).ok_or(SampleError::TooFewTokens { tokens, least: fixed })?;
-    let mut keep = kept(&encoded, room);
-    let mut all = [source.before, &head].concat();
-    for (piece, _) in encoded.iter().filter(|_| keep.next().unwrap_or(false)) {
-        all.extend(piece);
-    }
-    let decode_from = all.len();
-    all.extend([&question[..], source.after, &prefix].concat());
-    Ok(Problem {
+    let frame = Frame {
         task: task.name(),
         name: format!("{} {tokens} #{number}", task.name()),
-        tokens: all,
-        decode_from,
+        cell: Cell { tokens, ..Cell::default() },
         answer_tokens: task.answer_tokens(),
-        references: draft.references,
-        any: draft.any,
-    })
-}
-
-/// Which pieces stay: all needed ones, and fillers spread evenly until `room` tokens are full.
-fn kept(pieces: &[(Vec<u32>, bool)], room: usize) -> std::vec::IntoIter<bool> {
-    let fillers: usize = pieces.iter().filter(|p| !p.1).map(|p| p.0.len()).sum();
-    let (mut used, mut seen) = (0, 0);
-    let keep = pieces.iter().map(|(ids, needed)| {
-        if *needed {
-            return true;
-        }
-        seen += ids.len();
-        // After `seen` of all filler tokens, that share of the room may be full.
-        let share = if fillers <= room { seen } else { seen.saturating_mul(room) / fillers };
-        let fits = used + ids.len() <= share;
-        used += if fits { ids.len() } else { 0 };
-        fits
-    });
-    keep.collect::<Vec<_>>().into_iter()
+        stop: None,
+    };
+    // A draft of these tasks has one question.
+    let problem = assemble(source, &frame, draft)?.pop();
+    problem.ok_or(SampleError::TooFewTokens { tokens, least: tokens })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn fillers_are_thinned_evenly_and_needed_pieces_stay() {
-        let piece = |n: usize, needed: bool| (vec![0; n], needed);
-        let pieces: Vec<_> = (0..100).map(|i| piece(5, i == 50)).collect();
-        let keep: Vec<bool> = kept(&pieces, 100).collect();
-        assert!(keep[50]);
-        assert_eq!(keep.iter().filter(|k| **k).count(), 21);
-        assert!(keep[..50].iter().filter(|k| **k).count().abs_diff(10) <= 1);
-        assert!(kept(&pieces, 10_000).all(|k| k));
-        assert_eq!(kept(&pieces, 0).filter(|k| *k).count(), 1);
-    }
+    use crate::eval::draft::Draft;
 
     #[test]
     fn drafts_are_reproducible_and_hold_their_answers() {
@@ -243,13 +138,14 @@ mod tests {
             let text = |d: &Draft| d.pieces.iter().map(|p| p.text.as_str()).collect::<String>();
             let (a, b, other) = (make(1), make(1), make(2));
             assert_eq!(text(&a), text(&b), "{name}");
-            assert_ne!(a.references, other.references, "{name}");
-            assert!(!a.references.is_empty(), "{name}");
+            let (asked, others) = (&a.questions[0], &other.questions[0]);
+            assert_ne!(asked.check, others.check, "{name}");
+            assert!(!asked.check.references().is_empty(), "{name}");
             let needed: String =
                 a.pieces.iter().filter(|p| p.needed).map(|p| p.text.as_str()).collect();
-            for r in &a.references {
+            for r in asked.check.references() {
                 assert!(needed.contains(r.as_str()), "{name}: {r} is not among the needed pieces");
-                assert!(!a.prefix.contains(r.as_str()), "{name}: {r} is given away");
+                assert!(!asked.prefix.contains(r.as_str()), "{name}: {r} is given away");
             }
         }
     }

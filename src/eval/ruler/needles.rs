@@ -1,9 +1,9 @@
 //! Needles in haystacks: values of keys that are hidden among other lines.
 
-use super::words::{FILLER, different, number, pick, shuffle, uuid, word};
-use super::{Draft, Piece, RulerTask as T};
-use crate::eval::SampleError;
-use rand::RngExt;
+use super::RulerTask as T;
+use crate::eval::draft::{Draft, Piece, Question, sentences};
+use crate::eval::words::{FILLER, different, number, pick, shuffle, uuid, word};
+use crate::eval::{Check, SampleError};
 use rand_chacha::ChaCha8Rng;
 
 fn needle(kind: &str, key: &str, value: &str) -> String {
@@ -63,30 +63,14 @@ pub(super) fn draft(
              quiz you about the {kind}s afterwards.\n"
         ),
         pieces,
-        question: format!(
-            "\nWhat {is} the special magic {kind}{s} for {wanted} mentioned in the provided text?"
-        ),
-        prefix: format!(
-            " The special magic {kind}{s} for {wanted} mentioned in the provided text {is}"
-        ),
-        references,
-        any: false,
+        questions: vec![Question {
+            text: format!(
+                "\nWhat {is} the special magic {kind}{s} for {wanted} mentioned in the provided text?"
+            ),
+            prefix: format!(
+                " The special magic {kind}{s} for {wanted} mentioned in the provided text {is}"
+            ),
+            check: Check::All(references),
+        }],
     })
-}
-
-/// Sentences of the prose from a random one on, over and over, enough for `tokens`.
-fn sentences(rng: &mut ChaCha8Rng, prose: &str, tokens: usize) -> Result<Vec<Piece>, SampleError> {
-    let all: Vec<&str> = prose.split_inclusive(['.', '!', '?']).filter(|s| s.len() > 2).collect();
-    if all.is_empty() {
-        return Err(SampleError::TextTooShort { text: "the prose".into(), have: 0, need: tokens });
-    }
-    let start = rng.random_range(0..all.len());
-    // A token has about four characters; what is too much is left out later.
-    let mut room = tokens.saturating_mul(6);
-    let from = all.iter().cycle().skip(start).take_while(|s| {
-        let more = room > 0;
-        room = room.saturating_sub(s.len());
-        more
-    });
-    Ok(from.map(|s| Piece::filler(*s)).collect())
 }

@@ -1,7 +1,8 @@
 //! Questions about a generated encyclopaedia: one entry answers, or two have to be joined.
 
-use super::words::{different, pick, shuffle};
-use super::{Draft, Piece};
+use crate::eval::Check;
+use crate::eval::draft::{Draft, Piece, Question};
+use crate::eval::words::{different, pick, shuffle};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
@@ -116,10 +117,11 @@ fn draft(
                other words.\n\nThe following are given documents.\n\n"
             .into(),
         pieces: pieces.collect(),
-        question: format!("\nQuestion: {question}"),
-        prefix: " Answer:".into(),
-        references: vec![reference],
-        any: true,
+        questions: vec![Question {
+            text: format!("\nQuestion: {question}"),
+            prefix: " Answer:".into(),
+            check: Check::Any(vec![reference]),
+        }],
     }
 }
 

@@ -1,6 +1,7 @@
 //! Plans that cannot run are refused with the reason.
 
 use super::*;
+use crate::backend::HeadPool;
 use crate::select::Budget;
 
 fn select(pool: HeadPool) -> LayerPlan {
@@ -58,6 +59,38 @@ fn a_layer_that_cannot_run_is_refused() {
     let metric = DimMetric::AbsQ;
     let scorer = Scorer::Dims { dims: 16, metric, unit: 16, refresh, slice: false };
     assert!(reason(&plan(LayerPlan { scorer, ..layer }), None).contains("unit 16"));
+}
+
+#[test]
+fn corrections_and_budgets_by_scores_need_scores_of_tokens() {
+    let layer = LayerPlan { correct: true, ..select(HeadPool::SumLogit) };
+    let plan = |l: LayerPlan| Plan { method: "m".into(), model: String::new(), layers: vec![l] };
+    check(&plan(layer.clone()), &[None]).unwrap();
+    for scorer in [Scorer::None, Scorer::Random { seed: 1 }] {
+        let blind = LayerPlan { scorer, ..layer.clone() };
+        assert!(reason(&plan(blind), None).contains("scored one by one"));
+    }
+    let anchor = LayerPlan { role: Role::DenseAnchor, ..layer.clone() };
+    assert!(reason(&plan(anchor), None).contains("scored one by one"));
+    let following = |follow| {
+        let budget = Budget { follow: Some(follow), ..layer.budget };
+        LayerPlan { budget, ..layer.clone() }
+    };
+    let mass = |permille| following(Follow::Mass { permille, at_least: 1 });
+    let shared = |mean, at_least| following(Follow::Shared { mean, at_least });
+    check(&plan(mass(850)), &[None]).unwrap();
+    check(&plan(shared(40, 8)), &[None]).unwrap();
+    assert!(reason(&plan(mass(0)), None).contains("0 thousandths"));
+    assert!(reason(&plan(shared(65, 8)), None).contains("65 on average"));
+    assert!(reason(&plan(shared(40, 41)), None).contains("41 tokens at least"));
+    // 4 sinks and 32 recent tokens are part of what is shared.
+    assert!(reason(&plan(shared(35, 8)), None).contains("budget of 35"));
+    let anchor = LayerPlan { role: Role::DenseAnchor, correct: false, ..mass(850) };
+    assert!(reason(&plan(anchor), None).contains("follows scores"));
+    let budget = mass(850).budget;
+    assert_eq!((budget.dense_until(), budget.tokens_at(1000)), (64, 64));
+    let budget = shared(40, 8).budget;
+    assert_eq!((budget.dense_until(), budget.tokens_at(1000)), (40, 40));
 }
 
 #[test]

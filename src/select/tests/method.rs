@@ -68,14 +68,25 @@ fn methods_read_the_options_they_list() {
         ("budget-min", "200"),
         ("anchors", "3"),
         ("candidates", "7000"),
+        ("tile", "1"),
+        ("prompt-dense", "3"),
+        ("mass", "0.5"),
+        ("floor", "0.5"),
+        ("correct", "true"),
+        ("scorer", "sorted"),
     ];
     for m in METHODS {
         for (key, value) in values {
             let value = match (key, m.variant) {
                 ("unit", Variant::Quest | Variant::Arkvale) => "32",
+                ("correct", Variant::Sparq) => "false",
                 _ => value,
             };
             let mut spec: MethodSpec = m.variant.into();
+            // Only a prompt that is read sparsely has dense layers to choose.
+            if key == "prompt-dense" && m.variant.takes("tile") {
+                spec.tile = Some(1);
+            }
             let base = spec.plan(&model(&[None; 6]), 8192).unwrap();
             assert!(spec.set(key, value), "{key}={value}");
             let changed = spec.plan(&model(&[None; 6]), 8192).unwrap() != base;
@@ -113,6 +124,13 @@ fn bytes_follow_the_formula_of_the_spec() {
     let shape = KvReads { windows: &windows, heads: 32, kv_heads: 8, head_dim: 128, elem: 2 };
     let mb = p.bytes_read(32768, &shape) as f64 / 1e6;
     assert!((mb - 937.0).abs() < 15.0, "{mb}");
+    // 32 dimensions fresh, chosen offline or projected; SparQ's mean value is 0.1 MB more.
+    for variant in [Variant::Sparq, Variant::DoubleSparsity, Variant::Loki] {
+        let spec = MethodSpec { budget: Some(1024), dims: Some(32), ..variant.into() };
+        let p = spec.plan(&ModelShape { head_dim: 128, ..model(&[None; 32]) }, 32768).unwrap();
+        let mb = p.bytes_read(32768, &shape) as f64 / 1e6;
+        assert!((mb - 898.0).abs() < 2.0, "{variant:?}: {mb}");
+    }
     let dense = Plan::dense(32).bytes_read(32768, &shape) as f64 / 1e6;
     assert!((dense - 4295.0).abs() < 1.0, "{dense}");
 }

@@ -47,8 +47,16 @@ fn weights_above_the_binding_limit_are_split() {
             b.linear(&l).expect("linear");
             let out = floats(&b, &vec![9.0; 3 * inputs]);
             let (cols, vocab) = (inputs, outputs);
-            b.embed(&Embed { tokens: &tokens, table: &w, out: &out, rows: 3, cols, vocab })
-                .expect("embed");
+            b.embed(&Embed {
+                tokens: &tokens,
+                table: &w,
+                out: &out,
+                rows: 3,
+                cols,
+                vocab,
+                scale: 1.0,
+            })
+            .expect("embed");
             seen.push((read(&b, &y), read(&b, &out)));
         }
         b.gpu.limits.max_storage_buffer_binding_size = limit;

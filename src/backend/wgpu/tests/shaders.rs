@@ -30,11 +30,17 @@ fn kernels() -> Vec<&'static Kernel> {
         &EXPAND_BLOCKS,
         &FORCE,
         &FORCE_LISTED,
+        &PROJECT_QUERIES,
+        &PROJECT_KEYS,
+        &PROJECT_MARK,
+        &TRIM_MASS,
+        &TRIM_TOGETHER,
         &TOP_K,
         &ATTEND_DECODE,
         &ATTEND_PREFILL,
         &ATTEND_ROWS,
         &MERGE,
+        &MEAN_VALUE,
         &BANDWIDTH,
     ]
 }

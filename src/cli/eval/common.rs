@@ -1,0 +1,219 @@
+//! What all evaluations share: options, the engine with every method's plan, and the report.
+
+use super::report::{Kind, Output, Report};
+use crate::cli::args::{Format, ModelArgs, at_least_one, read_plans};
+use crate::cli::interrupt::{EXIT_CODE, Interrupt};
+use crate::cli::output::OutputFile;
+use crate::cli::sweep::Sweep;
+use crate::cli::{texts, ui};
+use crate::engine::{Engine, EngineError};
+use crate::model::{Checkpoint, Tokenizer};
+use crate::select::{MethodSpec, Plan};
+use anyhow::{Result, bail};
+use clap::Args;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Which methods run where, and where the results go.
+#[derive(Args)]
+pub struct Common {
+    /// Methods, comma separated, with options after colons (sparcas:dims=16:budget=256); dense always runs.
+    /// For a table over options of all methods, give those lists: --budget 128,256 --dims 16,32
+    #[arg(
+        long,
+        value_name = "METHODS",
+        value_delimiter = ',',
+        default_value = "sparcas,sparcas-int8"
+    )]
+    methods: Vec<String>,
+    /// Plan files to run beside the methods, comma separated (see `longsight plan --save`)
+    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    plan: Vec<PathBuf>,
+    /// How to print
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+    /// Write to a file, by its ending: .json everything, .md the tables, .svg plots; may be given several times
+    #[arg(short, long, value_name = "FILE", value_parser = Output::parse)]
+    output: Vec<Output>,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Options for all methods; --dense-below is 0 here unless given
+    #[command(flatten)]
+    options: Sweep,
+}
+
+/// Texts and lengths.
+#[derive(Args)]
+pub struct TextArgs {
+    /// Text to use; may be given several times (passkey takes its filler from the first)
+    #[arg(long, value_name = "FILE", required = true)]
+    pub text: Vec<PathBuf>,
+    /// Lengths in tokens, comma separated; question and answer are part of them
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "4096", value_parser = at_least_one)]
+    pub lengths: Vec<usize>,
+}
+
+impl TextArgs {
+    /// Name and token ids of each text.
+    pub fn encoded(&self, tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u32>)>> {
+        let one = |path: &PathBuf| Ok((name(path), tokenizer.encode(&texts::read(path)?, false)?));
+        self.text.iter().map(one).collect()
+    }
+}
+
+fn name(path: &Path) -> String {
+    path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
+}
+
+/// Measuring selections on the way.
+#[derive(Args)]
+pub struct AuditArgs {
+    /// Measure attention mass and output error of every sparse layer in every N-th step; 0 = never
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    audit: usize,
+}
+
+impl AuditArgs {
+    pub fn every(&self) -> Option<usize> {
+        (self.audit > 0).then_some(self.audit)
+    }
+}
+
+/// Opened files, before the samples are known.
+pub struct Setup<'a> {
+    common: &'a Common,
+    interrupt: Interrupt,
+    specs: Vec<(String, MethodSpec)>,
+    files: Vec<(String, Plan)>,
+    outputs: Vec<(Kind, OutputFile)>,
+    pub checkpoint: Checkpoint,
+    pub tokenizer: Tokenizer,
+}
+
+impl<'a> Setup<'a> {
+    /// Reads the options and opens the model's files.
+    pub fn new(common: &'a Common) -> Result<Setup<'a>> {
+        let interrupt = Interrupt::install();
+        let mut specs = common.options.specs(&common.methods)?;
+        for (_, spec) in &mut specs {
+            // Below the default threshold nothing would be sparse, and nothing measured.
+            spec.dense_below.get_or_insert(0);
+        }
+        let files = read_plans(&common.plan)?;
+        let outputs = common.output.iter().map(|o| Ok((o.kind, OutputFile::create(&o.path)?)));
+        let outputs = outputs.collect::<Result<_>>()?;
+        let (checkpoint, tokenizer) = common.model.open()?;
+        Ok(Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer })
+    }
+
+    /// Builds the engine for sequences of up to `longest` tokens, which the option `by` sets.
+    pub fn bench(self, longest: usize, by: &str) -> Result<Bench<'a>> {
+        let Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer } = self;
+        let most = checkpoint.config().max_context;
+        if longest > most {
+            bail!(
+                "a sample of {longest} tokens: this model was trained for {most}; give less {by}"
+            );
+        }
+        let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
+        let context = common.model.size.ctx.unwrap_or(longest);
+        let engine = common
+            .model
+            .builder()
+            .checkpoint(checkpoint)
+            .tokenizer(tokenizer)
+            .context(context)
+            .method("dense".parse()?)
+            .summaries_for(&kinds)
+            .summaries_for_plans(&files.iter().map(|f| f.1.clone()).collect::<Vec<_>>())
+            .sequences(2)
+            // Both sequences share the prompt's pages; the second adds what it decodes.
+            .kv_tokens(context + longest.min(context) / 4 + 1024)
+            .build()?;
+        ui::notes(&engine);
+        let shape = engine.decoder().config().plan_shape(engine.fingerprint());
+        let mut plans = specs
+            .iter()
+            .map(|(name, spec)| Ok((name.clone(), spec.plan(&shape, context)?)))
+            .collect::<Result<Vec<_>>>()?;
+        plans.extend(files.iter().cloned());
+        Ok(Bench { common, interrupt, specs, files, outputs, engine, plans })
+    }
+}
+
+/// An engine and the plans that run on it.
+pub struct Bench<'a> {
+    common: &'a Common,
+    interrupt: Interrupt,
+    specs: Vec<(String, MethodSpec)>,
+    files: Vec<(String, Plan)>,
+    outputs: Vec<(Kind, OutputFile)>,
+    engine: Engine,
+    pub plans: Vec<(String, Plan)>,
+}
+
+impl Bench<'_> {
+    /// Runs `f` with a bar; none after Ctrl-C.
+    pub fn run<T>(
+        &mut self,
+        f: impl FnOnce(
+            &mut Engine,
+            &[(String, Plan)],
+            &mut dyn FnMut(u64, u64) -> bool,
+        ) -> Result<T, EngineError>,
+    ) -> Result<Option<T>> {
+        let bar = ui::bar("evaluating", "tokens", 0);
+        let cancel = self.interrupt.arm();
+        let outcome =
+            f(&mut self.engine, &self.plans, &mut |done, all| ui::go_on(&bar, &cancel, done, all));
+        bar.finish_and_clear();
+        match outcome {
+            Ok(rows) => Ok(Some(rows)),
+            Err(EngineError::Interrupted) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Writes and prints the report; says so where there is none.
+    pub fn finish(self, report: Option<Report>) -> Result<ExitCode> {
+        let Some(report) = report else {
+            ui::note("interrupted; nothing was written");
+            return Ok(ExitCode::from(EXIT_CODE));
+        };
+        let json = self.json(&report);
+        for (kind, file) in self.outputs {
+            let contents = match kind {
+                Kind::Json => serde_json::to_string(&json)?,
+                Kind::Markdown => report.text(|t| t.markdown() + "\n"),
+                Kind::Svg => report.plot()?,
+            };
+            file.finish(contents.as_bytes())?;
+        }
+        match self.common.format {
+            Format::Json => ui::print(&(serde_json::to_string_pretty(&json)? + "\n"))?,
+            Format::Table => ui::print(&report.text(|t| format!("{t}\n")))?,
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn json(&self, report: &Report) -> serde_json::Value {
+        let engine = &self.engine;
+        let mut json = serde_json::json!({
+            "task": report.task,
+            "model": engine.decoder().config().name,
+            "fingerprint": engine.fingerprint(),
+            "dtype": engine.cache().shape().dtype,
+            "environment": crate::bench::Environment::of(engine.backend()),
+            "methods": self.specs.iter().map(|(name, options)| {
+                serde_json::json!({ "method": name, "options": options })
+            }).collect::<Vec<_>>(),
+            "plans": self.files.iter().map(|(name, plan)| {
+                serde_json::json!({ "method": name, "plan": plan })
+            }).collect::<Vec<_>>(),
+        });
+        for (key, value) in &report.json {
+            json[*key] = value.clone();
+        }
+        json
+    }
+}
