@@ -119,7 +119,10 @@ impl MethodSpec {
                 candidates: self.candidates.unwrap_or(tokens.saturating_mul(4)),
                 scorer: Scorer::Sorted { dims: self.leading_dims(m.head_dim), int8: false },
             }),
-            _ => self.candidates.map(|candidates| Refine { candidates, scorer: Scorer::Exact }),
+            v => {
+                let candidates = self.candidates.filter(|_| v.takes("candidates"));
+                candidates.map(|candidates| Refine { candidates, scorer: Scorer::Exact })
+            }
         };
         let scale = if refined { LogitScale::Coverage } else { LogitScale::InvSqrtDim };
         let head_map = self.head_map(&anchor, m)?;
@@ -165,7 +168,8 @@ impl MethodSpec {
     /// How anchors score tokens.
     fn anchor_scorer(&self, head_dim: usize) -> Scorer {
         let dims = self.leading_dims(head_dim);
-        match self.scorer.unwrap_or(AnchorScorer::Exact) {
+        let given = self.scorer.filter(|_| self.variant.takes("scorer"));
+        match given.unwrap_or(AnchorScorer::Exact) {
             AnchorScorer::Exact => Scorer::Exact,
             AnchorScorer::Sorted => Scorer::Sorted { dims, int8: false },
             AnchorScorer::Int8 => Scorer::Sorted { dims, int8: true },

@@ -37,7 +37,8 @@ impl MethodSpec {
 
     /// Lets layers read prompts sparsely, where that is asked for.
     fn read_prompts(&self, layers: &mut [LayerPlan]) {
-        let Some(tile) = self.tile.filter(|t| *t > 0) else { return };
+        let reads = self.variant.takes("tile");
+        let Some(tile) = self.tile.filter(|t| *t > 0 && reads) else { return };
         let dense = self.prompt_dense.unwrap_or(0);
         for p in layers.iter_mut().skip(dense).filter(|p| p.role != Role::Dense) {
             p.tile = Some(tile);

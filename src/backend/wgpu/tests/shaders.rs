@@ -22,6 +22,7 @@ fn kernels() -> Vec<&'static Kernel> {
         &REBUILD_SLICE,
         &SCORE_DIMS,
         &POOL_PARTIALS,
+        &SCORE_TILES,
         &POOL_SCORES,
         &SCORE_ROWS,
         &SCORE_TILES,
