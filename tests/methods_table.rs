@@ -88,7 +88,10 @@ fn tolerance(dtype: DType, activations_follow: bool) -> f64 {
 /// are at 0.2 and more from dense attention.
 fn decode_tolerance(variant: Variant, dtype: DType, activations_follow: bool) -> f64 {
     let scores = !matches!(variant, Variant::Dense | Variant::Window | Variant::Random);
-    match scores && activations_follow && dtype != DType::F32 {
+    // The same for components of the keys, which are computed and then stored in 16 bits (the other slices are copies):
+    // on the cpu one of the 13 steps in f16 is 8e-4 off, the others 1e-9 and less.
+    let narrow = activations_follow || variant == Variant::Loki;
+    match scores && narrow && dtype != DType::F32 {
         true => 1.5e-2,
         false => tolerance(dtype, activations_follow),
     }

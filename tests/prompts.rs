@@ -155,6 +155,15 @@ fn prompts_and_decode_steps_share_a_step() {
     }
 }
 
+/// A context shorter than a tile has a plan too.
+#[test]
+fn short_contexts_have_room_for_a_tile() {
+    let model = Model::deep(LAYERS);
+    let dev = &backends()[0];
+    let built = model.builder(dev, &spec("kascade:tile=32")).context(18).build();
+    assert!(built.is_ok(), "{}", built.unwrap_err());
+}
+
 #[test]
 fn plans_that_cannot_read_prompts_are_refused() {
     let model = Model::deep(LAYERS);

@@ -62,6 +62,12 @@ pub struct Scales {
     pub logits: f64,
 }
 
+impl Scales {
+    fn none(&self) -> bool {
+        *self == Scales::default()
+    }
+}
+
 impl Default for Scales {
     fn default() -> Self {
         Scales { embedding: 1.0, residual: 1.0, logits: 1.0 }
@@ -95,8 +101,8 @@ pub struct ModelConfig {
     pub rope_scaling: RopeScaling,
     /// Added to the mean square in every RMS norm.
     pub norm_eps: f64,
-    /// Factors of the residual stream.
-    #[serde(default)]
+    /// Factors of the residual stream; left out where there are none, so that fingerprints of models without stay.
+    #[serde(default, skip_serializing_if = "Scales::none")]
     pub scales: Scales,
     /// Logits use the embedding matrix.
     pub tie_embeddings: bool,

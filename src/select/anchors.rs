@@ -242,7 +242,9 @@ impl MethodSpec {
             at_least: u32::try_from(least)
                 .map_err(|_| self.bad(format!("at least {least} tokens is too many")))?,
         };
-        let room = Budget::fixed(share.of(context).min(context), dense_below);
+        // A tile finds itself also in a context shorter than it.
+        let tile = self.tile.unwrap_or(0).saturating_add(self.sinks.unwrap_or(0));
+        let room = Budget::fixed(share.of(context).min(context.max(tile)), dense_below);
         Ok(Budget { share: Some(share), ..room })
     }
 }

@@ -117,6 +117,10 @@ impl<'a> Setup<'a> {
         }
         let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
         let context = common.model.size.ctx.unwrap_or(longest);
+        // Sequences share the prompt's pages, the second adds what it decodes; unless a plan reads the prompt for itself.
+        let own = kinds.iter().any(|k| k.tile.is_some_and(|t| t > 0))
+            || files.iter().any(|f| f.1.reads_prompts_sparsely());
+        let second = if own { context } else { longest.min(context) / 4 };
         let engine = common
             .model
             .builder()
@@ -127,8 +131,7 @@ impl<'a> Setup<'a> {
             .summaries_for(&kinds)
             .summaries_for_plans(&files.iter().map(|f| f.1.clone()).collect::<Vec<_>>())
             .sequences(2)
-            // Both sequences share the prompt's pages; the second adds what it decodes.
-            .kv_tokens(context + longest.min(context) / 4 + 1024)
+            .kv_tokens(context + second + 1024)
             .build()?;
         ui::notes(&engine);
         let shape = engine.decoder().config().plan_shape(engine.fingerprint());
