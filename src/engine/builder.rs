@@ -3,11 +3,11 @@
 use super::calibrate::{calibrated_order, order_limits, order_source};
 use super::key_profile::Profiling;
 use super::{AuditConfig, Engine, EngineError};
-use crate::backend::{Backend, DType, PAGE, open};
-use crate::kv::{KvCache, KvShape, pages_for};
+use crate::backend::{Backend, DType, open};
+use crate::kv::{KvCache, KvShape};
 use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, DecoderLimits, Forecast, KeyOrder, ModelConfig,
-    ModelError, Quant, Tokenizer, Weight, cache_dir, resolve,
+    Attention, ChatTemplate, Checkpoint, Decoder, Forecast, KeyOrder, ModelError, Tokenizer,
+    cache_dir, resolve,
 };
 use crate::select::{Given, KeyProfile, MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;
@@ -38,14 +38,14 @@ pub struct EngineBuilder<'a> {
     tokenizer: Option<Tokenizer>,
     device: String,
     backend: Option<Arc<dyn Backend>>,
-    dtype: Option<DType>,
-    kv_dtype: Option<DType>,
+    pub(super) dtype: Option<DType>,
+    pub(super) kv_dtype: Option<DType>,
     method: MethodChoice,
     custom: Option<SelectorFactory>,
-    context: Option<usize>,
-    sequences: usize,
-    chunk: usize,
-    kv_tokens: Option<usize>,
+    pub(super) context: Option<usize>,
+    pub(super) sequences: usize,
+    pub(super) chunk: usize,
+    pub(super) kv_tokens: Option<usize>,
     summaries_for: Vec<MethodSpec>,
     summary_plans: Vec<Plan>,
     forecast: Option<PathBuf>,
@@ -353,53 +353,5 @@ impl<'a> EngineBuilder<'a> {
     fn fetch(&mut self) -> Result<PathBuf, EngineError> {
         let progress = std::cell::RefCell::new(&mut self.progress);
         Ok(resolve(&self.model, &|done, all| (progress.borrow_mut())(Progress::Fetch(done, all)))?)
-    }
-
-    /// Sizes of the decoder, and the pages of the KV cache.
-    fn limits(&self, c: &ModelConfig) -> Result<(DecoderLimits, usize), EngineError> {
-        let context = self.context.unwrap_or(c.max_context.min(32768));
-        if context == 0 || context > c.max_context {
-            return Err(EngineError::BadContext { context, most: c.max_context });
-        }
-        let seqs = self.sequences;
-        if seqs == 0 || self.chunk == 0 || self.kv_tokens == Some(0) {
-            return Err(EngineError::BadOption(
-                "give at least one sequence, one token a step and one token of KV cache".into(),
-            ));
-        }
-        // Page numbers are u32; this also keeps every product of sizes below far from wrapping.
-        let pages = |tokens: usize, n: usize| {
-            let pages = pages_for(tokens).checked_mul(n).filter(|&p| u32::try_from(p).is_ok());
-            pages.ok_or_else(|| {
-                EngineError::BadOption(format!(
-                    "a KV cache for {n} x {tokens} tokens: more than {} pages of {PAGE} tokens",
-                    u32::MAX
-                ))
-            })
-        };
-        let all = pages(context, seqs)?;
-        let n_pages = self.kv_tokens.map_or(Ok(all), |tokens| pages(tokens, 1))?;
-        let context = context.min(self.kv_tokens.unwrap_or(context));
-        Ok((DecoderLimits { rows: self.chunk.min(context) + seqs, seqs, context }, n_pages))
-    }
-
-    fn weight_dtype(&self, b: &dyn Backend, c: &Checkpoint) -> Result<DType, EngineError> {
-        let stored_bf16 = matches!(c.quant(Weight::Embed)?, Quant::BF16);
-        let dtype = self.dtype.unwrap_or(if stored_bf16 || b.name() == "cuda" {
-            DType::BF16
-        } else {
-            DType::F16
-        });
-        for d in [Some(dtype), self.kv_dtype].into_iter().flatten() {
-            if !b.caps().storage.contains(&d) {
-                let known: Vec<_> = b.caps().storage.iter().map(|d| d.name()).collect();
-                return Err(EngineError::BadOption(format!(
-                    "{} does not store {d}; use one of {}",
-                    b.caps().device,
-                    known.join(", ")
-                )));
-            }
-        }
-        Ok(dtype)
     }
 }

@@ -24,6 +24,7 @@ mod reuse;
 mod sampling;
 mod scheduler;
 mod sequences;
+mod sizes;
 mod step;
 mod stop;
 mod trace;
