@@ -5,7 +5,6 @@ override HAS_LSE: bool = false;
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> sequences: array<u32>;
 @group(0) @binding(3) var<storage, read> pages: array<u32>;
-@group(0) @binding(4) var<storage, read> k: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read> v: array<vec2<u32>>;
 @group(0) @binding(6) var<storage, read_write> out: array<vec4<f32>>;
 @group(0) @binding(7) var<storage, read_write> lse: array<u32>;
@@ -17,15 +16,6 @@ fn record(sequence: u32, word: u32) -> u32 {
 // Page `i` of the sequence's list.
 fn page_of(sequence: u32, i: u32) -> u32 {
     return pages[record(sequence, META_PAGES) + i];
-}
-
-// Four elements of the K pages from `at` on (a multiple of 4).
-fn k4(at: u32) -> vec4<f32> {
-    if DTYPE == 0u {
-        return vec4<f32>(bitcast<vec2<f32>>(k[at / 2u]), bitcast<vec2<f32>>(k[at / 2u + 1u]));
-    }
-    let w = k[at / 4u];
-    return unpack4(w.x, w.y);
 }
 
 // Four elements of the V pages from `at` on (a multiple of 4).

@@ -21,18 +21,8 @@ struct Params {
 @group(0) @binding(1) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> sequences: array<u32>;
 @group(0) @binding(3) var<storage, read> pages: array<u32>;
-@group(0) @binding(4) var<storage, read> k: array<vec2<u32>>;
 @group(0) @binding(5) var<storage, read> lse: array<f32>;
 @group(0) @binding(6) var<storage, read_write> scores: array<f32>;
-
-// Four elements of the K pages from `at` on (a multiple of 4).
-fn k4(at: u32) -> vec4<f32> {
-    if DTYPE == 0u {
-        return vec4<f32>(bitcast<vec2<f32>>(k[at / 2u]), bitcast<vec2<f32>>(k[at / 2u + 1u]));
-    }
-    let w = k[at / 4u];
-    return unpack4(w.x, w.y);
-}
 
 @compute @workgroup_size(64)
 fn main(

@@ -4,7 +4,7 @@
 mod common;
 
 use common::cache::backends;
-use common::model::{CONTEXT, Model, prompt};
+use common::model::{CONTEXT, Model, nmse, prompt};
 use longsight::backend::{Backend, HeadPool, Share};
 use longsight::engine::{AuditConfig, Engine, EngineError, WantLogits};
 use longsight::model::LayerAudit;
@@ -34,12 +34,6 @@ fn run(engine: &mut Engine, plan: Option<&Plan>) -> Vec<f32> {
     let logits = next.iter().flat_map(|&t| engine.decode(seq, t).unwrap()).collect();
     engine.close(seq);
     logits
-}
-
-fn nmse(x: &[f32], want: &[f32]) -> f64 {
-    let square = |v: f32| f64::from(v).powi(2);
-    let error: f64 = x.iter().zip(want).map(|(a, b)| square(a - b)).sum();
-    error / want.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// The plan with every layer that reuses another edited.

@@ -11,7 +11,7 @@ mod common;
 mod oracle;
 
 use common::cache::backends;
-use common::model::{Model, dense, prompt, sparse};
+use common::model::{Model, dense, nmse, prompt, sparse};
 use common::readme;
 use longsight::backend::{Backend, DType};
 use longsight::engine::WantLogits;
@@ -132,14 +132,6 @@ fn logits(
         decode.extend(engine.decode(seq, token).unwrap());
     }
     (prefill, decode)
-}
-
-/// `sum (x - want)^2 / sum want^2`.
-fn nmse(x: &[f32], want: &[f32]) -> f64 {
-    assert_eq!(x.len(), want.len());
-    let square = |v: f32| f64::from(v).powi(2);
-    let error: f64 = x.iter().zip(want).map(|(a, b)| square(a - b)).sum();
-    error / want.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// Every method in every dtype on `devs`: in two layers, or in three where the one behind a filter stays dense.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::cache::backends;
-use common::model::prompt;
+use common::model::{nmse, prompt};
 use common::tiny::Tiny;
 use longsight::backend::DType;
 use longsight::engine::{Engine, EngineError, WantLogits};
@@ -61,11 +61,7 @@ fn scales_may_as_well_be_in_the_weights() {
     for dev in backends() {
         let [got, want, unscaled] =
             [&scaled_dir, &plain_dir, &dir.path().join("unscaled")].map(|d| logits(d, &dev));
-        let far = |x: &[f32]| {
-            let square = |v: f32| f64::from(v).powi(2);
-            let error: f64 = x.iter().zip(&want).map(|(a, b)| square(a - b)).sum();
-            error / want.iter().map(|v| square(*v)).sum::<f64>()
-        };
+        let far = |x: &[f32]| nmse(x, &want);
         assert!(far(&got) < 1e-10, "{}: {}", dev.name(), far(&got));
         assert!(far(&unscaled) > 1e-2, "{}: the scales change nothing", dev.name());
     }

@@ -6,7 +6,7 @@ mod common;
 mod oracle;
 
 use common::cache::backends;
-use common::model::{Model, dense, prompt, sparse};
+use common::model::{Model, dense, nmse, prompt, sparse};
 use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, Request, WantLogits, Work};
 use longsight::eval::{Sample, evaluate};
@@ -36,13 +36,6 @@ fn decoded(model: &Model, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> Vec<f32>
     let mut engine = model.engine(dev, spec);
     let seq = engine.open_sequence().unwrap();
     prompt(21, TOKENS).into_iter().flat_map(|t| engine.decode(seq, t).unwrap()).collect()
-}
-
-fn nmse(x: &[f32], want: &[f32]) -> f64 {
-    assert_eq!(x.len(), want.len());
-    let square = |v: f32| f64::from(v).powi(2);
-    let error: f64 = x.iter().zip(want).map(|(a, b)| square(a - b)).sum();
-    error / want.iter().map(|v| square(*v)).sum::<f64>()
 }
 
 /// A method that leaves most of 150 tokens out.

@@ -56,9 +56,9 @@ impl Attention {
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
         let per_head = not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
         // What a sequence or a tile needs for its scores; scores of tiles by their rows need none per head.
-        let heads_of = |per_head: bool| if per_head { shape.heads } else { 0 };
         let by_head = not_dense().any(|p| p.tile.is_some() && p.selects() && !p.scores_tiles());
-        let tile_bytes = (rows + heads_of(per_head && by_head)) * stride * 4;
+        let head_rows = if per_head && by_head { shape.heads } else { 0 };
+        let tile_bytes = (rows + head_rows) * stride * 4;
         let (most_tiles, batch) = room(&plan, &shape, tile_bytes);
         let shape = LayerShape { at_once: shape.slots.max(batch), ..shape };
         let mut selectors = Vec::with_capacity(plan.layers.len());

@@ -143,8 +143,10 @@ impl<'a> Loader<'a> {
         Ok(t)
     }
 
-    fn norm(&mut self, w: Weight) -> Result<Tensor> {
-        let v = self.checkpoint.read(w)?;
+    /// The weight of a norm whose output is wanted times `scale`.
+    fn norm(&mut self, w: Weight, scale: f32) -> Result<Tensor> {
+        let mut v = self.checkpoint.read(w)?;
+        v.iter_mut().for_each(|v| *v *= scale);
         self.vector(&v, "norm weight")
     }
 
@@ -194,8 +196,8 @@ impl<'a> Loader<'a> {
             },
             inv_freq: floats(c.n_kv_heads * c.head_dim / 2, "rotary frequencies")?,
             gate_up: self.alloc(2 * c.ffn, c.hidden, "MLP weights")?,
-            attn_norm: self.norm(w(L::AttnNorm))?,
-            ffn_norm: self.norm(w(L::FfnNorm))?,
+            attn_norm: self.norm(w(L::AttnNorm), 1.0)?,
+            ffn_norm: self.norm(w(L::FfnNorm), 1.0)?,
             o: self.matrix(w(L::O), "attention output weights")?,
             down: self.matrix(w(L::Down), "MLP weights")?,
         };
@@ -213,9 +215,7 @@ impl<'a> Loader<'a> {
         let embed = self.matrix(Weight::Embed, "embedding")?;
         let layers = (0..n_layers).map(|l| self.layer(l, order)).collect::<Result<_>>()?;
         let scale = self.checkpoint.config().scales.logits as f32;
-        let output_norm = self.checkpoint.read(Weight::OutputNorm)?;
-        let scaled: Vec<f32> = output_norm.iter().map(|w| w * scale).collect();
-        let output_norm = self.vector(&scaled, "norm weight")?;
+        let output_norm = self.norm(Weight::OutputNorm, scale)?;
         let output =
             if tied { embed.clone() } else { self.matrix(Weight::Output, "output weights")? };
         self.backend.sync()?;

@@ -83,3 +83,11 @@ pub fn sparse(variant: Variant, budget: usize) -> MethodSpec {
 pub fn prompt(seed: u32, n: u32) -> Vec<u32> {
     (0..n).map(|i| (i * i * 7 + i * 13 + seed * 31) % 251).collect()
 }
+
+/// `sum (x - want)^2 / sum want^2`.
+pub fn nmse(x: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(x.len(), want.len());
+    let square = |v: f32| f64::from(v).powi(2);
+    let error: f64 = x.iter().zip(want).map(|(a, b)| square(a - b)).sum();
+    error / want.iter().map(|v| square(*v)).sum::<f64>()
+}

@@ -79,8 +79,8 @@ pub(super) struct Kernels {
     functions: Mutex<HashMap<String, CudaFunction>>,
 }
 
-/// A poisoned lock only says that another thread panicked; the maps stay valid.
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+/// A poisoned lock only says that another thread panicked; what is behind it stays valid.
+pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
 }
 

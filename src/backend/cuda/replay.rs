@@ -7,14 +7,14 @@
 
 use super::blas::{Blas, Product};
 use super::error::Said;
-use super::launch::{Args, Kernels, Shape};
+use super::launch::{Args, Kernels, Shape, lock};
 use super::memory::Memory;
 use crate::backend::Result;
 use cudarc::driver::{CudaContext, CudaGraph, CudaStream, result, sys};
 use std::cell::RefCell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 /// One thing on a stream.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -124,7 +124,7 @@ impl Replays {
             capture: ctx.new_stream().said("creating a stream")?,
             known: Mutex::default(),
             replayed: AtomicU64::new(0),
-            on: std::env::var("LONGSIGHT_CUDA_GRAPHS").is_ok_and(|v| v == "off").eq(&false),
+            on: !std::env::var("LONGSIGHT_CUDA_GRAPHS").is_ok_and(|v| v == "off"),
         })
     }
 
@@ -239,11 +239,6 @@ impl Replays {
         listed?;
         Ok(graph?.map(Graph))
     }
-}
-
-/// A poisoned lock only says that another thread panicked; what is behind it stays valid.
-fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn run_all(runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {

@@ -26,6 +26,7 @@ pub struct Kernel {
 }
 
 const COMMON: &str = include_str!("../../../shaders/common.wgsl");
+const KEYS: &str = include_str!("../../../shaders/keys.wgsl");
 const ATTEND_BUFFERS: &str = include_str!("../../../shaders/attend_buffers.wgsl");
 const SCORE_QUERY: &str = include_str!("../../../shaders/score_query.wgsl");
 const FLASH_DECODE: &str = include_str!("../../../shaders/flash_decode.wgsl");
@@ -45,7 +46,7 @@ const SCORE_DIMS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
 const SCORE_ROWS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_rows.wgsl")];
-const SCORE_TILES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/score_tiles.wgsl")];
+const SCORE_TILES_SRC: &[&str] = &[COMMON, KEYS, include_str!("../../../shaders/score_tiles.wgsl")];
 const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
 const SCORE_SUMMARIES_SRC: &[&str] =
     &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
@@ -53,10 +54,20 @@ const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_b
 const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
 const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
 const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
-const ATTEND_DENSE_SRC: &[&str] =
-    &[COMMON, ATTEND_BUFFERS, FLASH_DECODE, include_str!("../../../shaders/attend_dense.wgsl")];
-const ATTEND_ROWS_SRC: &[&str] =
-    &[COMMON, ATTEND_BUFFERS, FLASH_DECODE, include_str!("../../../shaders/attend_rows.wgsl")];
+const ATTEND_DENSE_SRC: &[&str] = &[
+    COMMON,
+    KEYS,
+    ATTEND_BUFFERS,
+    FLASH_DECODE,
+    include_str!("../../../shaders/attend_dense.wgsl"),
+];
+const ATTEND_ROWS_SRC: &[&str] = &[
+    COMMON,
+    KEYS,
+    ATTEND_BUFFERS,
+    FLASH_DECODE,
+    include_str!("../../../shaders/attend_rows.wgsl"),
+];
 const MERGE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/merge.wgsl")];
 const PROJECT_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/project.wgsl")];
 const TRIM_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/trim_scores.wgsl")];
