@@ -1,7 +1,7 @@
 // attend_dense: causal softmax attention over the cached tokens, for decode and for (chunked) prefill:
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
-// Plan. Decode (one row a sequence, 16-bit): decode.cuh, a CTA = (part of a split, KV head, sequence).
+// Plan. Decode (one row a sequence, 16-bit): decode.cuh.
 // Prefill (16-bit): prefill.cuh, tiles above the diagonal or before the window skipped. Else: generic.cuh on 16
 // vectors at a time.
 // Bytes: decode 2 * kv_len * head_dim * kv per KV head; prefill is bound by arithmetic.
@@ -10,6 +10,7 @@
 #include "prefill.cuh"
 
 struct Contiguous {
+    static const bool in_order = true;
     u32 b, e;
     DEVICE u32 begin() const { return b; }
     DEVICE u32 end() const { return e; }
@@ -19,15 +20,28 @@ struct Contiguous {
 // First token that position p sees.
 DEVICE u32 window_low(u32 p, u32 window) { return window && p + 1 > window ? p + 1 - window : 0; }
 
-template <class T, int D> DEVICE void dense_decode(const AttendArgs& a) {
-    Seq seq = a.seqs.get(blockIdx.z);
-    if (seq.q_len == 0) return;
-    u32 g = a.heads / a.pool.kv_heads;
-    Part p = part_of(a.splits);
-    Range r = split_range(window_low(seq.kv_len - 1, a.window), seq.kv_len, p.part, p.parts);
-    Contiguous keys = {r.begin, r.end};
-    decode<T, D>(a, seq, blockIdx.y, blockIdx.y * g, g, p.split, keys);
-}
+// A KV head of a sequence and everything that its last token sees.
+struct DensePairs {
+    const AttendArgs& a;
+    DEVICE u32 low(const Seq& seq) const { return window_low(seq.kv_len - 1, a.window); }
+    DEVICE u32 pairs() const { return a.sequences * a.pool.kv_heads; }
+    DEVICE Seq seq(u32 pair) const { return a.seqs.get(pair / a.pool.kv_heads); }
+    DEVICE Heads heads(u32 pair) const {
+        u32 kvh = pair % a.pool.kv_heads, g = a.heads / a.pool.kv_heads;
+        return {kvh, kvh * g, g};
+    }
+    DEVICE u32 rounds(u32 pair, u32 round) const {
+        Seq s = seq(pair);
+        return s.q_len ? (s.kv_len - low(s) + round - 1) / round : 0;
+    }
+    DEVICE Contiguous keys(u32, const Seq& s, u32 from, u32 to) const {
+        return {low(s) + from, min(low(s) + to, s.kv_len)};
+    }
+    DEVICE Contiguous plane(u32, const Seq& s, u32 split) const {
+        Range r = split_range(low(s), s.kv_len, split, a.splits);
+        return {r.begin, r.end};
+    }
+};
 
 // Tokens [low, high) of the sequence, less those before the window and behind the position of a row.
 template <int TILE> struct Run {
@@ -89,10 +103,10 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
 }
 
 #define MMA(T, D)                                                                              \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32)                   \
+    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)                \
         attend_decode_##T##_d##D(AttendArgs a) {                                               \
         depend();                                                                              \
-        dense_decode<T, D>(a);                                                                 \
+        decode<T, D>(a, DensePairs{a});                                                                 \
     }                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
         depend();                                                                              \

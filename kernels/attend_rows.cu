@@ -1,7 +1,7 @@
 // attend_rows: causal attention over listed tokens; see attend_dense for the formula.
 //
-// Plan. Decode (one row a sequence, 16-bit): one CTA = (part of a split, query heads that share a list, sequence); the
-// part's range of the list is gathered row by row, each K row as two pieces (leading dimensions, rest), by decode.cuh.
+// Plan. Decode (one row a sequence, 16-bit): decode.cuh, where a pair is the query heads that share a list; keys are
+// gathered row by row, each K row as two pieces (leading dimensions, rest).
 // A tile of rows (16-bit): prefill.cuh, tiles of 64 list entries; where they lie is looked up two tiles ahead.
 // Else: generic.cuh on 16 vectors at a time.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
@@ -10,6 +10,7 @@
 #include "prefill.cuh"
 
 struct Listed {
+    static const bool in_order = false;
     const u32* list;
     u32 b, e;
     DEVICE u32 begin() const { return b; }
@@ -31,28 +32,47 @@ DEVICE u32 heads_per_block(const AttendArgs& a) {
     return a.heads / (a.head_map ? a.pool.kv_heads : a.lists);
 }
 
-// Part `part` of `parts` of the list of sequence `s` for the heads of `blockIdx.y`, in whole tiles of `unit`.
-DEVICE Listed listed(const AttendArgs& a, u32 s, u32 part, u32 parts, u32 unit) {
-    u32 own = a.head_map ? a.head_map[blockIdx.y] : blockIdx.y;
+// The list of sequence `s` for head group `group`; its range is all of it.
+DEVICE Listed list_of(const AttendArgs& a, u32 s, u32 group) {
+    u32 own = a.head_map ? a.head_map[group] : group;
     bool there = own < a.lists;  // a list that is not there is empty
     u32 list = s * a.lists + (there ? own : 0);
-    u32 count = there ? min(a.counts[list], a.list_len) : 0;
-    u32 per = ((count + parts - 1) / parts + unit - 1) / unit * unit;
-    Listed keys;
-    keys.list = a.indices + (u64)list * a.list_len;
-    keys.b = min(part * per, count);
-    keys.e = min(keys.b + per, count);
+    return {a.indices + (u64)list * a.list_len, 0, there ? min(a.counts[list], a.list_len) : 0};
+}
+
+// Part `part` of `parts` of a list, in whole tiles of `unit`.
+DEVICE Listed part_of(Listed keys, u32 part, u32 parts, u32 unit) {
+    u32 per = ((keys.e + parts - 1) / parts + unit - 1) / unit * unit;
+    keys.b = min(part * per, keys.e);
+    keys.e = min(keys.b + per, keys.e);
     return keys;
 }
 
-template <class T, int D> DEVICE void rows_decode(const AttendArgs& a) {
-    Seq seq = a.seqs.get(blockIdx.z);
-    Part p = part_of(a.splits);
-    Listed keys = listed(a, blockIdx.z, p.part, p.parts, 16);  // its loads go along with the record's
-    if (seq.q_len == 0) return;
-    u32 per = heads_per_block(a), head0 = blockIdx.y * per;
-    decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, keys);
-}
+// Query heads of a sequence that share a list, and the tokens of the list.
+struct ListPairs {
+    const AttendArgs& a;
+    u32 groups, per;
+    DEVICE ListPairs(const AttendArgs& a)
+        : a(a), groups(a.head_map ? a.pool.kv_heads : a.lists), per(a.heads / groups) {}
+    DEVICE u32 pairs() const { return a.sequences * groups; }
+    DEVICE Seq seq(u32 pair) const { return a.seqs.get(pair / groups); }
+    DEVICE Heads heads(u32 pair) const {
+        u32 head0 = pair % groups * per;
+        return {head0 / (a.heads / a.pool.kv_heads), head0, per};
+    }
+    // An empty list takes a round too: somebody has to say that there is nothing.
+    DEVICE u32 rounds(u32 pair, u32 round) const {
+        u32 count = list_of(a, pair / groups, pair % groups).e;
+        return seq(pair).q_len ? max((count + round - 1) / round, 1u) : 0;
+    }
+    DEVICE Listed keys(u32 pair, const Seq&, u32 from, u32 to) const {
+        Listed keys = list_of(a, pair / groups, pair % groups);
+        return {keys.list, from, min(to, keys.e)};
+    }
+    DEVICE Listed plane(u32 pair, const Seq&, u32 split) const {
+        return part_of(list_of(a, pair / groups, pair % groups), split, a.splits, 16);
+    }
+};
 
 // Entries of a list in tiles; tokens and cache rows of three tiles in turn are kept in shared memory.
 template <int TILE> struct Gathered {
@@ -89,7 +109,8 @@ template <class T, int D> DEVICE void rows_prefill(const AttendArgs& a) {
     u32 per = heads_per_block(a), head0 = blockIdx.y * per, kvh = head0 / (a.heads / a.pool.kv_heads);
     Tile vec = tile_of(seq, per, head0);
     if (vec.v0 >= vec.vectors) return;
-    Gathered<TILE> keys = {a.pool, seq, listed(a, s, split, a.splits, TILE), kvh, vec.first(), tokens, rows};
+    Listed list = part_of(list_of(a, s, blockIdx.y), split, a.splits, TILE);
+    Gathered<TILE> keys = {a.pool, seq, list, kvh, vec.first(), tokens, rows};
     prefill<T, D>(a, seq, kvh, vec, split, keys);
 }
 
@@ -101,14 +122,15 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     if (v0 >= vectors) return;
     RowVectors vec = {seq.q_start, v0, per, a.heads, head0, seq.kv_len - seq.q_len};
     u32 kvh = head0 / (a.heads / a.pool.kv_heads);
-    generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, listed(a, s, split, a.splits, 16));
+    Listed keys = part_of(list_of(a, s, blockIdx.y), split, a.splits, 16);
+    generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, keys);
 }
 
 #define MMA(T, D)                                                                              \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32)                   \
+    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)                \
         attend_rows_##T##_d##D(AttendArgs a) {                                                 \
         depend();                                                                              \
-        rows_decode<T, D>(a);                                                                  \
+        decode<T, D>(a, ListPairs(a));                                                                  \
     }                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) {   \
         depend();                                                                              \

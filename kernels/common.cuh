@@ -170,6 +170,20 @@ template <class T> struct Out {
     }
 };
 
+// Loads past L1: what other blocks of this kernel have written.
+DEVICE float2 load_l2(const float2* p) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+DEVICE float4 load_l2(const float4* p) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(p));
+    return v;
+}
+
 DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int s = 16; s > 0; s >>= 1) x += __shfl_xor_sync(~0u, x, s);

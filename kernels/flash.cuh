@@ -12,15 +12,45 @@ template <int D> struct Padded {
     static const int value = D + 8;
 };
 
+// 16 query vectors as operands of mma: read from padded rows in shared memory whenever they are needed, or held.
+template <class T, int D> struct SharedQuery {
+    const T* q;
+    DEVICE SharedQuery(const T* q) : q(q) {}
+    DEVICE void fragment(u32 (&a)[4], int d) const {
+        u32 lane = threadIdx.x & 31;
+        ldmatrix4(a, q + (lane & 15) * Padded<D>::value + d + (lane >> 4) * 8);
+    }
+};
+template <class T, int D> struct HeldQuery {
+    u32 held[D / 16][4];
+    DEVICE HeldQuery(const T* q) {
+        SharedQuery<T, D> shared(q);
+#pragma unroll
+        for (int d = 0; d < D; d += 16) shared.fragment(held[d / 16], d);
+    }
+    DEVICE void fragment(u32 (&a)[4], int d) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) a[i] = held[d / 16][i];
+    }
+};
+// Held where registers allow.
+template <class T, int D, bool HELD = (D <= 128)> struct QueryOf {
+    typedef HeldQuery<T, D> type;
+};
+template <class T, int D> struct QueryOf<T, D, false> {
+    typedef SharedQuery<T, D> type;
+};
+
 // s += Q K^T of 16 query vectors and KEYS keys (padded rows): a thread holds vectors lane/4 and lane/4 + 8 (j >> 1) and
 // keys 8 n + 2 * (lane % 4) + (j & 1).
-template <class T, int D, int KEYS> DEVICE void logits(const T* q, const T* k, float (&s)[KEYS / 8][4]) {
+template <class T, int D, int KEYS, class Query>
+DEVICE void logits(const Query& q, const T* k, float (&s)[KEYS / 8][4]) {
     const int P = Padded<D>::value;
     u32 lane = threadIdx.x & 31;
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
         u32 a[4];
-        ldmatrix4(a, q + (lane & 15) * P + d + (lane >> 4) * 8);
+        q.fragment(a, d);
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
             u32 b[4];
@@ -46,11 +76,11 @@ template <int D> struct Flash {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // One tile of KEYS keys. `q`: 16 padded rows; `k`, `v`: KEYS padded rows, zero where invalid.
+    // One tile of KEYS keys. `q`: 16 query vectors; `k`, `v`: KEYS padded rows, zero where invalid.
     // `visible(half, key)` says whether vector lane/4 + 8 * half sees key `key` of the tile; asked only
     // when `masked`. `scale2` = logit scale * log2(e).
-    template <class T, int KEYS, class Visible>
-    DEVICE void step(const T* q, const T* k, const T* v, float scale2, bool masked, Visible visible) {
+    template <class T, int KEYS, class Query, class Visible>
+    DEVICE void step(const Query& q, const T* k, const T* v, float scale2, bool masked, Visible visible) {
         const int P = Padded<D>::value;
         u32 lane = threadIdx.x & 31;
         float s[KEYS / 8][4] = {};
@@ -120,7 +150,9 @@ struct AttendArgs {
     const u32* counts;    // attend_rows: [n, lists]
     const u32* head_map;  // attend_rows: [kv_heads], list of each KV head, or null
     float scale;
-    u32 out_f32, heads, rows, splits;
+    u32 out_f32, heads, rows, splits, sequences, pad;
     u32 window;           // attend_dense: tokens, 0 = none
     u32 lists, list_len;  // attend_rows: lists a sequence, capacity of a list
+    float* parts;         // decode with one plane: see decode.cuh
+    u32* arrived;
 };

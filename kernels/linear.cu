@@ -1,7 +1,7 @@
 // linear: y[r, o] = sum_i x[r, i] * w[o, i] + bias[o], or y += the same; inputs are a multiple of 8.
 //
 // Plan, three shapes of work (cuBLASLt takes the large ones where it is installed):
-// * up to 8 rows: a warp takes OUTS weight rows against all rows of x, several 16-byte loads in flight;
+// * up to 8 rows: a warp takes OUTS weight rows against all rows of x, two steps of 16-byte loads in flight;
 //   bound by the weights, outputs * inputs * dtype bytes, which bypass L1.
 // * 16-bit, more rows: 64 x 64 tiles of mma.sync m16n8k16, 4 warps of 32 x 32, K in steps of 32 through three
 //   cp.async stages.
@@ -83,17 +83,29 @@ template <class X, class W, int ROWS> DEVICE void vec(const LinearArgs& a) {
                 for (int i = 0; i < 8; i++) acc[r][o] = fmaf(xf[i], wf[o][i], acc[r][o]);
         }
     };
-    u32 c = lane * 8;
-    for (; c + (DEPTH - 1) * 256 < a.inputs; c += DEPTH * 256) {
-        Raw8<W> raw[DEPTH][OUTS];
+    // Whole steps of DEPTH loads a row, the next one's on their way while one is multiplied; then what is left.
+    const u32 step = DEPTH * 256;
+    u32 c = lane * 8, steps = a.inputs / step;
+    Raw8<W> even[DEPTH][OUTS], odd[DEPTH][OUTS];
+    auto load = [&](Raw8<W>(&raw)[DEPTH][OUTS], u32 c) {
 #pragma unroll
         for (int t = 0; t < DEPTH; t++)
 #pragma unroll
             for (int o = 0; o < OUTS; o++) raw[t][o] = stream8(w[o] + c + t * 256);
+    };
+    auto multiply = [&](const Raw8<W>(&raw)[DEPTH][OUTS], u32 c) {
 #pragma unroll
         for (int t = 0; t < DEPTH; t++) add(raw[t], c + t * 256);
+    };
+    if (steps > 0) load(even, c);
+    for (u32 s = 0; s < steps; s += 2, c += 2 * step) {
+        if (s + 1 < steps) load(odd, c + step);
+        multiply(even, c);
+        if (s + 1 >= steps) break;
+        if (s + 2 < steps) load(even, c + 2 * step);
+        multiply(odd, c + step);
     }
-    for (; c < a.inputs; c += 256) {
+    for (c = steps * step + lane * 8; c < a.inputs; c += 256) {
         Raw8<W> raw[OUTS];
 #pragma unroll
         for (int o = 0; o < OUTS; o++) raw[o] = stream8(w[o] + c);

@@ -1,7 +1,7 @@
 // merge: joins split results by log-sum-exp. With m = max_s lse_s and w_s = exp(lse_s - m):
 //   out = sum_s w_s part_s / sum_s w_s,  lse = m + log sum_s w_s; zeros and -infinity when all are empty.
 //
-// Plan: grid (rows of a sequence, sequences); one warp per head, lanes over dimensions.
+// Plan: grid (rows of a sequence, sequences, head groups); one warp per head, lanes over dimensions.
 // Bytes: (splits * 4 + out) * rows * heads * head_dim.
 #include "paged.cuh"
 
@@ -20,7 +20,8 @@ template <class T> DEVICE void merge(const MergeArgs& a) {
     Out<T> out = {a.out, a.out_f32};
     u64 plane = (u64)a.rows * a.heads;
     for (u32 i = blockIdx.x; i < seq.q_len; i += gridDim.x) {
-        for (u32 h = threadIdx.x >> 5; h < a.heads; h += blockDim.x >> 5) {
+        u32 warps = blockDim.x >> 5;
+        for (u32 h = blockIdx.z * warps + (threadIdx.x >> 5); h < a.heads; h += gridDim.z * warps) {
             u64 item = (u64)(seq.q_start + i) * a.heads + h;
             float m = NEG_INF, sum = 0.0f;
             for (u32 s = 0; s < a.splits; s++) m = fmaxf(m, a.part_lse[s * plane + item]);

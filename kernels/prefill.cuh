@@ -79,7 +79,7 @@ DEVICE void prefill(const AttendArgs& a, const Seq& seq, u32 kvh, const Tile& ve
         __syncthreads();
         const T* k = ring + (t & 1) * 2 * Shape::tile;
         flash.template step<T, Shape::keys>(
-            q + warp * 16 * Shape::row, k, k + Shape::tile, a.scale * LOG2E, keys.masked(t),
+            SharedQuery<T, D>(q + warp * 16 * Shape::row), k, k + Shape::tile, a.scale * LOG2E, keys.masked(t),
             [&](int h, u32 key) { return keys.seen(t, key, position[h]); });
         __syncthreads();
     }

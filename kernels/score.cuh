@@ -97,9 +97,8 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
     __shared__ u32 dims[256], whole[32];
     u32 g = a.heads / parts, head0 = blockIdx.y * g, n = a.n, count = keys.count();
     u32 kvh = head0 / (a.heads / a.pool.kv_heads);
-    const u32 block = blockDim.x / 4 * ROWS;
+    const u32 block = blockDim.x / 4 * ROWS, step = gridDim.x * block;
     if (blockIdx.x * block >= count) return;
-    load_query(a, seq, kvh, head0, g, q, c);
     if (SOURCE == GATHER) {
         const u32* list = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * n;
         for (u32 i = threadIdx.x; i < n; i += blockDim.x) dims[i] = min(list[i], a.pool.head_dim - 1);
@@ -116,10 +115,11 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
     u32 rows_out = a.pool_mode == POOL_NONE ? g : 1, heads = a.pool_mode == POOL_SUM ? 1 : g;
     u64 out_row = ((u64)blockIdx.z * parts + blockIdx.y) * rows_out;
 
-    for (u32 t0 = blockIdx.x * block; t0 < count; t0 += gridDim.x * block) {
-        u32 row[ROWS];
-        u64 base[ROWS];
-        float acc[ROWS][G] = {};
+    u32 row[ROWS];
+    u64 base[ROWS];
+    Raw8<K> raw[ROWS];
+    float row_scale = 1.0f;
+    auto fetch = [&](u32 t0) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             // Rows past the end repeat the last one; their scores are not written.
@@ -129,12 +129,25 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
             base[r] = SOURCE == SLICE
                 ? (((u64)seq.slot * a.pool.kv_heads + kvh) * a.capacity + t) * a.width
                 : (u64)row[r] * a.width;
+            if (SOURCE == INT8 && r == sub) row_scale = a.row_scale[row[r]];
         }
-        for (u32 ch = sub * 8; ch < n; ch += 32) {
-            Raw8<K> raw[ROWS];
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
-                raw[r] = load_chunk<K, SOURCE>(a, base[r], row[r], ch, dims, whole);
+        for (int r = 0; r < ROWS; r++)
+            if (sub * 8 < n) raw[r] = load_chunk<K, SOURCE>(a, base[r], row[r], sub * 8, dims, whole);
+    };
+    // The first keys come while the query is prepared.
+    u32 t0 = blockIdx.x * block;
+    fetch(t0);
+    load_query(a, seq, kvh, head0, g, q, c);
+
+    while (true) {
+        float acc[ROWS][G] = {};
+        for (u32 ch = sub * 8; ch < n; ch += 32) {
+            if (ch >= 32) {
+#pragma unroll
+                for (int r = 0; r < ROWS; r++)
+                    raw[r] = load_chunk<K, SOURCE>(a, base[r], row[r], ch, dims, whole);
+            }
             float x[ROWS][8];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) unpack8(raw[r], x[r]);
@@ -167,7 +180,7 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
             }
             u32 t = t0 + first_row + 8 * sub;
             if (sub >= ROWS || t >= count) continue;
-            if (SOURCE == INT8) mine *= a.row_scale[a.pool.row(seq, kvh, t)];
+            if (SOURCE == INT8) mine *= row_scale;
             if (!(fabsf(mine) < POS_INF) || !keys.cached(keys.token(t))) mine = NEG_INF;  // never taken by top_k
             best = fmaxf(best, mine);
             if (a.pool_mode == POOL_NONE) a.scores[(out_row + h) * a.stride + t] = mine;
@@ -175,5 +188,8 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
         u32 t = t0 + first_row + 8 * sub;
         if (a.pool_mode != POOL_NONE && sub < ROWS && t < count)
             a.scores[out_row * a.stride + t] = best;
+        t0 += step;
+        if (t0 >= count) break;
+        fetch(t0);
     }
 }

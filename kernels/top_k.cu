@@ -1,12 +1,13 @@
 // top_k: the k largest scores per row as ascending indices; exact and deterministic.
 //
-// A radix select over 11 + 11 + 10 bits of an order-preserving u32 image. The first digit is counted on the floats
-// as they are; comparing them with the edges of the bin in which the k-th largest lies then gives two bit masks of
-// the row: chosen for sure, and candidates. Later digits look at candidates only, a 32-bit word a thread. Equal
-// scores are kept from the smallest index on; positions in the list are prefix sums of the masks' bit counts.
+// A radix select over digits of 11 + 11 + 10 bits of an order-preserving u32 image, counted from the row's smallest
+// finite score on and no wider than its range: pooled log probabilities differ in few of their bits. Comparing the row
+// with the edges of the bin in which the k-th largest lies gives two bit masks of it: chosen for sure, and candidates.
+// Later digits look at candidates only, a 32-bit word a thread. Equal scores are kept from the smallest index on;
+// positions in the list are prefix sums of the masks' bit counts.
 //
 // Plan: a block, or a cluster of them, per row. What a block scores it reads once into shared memory where it fits
-// (top_k_cached), else it reads device memory twice (top_k_streamed: the second time mostly L2).
+// (top_k_cached), else it reads device memory three times (top_k_streamed: mostly L2 but for the first).
 // A digit's histogram is counted in shared memory; the blocks of a cluster add up each other's.
 // Bytes: row length * 4 read, k * 4 written.
 #include "cluster.cuh"
@@ -17,11 +18,14 @@
 #define BINS 2048u
 #define PER (BINS / THREADS)
 
-// Order-preserving image of a score; both zeros have the same.
+// Order-preserving image of a score; both zeros have the same, and so have NaN and -infinity, which are never taken.
 DEVICE u32 image(float x) {
-    u32 b = __float_as_uint(x + 0.0f);
+    u32 b = __float_as_uint(fmaxf(x, NEG_INF) + 0.0f);
     return (b >> 31) ? ~b : (b | 0x80000000u);
 }
+#define LEAST 0x00800000u   // of the most negative finite score
+#define INFINITE 0xff800000u
+#define NOTHING 0xffffffffu  // larger than any
 
 // What one score row holds (src/backend/ops/score.rs, `TopK`).
 struct TopKArgs {
@@ -56,35 +60,63 @@ DEVICE float4 four(const Part& p, u32 i) {
     return x;
 }
 
-// The first digit of a float: its upper 11 bits, that is 1023 .. 0 for falling positive values, then 1024 .. 2043
-// for falling negative ones. NaN and -infinity count in a bin behind all others.
-DEVICE void count_first(u32* hist, float x) {
-    x = fmaxf(x, NEG_INF) + 0.0f;  // NaN becomes -infinity, -0 becomes +0
-    atomicAdd(&hist[__float_as_uint(x) >> 21], 1);
-}
-// Smallest float of bin `d`, and the smallest one above the bin (NaN, above which nothing is, behind +infinity).
-DEVICE float bin_low(u32 d) { return __uint_as_float(d < 1024 ? d << 21 : ((d + 1) << 21) - 1); }
-DEVICE float bin_above(u32 d) {
-    return __uint_as_float(d < 1024 ? (d + 1) << 21 : d == 1024 ? 0 : (d << 21) - 1);
-}
+// Smallest and largest finite score.
+struct Extent {
+    float low = POS_INF, high = NEG_INF;
+    DEVICE void add(float x) {
+        if (fabsf(x) < POS_INF) low = fminf(low, x), high = fmaxf(high, x);
+    }
+    DEVICE void add(const float4& v) { add(v.x), add(v.y), add(v.z), add(v.w); }
+    DEVICE void join(const Extent& o) { low = fminf(low, o.low), high = fmaxf(high, o.high); }
+    DEVICE void join_warp() {
+        high = warp_max(high), low = -warp_max(-low);
+    }
+};
 
 template <bool CLUSTER> struct Select {
     u32 *hist, *larger, *candidates;  // [3][BINS] zeros; [words] each
     u32 want, total, found, in_bin;   // still wanted of the last bin found; scores that may be chosen
     u32* shared;                      // [WARPS + 3]
+    u32 base, shift;                  // of the first digit: 2047 is +infinity
+
+    DEVICE u32 first_digit(u32 key) const { return key >= INFINITE ? BINS - 1 : (key - base) >> shift; }
+
+    // Sets the first digit for a row whose part in this block has `mine`. All threads take part.
+    DEVICE void set_digits(Extent mine) {
+        __shared__ Extent of_warps[WARPS], of_block;
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        mine.join_warp();
+        if (lane == 0) of_warps[warp] = mine;
+        __syncthreads();
+        Extent all = of_warps[lane];
+        all.join_warp();
+        if (CLUSTER) {
+            if (threadIdx.x == 0) of_block = all;
+            cluster_sync();
+            Extent other;
+            if (lane < cluster_size())
+                other.low = remote_float(&of_block.low, lane), other.high = remote_float(&of_block.high, lane);
+            all.join(other);
+            all.join_warp();
+        }
+        base = shift = 0;
+        if (all.low > all.high) return;
+        base = image(all.low);
+        u32 range = image(all.high) - base, bits = 32 - __clz(range);
+        shift = bits > 11 ? bits - 11 : 0;
+        if (range >> shift == BINS - 1) shift++;
+    }
 
     DEVICE void sync() const {
         if (CLUSTER) cluster_sync();
         else __syncthreads();
     }
 
-    // Finds the bin of a counted digit in which the want-th largest lies. Bins of the first digit are in its order.
+    // Finds the bin of a counted digit in which the want-th largest lies.
     DEVICE void search(u32 round) {
         const u32* counted = hist + round * BINS;
         u32 t = threadIdx.x, warp = t >> 5, lane = t & 31;
-        // Position PER * t from the largest bin on.
-        bool falling = round > 0 || t < THREADS / 2;
-        u32 at = round > 0 ? BINS - PER * (t + 1) : t < THREADS / 2 ? 1024 - PER * (t + 1) : PER * t;
+        u32 at = BINS - PER * (t + 1);  // position PER * t from the largest bin on
         u32 lo = 0, hi = 0;
         if (CLUSTER) {
 #pragma unroll
@@ -97,8 +129,7 @@ template <bool CLUSTER> struct Select {
             uint2 c = *(const uint2*)(counted + at);
             lo = c.x, hi = c.y;
         }
-        u32 bins[PER] = {falling ? hi : lo, falling ? lo : hi};
-        if (round == 0 && t * PER >= 2044) bins[0] = bins[1] = 0;
+        u32 bins[PER] = {hi, lo};
         u32 mine = bins[0] + bins[1];
         u32 of_warp = __reduce_add_sync(~0u, mine);
         if (lane == 0) shared[warp] = of_warp;
@@ -117,8 +148,7 @@ template <bool CLUSTER> struct Select {
 #pragma unroll
             for (u32 i = 0; i < PER; i++) {
                 if (before < want && want <= before + bins[i])
-                    shared[WARPS] = falling ? at + PER - 1 - i : at + i, shared[WARPS + 1] = before,
-                    shared[WARPS + 2] = bins[i];
+                    shared[WARPS] = at + PER - 1 - i, shared[WARPS + 1] = before, shared[WARPS + 2] = bins[i];
                 before += bins[i];
             }
         }
@@ -131,14 +161,14 @@ template <bool CLUSTER> struct Select {
     template <class F> DEVICE void each_word(const Part& p, F f) {
         for (u32 w = threadIdx.x; w < p.words(); w += THREADS) f(w);
     }
-    // Candidates in a bin above the found one are chosen, those below are out; `digit` of the rest goes to `f`.
-    template <class F> DEVICE void refine(const Part& p, u32 shift, u32 mask, F f) {
+    // Candidates in a bin above the found one are chosen, those below are out; the rest goes to `f`.
+    template <class F> DEVICE void refine(const Part& p, u32 from, u32 mask, F f) {
         each_word(p, [&](u32 w) {
             u32 bits = candidates[w], up = 0, stay = 0;
             while (bits) {
                 u32 bit = bits & (0u - bits);
                 bits ^= bit;
-                u32 key = image(p.x[w * 32 + __ffs(bit) - 1]), d = key >> shift & mask;
+                u32 key = image(p.x[w * 32 + __ffs(bit) - 1]) - base, d = key >> from & mask;
                 if (d > found) up |= bit;
                 if (d == found) stay |= bit, f(key);
             }
@@ -151,38 +181,39 @@ template <bool CLUSTER> struct Select {
         want = k, total = 0, found = 0, in_bin = 0;
         sync();
         search(0);
+        u32 low = found == BINS - 1 ? INFINITE : base + (found << shift);
+        u32 above = found == BINS - 1 ? NOTHING : min(base + ((found + 1) << shift), INFINITE);
         // Fewer than k: all that may be chosen are candidates, and all are wanted.
-        float low = total <= k ? -3.402823466e38f : bin_low(found);
-        float above = total <= k ? __int_as_float(0x7fffffff) : bin_above(found);
-        if (total <= k) want = in_bin = total;
-        if (k == 0) low = above = __int_as_float(0x7fffffff);
+        if (total <= k) low = LEAST, above = NOTHING, want = in_bin = total;
+        if (k == 0) low = above = NOTHING;
         // A warp makes 32 words at a time, of 32 scores each; its lane j keeps word j.
-        for (u32 base = warp * 32; base < p.words(); base += THREADS) {
+        for (u32 word0 = warp * 32; word0 < p.words(); word0 += THREADS) {
             u32 my_larger = 0, my_candidates = 0;
 #pragma unroll 8
             for (u32 j = 0; j < 32; j++) {
-                u32 i = (base + j) * 32 + lane;
-                float x = i < p.n ? p.x[i] : NEG_INF;
-                u32 a = __ballot_sync(~0u, x >= above), c = __ballot_sync(~0u, x >= low);
+                u32 i = (word0 + j) * 32 + lane;
+                u32 key = image(i < p.n ? p.x[i] : NEG_INF);
+                u32 a = __ballot_sync(~0u, key >= above), c = __ballot_sync(~0u, key >= low);
                 if (lane == j) my_larger = a, my_candidates = c & ~a;
             }
-            if (base + lane < p.words()) larger[base + lane] = my_larger, candidates[base + lane] = my_candidates;
+            if (word0 + lane < p.words()) larger[word0 + lane] = my_larger, candidates[word0 + lane] = my_candidates;
         }
         __syncthreads();
-        if (!settled()) {
-            u32* second = hist + BINS;
+        u32 second = shift > 11 ? shift - 11 : 0, mask = (1u << (shift - second)) - 1;
+        if (!settled() && shift > 0) {
+            u32* counts = hist + BINS;
             each_word(p, [&](u32 w) {
                 for (u32 bits = candidates[w]; bits; bits &= bits - 1)
-                    atomicAdd(&second[image(p.x[w * 32 + __ffs(bits) - 1]) >> 10 & 2047], 1);
+                    atomicAdd(&counts[(image(p.x[w * 32 + __ffs(bits) - 1]) - base) >> second & mask], 1);
             });
             sync();
             search(1);
-            u32* third = hist + 2 * BINS;
-            refine(p, 10, 2047, [&](u32 key) { atomicAdd(&third[key & 1023], 1); });
-            if (!settled()) {
+            u32 rest = (1u << second) - 1, *last = hist + 2 * BINS;
+            refine(p, second, mask, [&](u32 key) { if (second) atomicAdd(&last[key & rest], 1); });
+            if (!settled() && second > 0) {
                 sync();
                 search(2);
-                refine(p, 0, 1023, [](u32) {});
+                refine(p, 0, rest, [](u32) {});
             }
         }
         write(p, emit);
@@ -254,6 +285,7 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     for (u32 i = t; i < 3 * BINS / 4; i += THREADS) shared4[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     float4* kept = (float4*)(s.hist + 3 * BINS + a.span / 16);
+    Extent extent;
     for (u32 i = t * 4; i < p.n; i += THREADS * 32) {
         float4 x[8];
 #pragma unroll
@@ -262,9 +294,18 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
         for (u32 j = 0; j < 8; j++) {
             if (i + j * THREADS * 4 >= p.n) continue;
             if (CACHED) kept[i / 4 + j * THREADS] = x[j];
-            count_first(s.hist, x[j].x), count_first(s.hist, x[j].y);
-            count_first(s.hist, x[j].z), count_first(s.hist, x[j].w);
+            extent.add(x[j]);
         }
+    }
+    s.set_digits(extent);
+    auto count = [&](float x) {
+        u32 key = image(x);
+        if (key >= LEAST) atomicAdd(&s.hist[s.first_digit(key)], 1);
+    };
+    // Every thread reads back what it has kept.
+    for (u32 i = t * 4; i < p.n; i += THREADS * 4) {
+        float4 x = CACHED ? kept[i / 4] : four(p, i);
+        count(x.x), count(x.y), count(x.z), count(x.w);
     }
     if (CACHED) p.x = (const float*)kept;
     u32* out = a.indices + r * a.k;

@@ -111,10 +111,11 @@ pub trait Backend: Send + Sync {
     fn replayed(&self) -> u64 {
         0
     }
-    /// How many splits of the KV range `attend_dense` (decode) or `attend_rows` should use so that
-    /// `groups` independent (sequence, KV head) pairs over `tokens` keys each fill the device.
-    fn splits(&self, groups: usize, tokens: usize) -> usize {
-        let _ = (groups, tokens);
+    /// How many splits of the KV range `attend_dense` (decode) or `attend_rows` should use so that queries of `act` of
+    /// `groups` independent (sequence, KV head) pairs over `tokens` keys of `cache` each fill the device; 1 where the
+    /// kernels see to that themselves.
+    fn splits(&self, act: DType, cache: &KvPool<'_>, groups: usize, tokens: usize) -> usize {
+        let _ = (act, cache, groups, tokens);
         1
     }
 
@@ -134,6 +135,10 @@ pub trait Backend: Send + Sync {
     fn linear(&self, p: &Linear<'_>) -> Result<()>;
     /// Rotary embedding, with an optional per-head norm before it; see [`Rope`].
     fn rope(&self, p: &Rope<'_>) -> Result<()>;
+    /// Two [`Backend::rope`]s that do not depend on each other, in one launch where the backend can.
+    fn rope_both(&self, both: [&Rope<'_>; 2]) -> Result<()> {
+        both.into_iter().try_for_each(|p| self.rope(p))
+    }
     /// SwiGLU activation; see [`SwiGlu`].
     fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()>;
 

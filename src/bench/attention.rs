@@ -198,7 +198,7 @@ impl AttentionBench {
             all.push((spec.name().to_owned(), spec.plan(&model, self.depth)?));
         }
         for (name, plan) in &self.plans {
-            let plan = Plan { model: None, ..plan.clone() };
+            let plan = Plan { model: String::new(), ..plan.clone() };
             plan.check(&model)?;
             all.push((name.clone(), plan));
         }

@@ -66,6 +66,12 @@ impl Dense<'_> {
         1.0 / (self.shape.head_dim as f32).sqrt()
     }
 
+    /// Ranges that a decode attention of `n` sequences over `keys` keys each is cut into.
+    fn splits(&self, n: usize, keys: usize) -> usize {
+        let pool = self.cache.pool(self.shape.layer);
+        self.b.splits(self.q.dtype(), &pool, n * self.shape.kv_heads, keys)
+    }
+
     pub fn attend(
         &self,
         g: Group,
@@ -101,7 +107,7 @@ impl Dense<'_> {
         lse: &Tensor,
     ) -> Result<()> {
         let seqs = group.seqs();
-        let splits = self.b.splits(seqs.n * self.shape.kv_heads, lists.k);
+        let splits = self.splits(seqs.n, lists.k);
         partials.run(self.b, group, splits, self.shape, out, lse, |o, l, splits| {
             self.b.attend_rows(&AttendRows {
                 q: self.q,
@@ -133,7 +139,7 @@ impl Dense<'_> {
         }
         let group = GroupSeqs::new(self.step, g);
         let keys = self.window.map_or(g.max_kv, |w| w.min(g.max_kv));
-        let splits = self.b.splits(g.n * self.shape.kv_heads, keys);
+        let splits = self.splits(g.n, keys);
         partials.run(self.b, &group, splits, self.shape, out, lse, |o, l, splits| {
             self.attend(g, splits, o, Some(l))
         })

@@ -266,22 +266,21 @@ impl Decoder {
         let k_start = c.n_heads * c.head_dim;
         let k_part = ws.qkv.slice(k_start, ws.qkv.len() - k_start);
         let (qn, kn) = w.qk_norm.as_ref().map_or((None, None), |(q, k)| (Some(q), Some(k)));
-        let sides = [(&ws.qkv, qn, &ws.q, c.n_heads), (&k_part, kn, &ws.k, c.n_kv_heads)];
-        for (x, norm, out, heads) in sides {
-            self.backend.rope(&Rope {
-                x,
-                x_stride: width,
-                positions: step.positions(),
-                inv_freq: &w.inv_freq,
-                heads_per_freq: heads / c.n_kv_heads,
-                norm: norm.map(|weight| QkNorm { weight, eps }),
-                out,
-                rows,
-                heads,
-                head_dim: c.head_dim,
-            })?;
-        }
-        Ok(())
+        let side = |x, norm: Option<_>, out, heads| Rope {
+            x,
+            x_stride: width,
+            positions: step.positions(),
+            inv_freq: &w.inv_freq,
+            heads_per_freq: heads / c.n_kv_heads,
+            norm: norm.map(|weight| QkNorm { weight, eps }),
+            out,
+            rows,
+            heads,
+            head_dim: c.head_dim,
+        };
+        let q = side(&ws.qkv, qn, &ws.q, c.n_heads);
+        let k = side(&k_part, kn, &ws.k, c.n_kv_heads);
+        self.backend.rope_both([&q, &k])
     }
 
     /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer

@@ -48,6 +48,7 @@ pub use probe::LayerProbe;
 pub(crate) use probe::Probe;
 pub use quant::Quant;
 pub use random::RANDOM;
+pub(crate) use step::GroupSeqs;
 pub use step::{Step, StepSeq, Tiling};
 pub use tokenizer::{DecodeStream, EncodeOptions, Tokenizer};
 pub use trace::{LayerView, Observer, Stage};

@@ -214,7 +214,24 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
         head_dim: d,
     };
     let outs = reference::rope(&p, &*rig.dev)?;
-    rig.check(t.act, &outs, &|dev| dev.rope(&p))
+    rig.check(t.act, &outs, &|dev| dev.rope(&p))?;
+    // Together with one of another width: the last head of every row, without the norm.
+    let last = rig.output(t.act, rows * d)?;
+    let from = (heads - 1) * d;
+    let tail = x.slice(from, x.len() - from);
+    let freqs = inv_freq.slice((groups - 1) * d / 2, d / 2);
+    let one = Rope {
+        x: &tail,
+        inv_freq: &freqs,
+        heads_per_freq: 1,
+        norm: None,
+        out: &last,
+        heads: 1,
+        ..p
+    };
+    let mut outs = reference::rope(&p, &*rig.dev)?;
+    outs.extend(reference::rope(&one, &*rig.dev)?);
+    rig.check(t.act, &outs, &|dev| dev.rope_both([&p, &one]))
 }
 
 fn swiglu(rig: &mut Rig, t: Types, rows: usize, ffn: usize) -> Outcome {

@@ -5,7 +5,8 @@ use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use super::parts;
 use crate::backend::{
-    AttendDense, AttendRows, Backend, DType, KvPool, MeanValue, Merge, Result, Seqs, Tensor,
+    AttendDense, AttendRows, Backend, DType, DeviceBuffer, KvPool, MeanValue, Merge, Result, Seqs,
+    Tensor,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -26,9 +27,13 @@ struct AttendArgs {
     heads: u32,
     rows: u32,
     splits: u32,
+    sequences: u32,
+    pad: u32,
     window: u32,
     lists: u32,
     list_len: u32,
+    parts: u64,
+    arrived: u64,
 }
 
 /// `MergeArgs` of `merge.cu`.
@@ -67,6 +72,11 @@ struct MeanValueArgs {
     slots: u32,
 }
 
+/// Queries of `act` over a cache of `kv` rows of `d` numbers run on tensor cores.
+pub(super) fn on_tensor_cores(act: DType, kv: DType, d: usize) -> bool {
+    act == kv && kv != DType::F32 && MMA_DIMS.contains(&d)
+}
+
 /// Head sizes with tensor-core kernels.
 pub(super) const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
 /// Query vectors of one block of the prefill and of the CUDA-core kernels.
@@ -102,12 +112,30 @@ impl CudaBackend {
         }
     }
 
-    /// Launch of `decode.cuh` with `grid[0]` splits, each read by a cluster.
-    fn decode_grid(&self, grid: [usize; 3], d: usize, pairs: usize, tokens: usize) -> Shape {
+    /// Launches `entry` of `decode.cuh` over `pairs` pairs of at most `keys` keys.
+    fn decode(
+        &self,
+        op: &'static str,
+        entry: &str,
+        d: usize,
+        (pairs, keys): (usize, usize),
+        mut args: AttendArgs,
+    ) -> Result<()> {
         let (warps, shared) = decode_shape(d);
-        let blocks = parts::cluster(&self.limits, pairs, tokens, grid[0]);
-        let grid = [grid[0] * blocks, grid[1], grid[2]];
-        Shape::new(grid, warps * 32).shared(shared).cluster(blocks)
+        let shape = |blocks: usize| Shape::new([blocks, 1, 1], warps * 32).shared(shared);
+        if args.splits > 1 {
+            let blocks = pairs * args.splits as usize;
+            return self.launch(op, entry, shape(blocks), Args::new().with(args));
+        }
+        if pairs * 4 > self.arrived.bytes() {
+            return Err(self.unsupported(op, format!("{pairs} pairs of sequence and KV head")));
+        }
+        let blocks =
+            parts::blocks(&self.limits, shared, (pairs, keys), 16 * warps, args.indices != 0);
+        let scratch = self.scratch(blocks * 2 * 16 * (d + 2) * 4)?;
+        args.parts = scratch.ptr;
+        args.arrived = self.arrived.ptr();
+        self.launch(op, entry, shape(blocks), Args::new().with(args))
     }
 
     fn attend_args(
@@ -130,6 +158,7 @@ impl CudaBackend {
             lse: lse.map_or(Ok(0), |t| self.ptr(op, t))?,
             out_f32: self.out_flag(op, out, act)?,
             rows: word(op, "rows", seqs.rows)?,
+            sequences: word(op, "sequences", seqs.n)?,
             ..AttendArgs::zeroed()
         })
     }
@@ -148,12 +177,13 @@ impl CudaBackend {
         };
         let hkv = p.cache.kv_heads;
         let vectors = p.seqs.max_q * (p.heads / hkv);
-        let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
-        let (entry, shape) = if mma && p.seqs.max_q <= 1 {
-            let pairs = hkv * p.seqs.n;
-            let shape = self.decode_grid([p.splits, hkv, p.seqs.n], d, pairs, p.seqs.max_kv);
-            (format!("attend_decode_{kv}_d{d}"), shape)
-        } else if mma {
+        let mma = on_tensor_cores(act, kv, d);
+        if mma && p.seqs.max_q <= 1 {
+            let keys = p.window.map_or(p.seqs.max_kv, |w| w.min(p.seqs.max_kv));
+            let entry = format!("attend_decode_{kv}_d{d}");
+            return self.decode(OP, &entry, d, (hkv * p.seqs.n, keys), args);
+        }
+        let (entry, shape) = if mma {
             let grid = [vectors.div_ceil(PREFILL_VECTORS), hkv, p.seqs.n * p.splits];
             let shape = Shape::new(grid, 128).shared(prefill_shared(d));
             (format!("attend_prefill_{kv}_d{d}"), shape)
@@ -183,12 +213,12 @@ impl CudaBackend {
         let parts = p.parts_per_seq();
         let vectors = p.seqs.max_q * (p.heads / parts);
         let tiles = |size: usize| [vectors.div_ceil(size), parts, p.seqs.n * p.splits];
-        let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
-        let (entry, shape) = if mma && p.seqs.max_q <= 1 {
-            let grid = [p.splits, parts, p.seqs.n];
-            let shape = self.decode_grid(grid, d, parts * p.seqs.n, p.k);
-            (format!("attend_rows_{kv}_d{d}"), shape)
-        } else if mma {
+        let mma = on_tensor_cores(act, kv, d);
+        if mma && p.seqs.max_q <= 1 {
+            let entry = format!("attend_rows_{kv}_d{d}");
+            return self.decode(OP, &entry, d, (parts * p.seqs.n, p.k), args);
+        }
+        let (entry, shape) = if mma {
             let shape = Shape::new(tiles(PREFILL_VECTORS), 128).shared(prefill_shared(d));
             (format!("attend_tile_{kv}_d{d}"), shape)
         } else {
@@ -214,7 +244,7 @@ impl CudaBackend {
             head_dim: word(OP, "head_dim", p.head_dim)?,
             pad: 0,
         };
-        let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], p.heads.clamp(1, 8) * 32);
+        let shape = Shape::new([p.seqs.max_q, p.seqs.n, p.heads.div_ceil(4)], 128);
         self.launch(OP, &format!("merge_{}", p.out.dtype()), shape, Args::new().with(args))
     }
 

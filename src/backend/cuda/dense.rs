@@ -27,9 +27,9 @@ struct RopeArgs {
     pad: u32,
 }
 
-/// Threads for a row of `cols` at 8 elements each: whole warps, 32 to 256.
-fn row_block(cols: usize) -> usize {
-    cols.div_ceil(8).next_multiple_of(32).clamp(32, 256)
+/// Threads for a row of `cols` at 8 elements each: whole warps, 32 to `most`.
+fn row_block(cols: usize, most: usize) -> usize {
+    cols.div_ceil(8).next_multiple_of(32).clamp(32, most)
 }
 
 impl CudaBackend {
@@ -43,7 +43,7 @@ impl CudaBackend {
             .with(word(OP, "cols", p.cols)?)
             .with(word(OP, "vocab", p.vocab)?)
             .with(p.scale);
-        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols));
+        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols, 256));
         self.launch(OP, &format!("embed_{}", p.table.dtype()), shape, args)
     }
 
@@ -57,7 +57,7 @@ impl CudaBackend {
             .with(self.ptr(OP, p.out)?)
             .with(word(OP, "x_rows", p.x_rows)?)
             .with(word(OP, "bytes of a row", row_bytes)?);
-        self.launch(OP, OP, Shape::new([p.n, 1, 1], row_block(row_bytes / 2)), args)
+        self.launch(OP, OP, Shape::new([p.n, 1, 1], row_block(row_bytes / 2, 256)), args)
     }
 
     pub(super) fn rms_norm_op(&self, p: &RmsNorm<'_>) -> Result<()> {
@@ -69,7 +69,7 @@ impl CudaBackend {
             .with(self.ptr(OP, p.out)?)
             .with(word(OP, "cols", p.cols)?)
             .with(p.eps);
-        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols));
+        let shape = Shape::new([p.rows, 1, 1], row_block(p.cols, 1024));
         self.launch(OP, &format!("rms_norm_{}", p.out.dtype()), shape, args)
     }
 
@@ -85,25 +85,32 @@ impl CudaBackend {
         self.launch(OP, &format!("swiglu_{}", p.x.dtype()), shape, args)
     }
 
-    pub(super) fn rope_op(&self, p: &Rope<'_>) -> Result<()> {
+    /// One or two of one dtype.
+    pub(super) fn rope_op(&self, all: &[&Rope<'_>]) -> Result<()> {
         const OP: &str = "rope";
         const WARPS: usize = 4;
-        p.check()?;
-        let args = RopeArgs {
-            x: self.ptr(OP, p.x)?,
-            positions: self.ptr(OP, p.positions)?,
-            inv_freq: self.ptr(OP, p.inv_freq)?,
-            norm: p.norm.as_ref().map_or(Ok(0), |n| self.ptr(OP, n.weight))?,
-            out: self.ptr(OP, p.out)?,
-            x_stride: p.x_stride as u64,
-            rows: word(OP, "rows", p.rows)?,
-            heads: word(OP, "heads", p.heads)?,
-            head_dim: word(OP, "head_dim", p.head_dim)?,
-            heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
-            eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
-            pad: 0,
-        };
-        let shape = Shape::new([(p.rows * p.heads).div_ceil(WARPS), 1, 1], WARPS * 32);
-        self.launch(OP, &format!("rope_{}", p.x.dtype()), shape, Args::new().with(args))
+        let Some(first) = all.first() else { return Ok(()) };
+        let (mut args, mut blocks) = ([RopeArgs::zeroed(); 2], 0);
+        for (args, p) in args.iter_mut().zip(all) {
+            p.check()?;
+            *args = RopeArgs {
+                x: self.ptr(OP, p.x)?,
+                positions: self.ptr(OP, p.positions)?,
+                inv_freq: self.ptr(OP, p.inv_freq)?,
+                norm: p.norm.as_ref().map_or(Ok(0), |n| self.ptr(OP, n.weight))?,
+                out: self.ptr(OP, p.out)?,
+                x_stride: p.x_stride as u64,
+                rows: word(OP, "rows", p.rows)?,
+                heads: word(OP, "heads", p.heads)?,
+                head_dim: word(OP, "head_dim", p.head_dim)?,
+                heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
+                eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
+                pad: 0,
+            };
+            blocks = blocks.max((p.rows * p.heads).div_ceil(WARPS));
+        }
+        let shape = Shape::new([blocks, all.len(), 1], WARPS * 32);
+        let args = Args::new().with(args[0]).with(args[1]);
+        self.launch(OP, &format!("rope_{}", first.x.dtype()), shape, args)
     }
 }

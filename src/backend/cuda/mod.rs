@@ -25,13 +25,13 @@ mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
-    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
-    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores, check_copy,
-    check_host,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvPool, KvSummaries, Linear, MeanValue,
+    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
+    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores,
+    check_copy, check_host,
 };
 use blas::Blas;
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaStream, result};
 use driver::Limits;
 use error::Said;
 use launch::{Args, Kernels, Shape};
@@ -51,7 +51,12 @@ pub struct CudaBackend {
     staging: Mutex<Staging>,
     scratch: Mutex<Option<Arc<Memory>>>,
     replays: Replays,
+    /// For every pair of a decode attention how many of its parts are done; zero between kernels.
+    arrived: Arc<Memory>,
 }
+
+/// Pairs of sequence and KV head that a decode attention takes.
+const PAIRS: usize = 1 << 18;
 
 /// The scratch memory for the time of one op.
 struct Scratch<'a> {
@@ -92,7 +97,12 @@ impl CudaBackend {
         // SAFETY: one stream orders everything; no slice of cudarc's own is ever shared between streams.
         unsafe { ctx.disable_event_tracking() };
         let stream = ctx.new_stream().said("creating a stream")?;
+        let arrived = Arc::new(Memory::new(&stream, PAIRS * 4, "counters")?);
+        // SAFETY: the range is what was just allocated.
+        unsafe { result::memset_d8_async(arrived.ptr(), 0, PAIRS * 4, stream.cu_stream()) }
+            .said("clearing memory")?;
         Ok(CudaBackend {
+            arrived,
             caps,
             limits,
             kernels: Kernels::new(ctx.clone(), limits),
@@ -241,8 +251,12 @@ impl Backend for CudaBackend {
         timed(&self.stream, f)
     }
 
-    fn splits(&self, groups: usize, tokens: usize) -> usize {
-        parts::splits(&self.limits, groups, tokens)
+    fn splits(&self, act: DType, cache: &KvPool<'_>, groups: usize, tokens: usize) -> usize {
+        // The kernels on tensor cores share the keys out themselves.
+        match attend::on_tensor_cores(act, cache.k.dtype(), cache.head_dim) {
+            true => 1,
+            false => parts::splits(&self.limits, groups, tokens),
+        }
     }
 
     fn attends(&self, act: DType, kv: DType) -> bool {
@@ -262,7 +276,13 @@ impl Backend for CudaBackend {
         self.linear_op(p)
     }
     fn rope(&self, p: &Rope<'_>) -> Result<()> {
-        self.rope_op(p)
+        self.rope_op(&[p])
+    }
+    fn rope_both(&self, both: [&Rope<'_>; 2]) -> Result<()> {
+        match both[0].x.dtype() == both[1].x.dtype() {
+            true => self.rope_op(&both),
+            false => both.into_iter().try_for_each(|p| self.rope_op(&[p])),
+        }
     }
     fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()> {
         self.swiglu_op(p)

@@ -57,6 +57,8 @@ struct TopKArgs {
     pad: u32,
 }
 
+/// Scores of a block of `pool_lse`.
+const LSE_CHUNK: usize = 4096;
 /// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
 const GROUPS: [(usize, usize); 4] = [(1, 4), (4, 4), (8, 4), (16, 2)];
 
@@ -134,13 +136,16 @@ impl CudaBackend {
         [keys, parts, n]: [usize; 3],
     ) -> Result<(usize, Shape)> {
         const BLOCK: usize = 128;
+        const MOST_TILES: usize = 16;
         let sums = if pool == HeadPool::SumLogit { 1 } else { heads };
         let Some((g, rows)) = GROUPS.into_iter().find(|(g, _)| *g >= sums) else {
             return Err(self.unsupported(op, format!("groups of {heads} heads")));
         };
-        // Enough blocks to fill the device several times; more would only repeat the query's preparation.
-        let blocks = keys.div_ceil(BLOCK / 4 * rows);
-        let blocks = blocks.min((self.limits.sms * 32).div_ceil((parts * n).max(1)));
+        // All blocks at once where that leaves each a few tiles; more tiles a block would leave the last ones waiting.
+        let resident = self.limits.sms * if g == 1 { 8 } else { 5 };
+        let tiles = keys.div_ceil(BLOCK / 4 * rows);
+        let each = (tiles * parts * n).div_ceil(resident).clamp(1, MOST_TILES);
+        let blocks = tiles.div_ceil(each);
         Ok((g, Shape::new([blocks, parts, n], BLOCK)))
     }
 
@@ -186,18 +191,22 @@ impl CudaBackend {
         let rows = word(OP, "rows", p.rows_per_seq())?;
         // Logits are pooled without one.
         let softmax = p.pool.softmax();
-        let scratch = softmax.then(|| self.scratch(p.seqs.n * p.heads * DType::F32.bytes()));
-        let scratch = scratch.transpose()?;
-        let lse = scratch.as_ref().map_or(0, |s| s.ptr);
+        if p.heads > 1024 {
+            return Err(self.unsupported(OP, format!("{} query heads", p.heads)));
+        }
+        let chunks = p.longest().div_ceil(LSE_CHUNK).max(1);
+        let scratch = softmax.then(|| self.scratch(p.seqs.n * p.heads * chunks * 8)).transpose()?;
+        let parts = scratch.as_ref().map_or(0, |s| s.ptr);
         if softmax {
-            let args = Args::new().with(scores).with(seqs).with(lse).with(heads).with(stride);
+            let args = Args::new().with(scores).with(seqs).with(parts).with(heads).with(stride);
             let args = args.with(lengths).with(rows);
-            self.launch(OP, "pool_lse", Shape::new([p.heads, p.seqs.n, 1], 512), args)?;
+            self.launch(OP, "pool_lse", Shape::new([chunks, p.heads, p.seqs.n], 256), args)?;
         }
         let args = Args::new()
             .with(scores)
             .with(seqs)
-            .with(lse)
+            .with(parts)
+            .with(word(OP, "chunks", chunks)?)
             .with(self.ptr(OP, p.out)?)
             .with(heads)
             .with(rows)

@@ -14,9 +14,9 @@ mod score;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
-    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
-    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
+    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvPool, KvSummaries, Linear, MeanValue,
+    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
+    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -196,7 +196,7 @@ impl Backend for WgpuBackend {
     }
 
     /// One split per 1,024 tokens until about 512 workgroups run; a CPU adapter has no use for more.
-    fn splits(&self, groups: usize, tokens: usize) -> usize {
+    fn splits(&self, _: DType, _: &KvPool<'_>, groups: usize, tokens: usize) -> usize {
         if self.gpu.software {
             return 1;
         }

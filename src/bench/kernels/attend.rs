@@ -18,10 +18,12 @@ struct Attention {
 
 impl Attention {
     /// For `tokens` keys per (sequence, KV head).
-    fn new(rig: &mut Rig<'_>, tokens: usize) -> Result<Attention> {
+    fn new(rig: &mut Rig<'_>, kv: &[KvSet], tokens: usize) -> Result<Attention> {
         let (b, o) = (rig.b, rig.o);
         let heads = rig.batch * o.heads;
-        let splits = b.splits(rig.batch * o.kv_heads, tokens).max(1);
+        let pairs = rig.batch * o.kv_heads;
+        let splits =
+            kv.first().map_or(1, |s| b.splits(rig.act, &rig.pool(s), pairs, tokens)).max(1);
         let part = (splits > 1)
             .then(|| -> Result<_> {
                 let out = b.alloc(DType::F32, splits * heads * o.head_dim, "attention splits")?;
@@ -85,7 +87,7 @@ pub(super) struct Dense<'k> {
 
 impl<'k> Dense<'k> {
     pub fn new(rig: &mut Rig<'_>, kv: &'k [KvSet]) -> Result<Self> {
-        let a = Attention::new(rig, rig.o.depth)?;
+        let a = Attention::new(rig, kv, rig.o.depth)?;
         let bytes = a.bytes(rig, rig.o.depth);
         Ok(Dense { kv: &kv[..sets_for(bytes).min(kv.len())], a, bytes })
     }
@@ -163,7 +165,7 @@ pub(super) struct Rows<'k> {
 impl<'k> Rows<'k> {
     pub fn new(rig: &mut Rig<'_>, kv: &'k [KvSet], share: f64) -> Result<Self> {
         let k = rig.o.k(share);
-        let a = Attention::new(rig, k)?;
+        let a = Attention::new(rig, kv, k)?;
         let pairs = rig.batch * rig.o.kv_heads;
         let bytes = a.bytes(rig, k) + (pairs * (k + 1) * 4) as u64;
         let wanted = sets_for(bytes);

@@ -218,6 +218,11 @@ pub(in crate::bench) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -
 }
 
 /// Elements of a u32 tensor, as [`part`].
-pub(in crate::bench) fn part_words(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<u32>> {
+pub(in crate::bench) fn part_words(
+    b: &dyn Backend,
+    t: &Tensor,
+    at: usize,
+    n: usize,
+) -> Result<Vec<u32>> {
     Ok(part(b, t, at, n)?.into_iter().map(|v| v as u32).collect())
 }

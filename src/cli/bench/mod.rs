@@ -1,5 +1,6 @@
 //! `longsight bench`: speed of a model, and of single ops.
 
+mod attention;
 mod end_to_end;
 mod kernels;
 
@@ -23,7 +24,10 @@ Examples:
   longsight bench -m model.gguf -D 8192,32768 --methods sparcas,sparcas-int8 --budgets 512,1024
   longsight bench -p 0 -n 64 -D 4096 -r 5 --format json -o run.json
   longsight bench kernels --device cuda -o kernels.json
-                                                      single ops against the device's memory bandwidth";
+                                                      single ops against the device's memory bandwidth
+  longsight bench attention --device cuda -D 131072 -b 1,32 --methods sparcas,kascade --budget 2048
+                                                      the attention of Llama 3.1 8B at 131,072 tokens
+  longsight bench -m random:llama-3.1-8b -D 32768 -p 0   a model's speed without its file";
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
@@ -38,11 +42,14 @@ pub struct BenchArgs {
 enum What {
     /// Single ops at one shape: milliseconds, GB/s, share of the device-read bandwidth of the same run
     Kernels(kernels::KernelArgs),
+    /// The attention of all layers in a decode step, method by method, without the rest of the model
+    Attention(attention::AttentionArgs),
 }
 
 pub fn bench(a: BenchArgs) -> Result<ExitCode> {
     match a.what {
         Some(What::Kernels(k)) => kernels::run(k),
+        Some(What::Attention(a)) => attention::run(a),
         None => end_to_end::run(a.end_to_end),
     }
 }
