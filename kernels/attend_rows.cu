@@ -8,6 +8,7 @@
 #include "decode.cuh"
 #include "generic.cuh"
 #include "prefill.cuh"
+#include "wgmma.cuh"
 
 struct Listed {
     const u32* list;
@@ -31,9 +32,9 @@ DEVICE u32 heads_per_block(const AttendArgs& a) {
     return a.heads / (a.head_map ? a.pool.kv_heads : a.lists);
 }
 
-// Part `part` of `parts` of the list of sequence `s` for the heads of `blockIdx.y`, in whole tiles of `unit`.
-DEVICE Listed listed(const AttendArgs& a, u32 s, u32 part, u32 parts, u32 unit) {
-    u32 own = a.head_map ? a.head_map[blockIdx.y] : blockIdx.y;
+// Part `part` of `parts` of the list of sequence `s` for block `heads` of query heads, in whole tiles of `unit`.
+DEVICE Listed listed(const AttendArgs& a, u32 s, u32 heads, u32 part, u32 parts, u32 unit) {
+    u32 own = a.head_map ? a.head_map[heads] : heads;
     bool there = own < a.lists;  // a list that is not there is empty
     u32 list = s * a.lists + (there ? own : 0);
     u32 count = there ? min(a.counts[list], a.list_len) : 0;
@@ -48,7 +49,7 @@ DEVICE Listed listed(const AttendArgs& a, u32 s, u32 part, u32 parts, u32 unit) 
 template <class T, int D> DEVICE void rows_decode(const AttendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.z);
     Part p = part_of(a.splits);
-    Listed keys = listed(a, blockIdx.z, p.part, p.parts, 16);  // its loads go along with the record's
+    Listed keys = listed(a, blockIdx.z, blockIdx.y, p.part, p.parts, 16);  // its loads go along with the record's
     if (seq.q_len == 0) return;
     u32 per = heads_per_block(a), head0 = blockIdx.y * per;
     decode<T, D>(a, seq, head0 / (a.heads / a.pool.kv_heads), head0, per, p.split, keys);
@@ -87,11 +88,54 @@ template <class T, int D> DEVICE void rows_prefill(const AttendArgs& a) {
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
     Seq seq = a.seqs.get(s);
     u32 per = heads_per_block(a), head0 = blockIdx.y * per, kvh = head0 / (a.heads / a.pool.kv_heads);
-    Tile vec = tile_of(seq, per, head0);
-    if (vec.v0 >= vec.vectors) return;
-    Gathered<TILE> keys = {a.pool, seq, listed(a, s, split, a.splits, TILE), kvh, vec.first(), tokens, rows};
+    Tile vec;
+    if (!tile_of(vec, seq, per, head0)) return;
+    Gathered<TILE> keys = {a.pool, seq, listed(a, s, blockIdx.y, split, a.splits, TILE), kvh, vec.first(), tokens, rows};
     prefill<T, D>(a, seq, kvh, vec, split, keys);
 }
+
+#if WGMMA
+// The same keys for wgmma.cuh: a thread looks up the entry of its own number and hands the row to its warp.
+struct ListTiles {
+    static const bool listed = true;
+    struct At {
+        u32 mine, token;
+        DEVICE bool full() const { return __all_sync(~0u, mine != ~0u); }
+        DEVICE u32 row(u32 r) const { return __shfl_sync(~0u, mine, r & 31); }
+    };
+    const AttendArgs& a;
+    Seq seq;
+    Listed keys;
+    u32 kvh;
+    DEVICE ListTiles(const AttendArgs& args) : a(args) {}
+    DEVICE bool take(u32 tile, u32 part, u32 plane, Item& item) {
+        u32 s = plane / a.splits, split = plane % a.splits, per = heads_per_block(a);
+        seq = a.seqs.get(s), keys = ::listed(a, s, part, split, a.splits, 128);
+        kvh = part * per / (a.heads / a.pool.kv_heads);
+        Tile vec;
+        if (!vec.of(seq, tile, 128, per, part * per)) return false;
+        item.place(seq, vec, split);
+        item.low = vec.first(), item.high = item.all_low = item.all_high = 0;
+        item.t0 = keys.b / 128, item.t1 = (keys.e + 127) / 128;
+        return true;
+    }
+    DEVICE u32 ticket(u32 tile) const {
+        u32 i = tile * 128 + threadIdx.x;
+        return i < keys.e ? keys.list[i] : ~0u;
+    }
+    DEVICE At at(u32 token) const {
+        bool ok = token < seq.kv_len;
+        return {ok ? a.pool.row(seq, kvh, token) : ~0u, ok ? token : ~0u};
+    }
+    // Lists are ascending: the last token decides; `low` is the first position.
+    static DEVICE bool masked(const Item& item, u32, const u32* tokens) { return tokens[127] > item.low; }
+    struct Sees {
+        u32 p;
+        DEVICE Sees(const AttendArgs&, const Item&, u32 position) : p(position) {}
+        DEVICE bool operator()(u32, u32 key, const u32* tokens) const { return tokens[key] <= p; }
+    };
+};
+#endif
 
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
@@ -101,7 +145,7 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     if (v0 >= vectors) return;
     RowVectors vec = {seq.q_start, v0, per, a.heads, head0, seq.kv_len - seq.q_len};
     u32 kvh = head0 / (a.heads / a.pool.kv_heads);
-    generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, listed(a, s, split, a.splits, 16));
+    generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, listed(a, s, blockIdx.y, split, a.splits, 16));
 }
 
 #define MMA(T, D)                                                                              \
@@ -115,6 +159,18 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
+
+#if WGMMA
+#define HOPPER(T, D)                                                                                \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                            \
+        attend_tile_wgmma_##T##_d##D(const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) { \
+        attend_wgmma<T, D, ListTiles>(a, all);                                                      \
+    }
+HOPPER(f16, 64)
+HOPPER(f16, 128)
+HOPPER(bf16, 64)
+HOPPER(bf16, 128)
+#endif
 
 #define GENERIC(A, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_rows_##A##_##T(AttendArgs a) {    \

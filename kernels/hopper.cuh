@@ -1,0 +1,127 @@
+// Hopper's own instructions (sm_90a): mbarriers, the proxy fence, register budgets of warpgroups, and wgmma on tiles
+// with the 128-byte swizzle. Everything that uses them stands inside `#if WGMMA`; other targets compile without.
+//
+// A tile of R rows and D 16-bit elements lies as D/64 panels of [R][64]: rows of 128 bytes, 1024-byte aligned, the
+// 16-byte chunk c of row r at chunk c ^ (r % 8).
+#pragma once
+#include "mma.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA 1
+#else
+#define WGMMA 0
+#endif
+
+#if WGMMA
+
+// Byte offset of chunk `c` of row `r` in a tile of `rows` rows.
+DEVICE u32 swizzled(u32 rows, u32 r, u32 c) {
+    return (c >> 3) * rows * 128 + r * 128 + (((c & 7) ^ (r & 7)) << 4);
+}
+
+// An mbarrier is named by its address in shared memory.
+DEVICE void barrier_init(u32 bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory");
+}
+DEVICE void barrier_arrive(u32 bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// Arrives when the thread's copies so far have landed; counted as one of the barrier's arrivals.
+DEVICE void barrier_arrive_copies(u32 bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+DEVICE void barrier_wait(u32 bar, u32 phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(bar), "r"(phase)
+        : "memory");
+}
+// Named barriers 1 to 15, of `threads` threads together.
+DEVICE void named_sync(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+DEVICE void named_arrive(u32 id, u32 threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// What this thread has seen written to shared memory (copies, stores) becomes visible to wgmma.
+DEVICE void fence_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+template <int N> DEVICE void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N> DEVICE void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+// Keeps the compiler from moving uses of `r` over this point.
+template <int N> DEVICE void pin(float (&r)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(r[i])::"memory");
+}
+template <int N> DEVICE void pin(u32 (&r)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
+}
+
+// Descriptor of a swizzled tile at byte address `at`. Rows along M or N (K-major): groups of 8 rows lie 1024 bytes
+// apart, `panel` is not used. Rows along K (the transposed operand): `panel` bytes between panels of 64 columns.
+DEVICE u64 wgmma_tile(u32 at, u32 panel) {
+    return (u64)(at >> 4 & 0x3fff) | (u64)(panel >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+// The same tile `bytes` further on.
+DEVICE u64 wgmma_at(u64 tile, u32 bytes) { return tile + (bytes >> 4); }
+
+#define REG4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define REG16(d, i) REG4(d, i), REG4(d, i + 4), REG4(d, i + 8), REG4(d, i + 12)
+#define REG32(d) REG16(d, 0), REG16(d, 16)
+#define REG64(d) REG32(d), REG16(d, 32), REG16(d, 48)
+#define NAMES32 "{" \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+    "}"
+#define NAMES64 "{" \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+    "}"
+
+// d (+)= A[64 x 16] B[16 x N], asynchronously: a thread of warp w holds rows 16 w + lane/4 and 8 further, in
+// d[4 n + j] row j >> 1 and column 8 n + 2 * (lane % 4) + (j & 1). `wgmma_ss`: A and B K-major in shared memory, d is
+// overwritten where `add` is 0. `wgmma_rs`: A in registers (as mma m16n8k16's), B with its rows along K.
+template <int N, class T> struct Wgmma;
+#define WGMMA_OF(N, T, TYPE, REGS, NAMES, A, B, C, D, E)                                                        \
+    template <> struct Wgmma<N, T> {                                                                            \
+        static DEVICE void ss(float (&d)[N / 2], u64 a, u64 b, int add) {                                       \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" C ", 0;\n"                                        \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
+                         ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                                  \
+                         : REGS(d)                                                                              \
+                         : "l"(a), "l"(b), "r"(add));                                                           \
+        }                                                                                                       \
+        static DEVICE void rs(float (&d)[N / 2], const u32* a, u64 b) {                                         \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
+                         ", {%" A ", %" B ", %" C ", %" D "}, %" E ", 1, 1, 1, 1;"                              \
+                         : REGS(d)                                                                              \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+        }                                                                                                       \
+    };
+WGMMA_OF(64, f16, "f16", REG32, NAMES32, "32", "33", "34", "35", "36")
+WGMMA_OF(64, bf16, "bf16", REG32, NAMES32, "32", "33", "34", "35", "36")
+WGMMA_OF(128, f16, "f16", REG64, NAMES64, "64", "65", "66", "67", "68")
+WGMMA_OF(128, bf16, "bf16", REG64, NAMES64, "64", "65", "66", "67", "68")
+
+// d = A B^T, not waited for: A[64 x D] and B[128 x D] are tiles of `a_rows` and 128 rows at byte addresses `a`, `b`.
+template <class T, int D> DEVICE void wgmma_logits(float (&d)[64], u32 a, u32 a_rows, u32 b) {
+    u64 left = wgmma_tile(a, 0), right = wgmma_tile(b, 0);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        Wgmma<128, T>::ss(d, wgmma_at(left, k / 4 * a_rows * 128 + k % 4 * 32),
+                          wgmma_at(right, k / 4 * 128 * 128 + k % 4 * 32), k > 0);
+}
+
+#endif  // WGMMA
