@@ -14,10 +14,10 @@
 
 #if WGMMA
 
-// Byte offset of chunk `c` of row `r` in a tile of `rows` rows.
-DEVICE u32 swizzled(u32 rows, u32 r, u32 c) {
-    return (c >> 3) * rows * 128 + r * 128 + (((c & 7) ^ (r & 7)) << 4);
-}
+// A number that the compiler knows: which of two accumulators, or whether to mask.
+template <int I> struct Index {
+    static const int value = I;
+};
 
 // An mbarrier is named by its address in shared memory.
 DEVICE void barrier_init(u32 bar, u32 count) {
@@ -40,6 +40,7 @@ DEVICE void barrier_wait(u32 bar, u32 phase) {
         "}" ::"r"(bar), "r"(phase)
         : "memory");
 }
+DEVICE u32 bar(const u64& b) { return shared_address(&b); }
 // Named barriers 1 to 15, of `threads` threads together.
 DEVICE void named_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -66,6 +67,39 @@ template <int N> DEVICE void pin(u32 (&r)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
+
+// What `x` (never negative) depends on is worked out before what follows: a store that does not happen, which the
+// assembler must not move over a wait. Without it the wait comes first and nothing is left to overlap with.
+DEVICE void settle(float x, u32 anywhere) {
+    asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(x), "r"(anywhere)
+                 : "memory");
+}
+
+// Copies rows of D elements into a tile of 128, by a warpgroup: a thread has chunk `column` of every `step`-th row of its warp's 32.
+template <class T, int D> struct Copier {
+    static const u32 chunks = D / 8, step = 32 / chunks;
+    u32 first, column, to, swizzle;  // first row; place of its chunk
+    DEVICE Copier() {
+        u32 lane = threadIdx.x & 31, r = lane / chunks;
+        column = lane % chunks, first = (threadIdx.x & 96) + r;
+        to = (column >> 3) * 128 * 128 + first * 128, swizzle = ((column & 7) ^ r) << 4;
+    }
+    // `find(i)`: address of the thread's chunk of row first + i * step.
+    template <class Find> DEVICE void copy(u32 tile, Find find) const {
+#pragma unroll
+        for (u32 i = 0; i < chunks; i++)
+            copy16_to(tile + to + i * step * 128 + (swizzle ^ ((i * step & 7) << 4)), find(i));
+    }
+    // The same; null stands for zeros.
+    template <class Find> DEVICE void copy_some(u32 tile, const T* any, Find find) const {
+#pragma unroll 1
+        for (u32 i = 0; i < chunks; i++) {
+            const T* from = find(i);
+            u32 dst = tile + to + i * step * 128 + (swizzle ^ ((i * step & 7) << 4));
+            copy16_to(dst, from ? from : any, from != nullptr);
+        }
+    }
+};
 
 // Descriptor of a swizzled tile at byte address `at`. Rows along M or N (K-major): groups of 8 rows lie 1024 bytes
 // apart, `panel` is not used. Rows along K (the transposed operand): `panel` bytes between panels of 64 columns.

@@ -6,17 +6,7 @@
 // warp order. Else: CUDA cores, a thread a key, 16 vectors at a time in shared memory.
 // Bytes: kv_len * head_dim * kv per KV head and tile, the scores once; bound by arithmetic from tiles of 64 vectors on.
 #include "flash.cuh"
-
-struct ScoreTilesArgs {
-    const void* q;
-    const float* lse;
-    Seqs seqs;
-    Pool pool;
-    float* scores;
-    u64 stride;
-    float scale;
-    u32 heads, lists, pad;
-};
+#include "score_wgmma.cuh"
 
 #define KEYS 64u
 #define VECTORS 16u
@@ -161,6 +151,18 @@ template <class A, class T> DEVICE void tiles_generic(const ScoreTilesArgs& a) {
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
+
+#if WGMMA
+#define HOPPER(T, D)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(384, 1)                                                       \
+        score_tiles_wgmma_##T##_d##D(const __grid_constant__ ScoreTilesArgs a, const __grid_constant__ Jobs all) { \
+        score_wgmma<T, D>(a, all);                                                                             \
+    }
+HOPPER(f16, 64)
+HOPPER(f16, 128)
+HOPPER(bf16, 64)
+HOPPER(bf16, 128)
+#endif
 
 #define GENERIC(A, T)                                                                              \
     extern "C" __global__ void __launch_bounds__(128) score_tiles_##A##_##T(ScoreTilesArgs a) {    \

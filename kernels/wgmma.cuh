@@ -50,34 +50,6 @@ template <int S> struct Control {
     u32 tokens[2 * S][128];
 };
 
-DEVICE u32 bar(const u64& b) { return shared_address(&b); }
-
-// Copies rows of D elements into a tile: a thread has chunk `column` of every `step`-th row of its warp's 32.
-template <class T, int D> struct Copier {
-    static const u32 chunks = D / 8, step = 32 / chunks;
-    u32 first, column, to, swizzle;  // first row; place of its chunk
-    DEVICE Copier() {
-        u32 lane = threadIdx.x & 31, r = lane / chunks;
-        column = lane % chunks, first = (threadIdx.x & 96) + r;
-        to = (column >> 3) * 128 * 128 + first * 128, swizzle = ((column & 7) ^ r) << 4;
-    }
-    // `find(i)`: address of the thread's chunk of row first + i * step.
-    template <class Find> DEVICE void copy(u32 tile, Find find) const {
-#pragma unroll
-        for (u32 i = 0; i < chunks; i++)
-            copy16_to(tile + to + i * step * 128 + (swizzle ^ ((i * step & 7) << 4)), find(i));
-    }
-    // The same; null stands for zeros.
-    template <class Find> DEVICE void copy_some(u32 tile, const T* any, Find find) const {
-#pragma unroll 1
-        for (u32 i = 0; i < chunks; i++) {
-            const T* from = find(i);
-            u32 dst = tile + to + i * step * 128 + (swizzle ^ ((i * step & 7) << 4));
-            copy16_to(dst, from ? from : any, from != nullptr);
-        }
-    }
-};
-
 template <class T, int D, class Source>
 DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<WgmmaShape<D>::stages>& c) {
     typedef WgmmaShape<D> Shape;
@@ -218,9 +190,13 @@ template <class T, int D, class Source> DEVICE void consume(const AttendArgs& a,
     float o[D / 2], s[64];
     u32 p[32];
     Softmax soft;
-    auto weigh = [&](u32 tile, u32 count, const Item& item, float (&fix)[2]) {
-        const u32* tokens = c.tokens[count % (2 * S)];
-        if (Source::masked(item, tile, tokens)) {
+    // `count`: the tile's number over all items.
+    auto masked = [&](const Item& item, u32 tile, u32 count) {
+        return Source::masked(item, tile, c.tokens[count % (2 * S)]);
+    };
+    auto weigh = [&](auto mask, const Item& item, u32 tile, u32 count, float (&fix)[2]) {
+        if constexpr (mask.value) {
+            const u32* tokens = c.tokens[count % (2 * S)];
             typename Source::Sees sees[2] = {{a, item, item.position(item.v0 + mine)},
                                              {a, item, item.position(item.v0 + mine + 8)}};
 #pragma unroll
@@ -239,6 +215,35 @@ template <class T, int D, class Source> DEVICE void consume(const AttendArgs& a,
         u64 v = wgmma_tile(k_at(S + slot), 128 * 128);
 #pragma unroll
         for (int k = 0; k < 8; k++) Wgmma<D, T>::rs(o, p + 4 * k, wgmma_at(v, k * 16 * 128));
+    };
+    // Logits of tile t, and meanwhile the values of the tile before it.
+    auto step = [&](auto mask, const Item& item, u32 t) {
+        u32 slot = n % S, next = (n + 1) % S;
+        float fix[2];
+        named_sync(1 + group, 256);
+        pin(o);
+        pin(p);
+        wgmma_fence();
+        wgmma_logits<T, D>(s, q, 128, k_at(next));
+        wgmma_commit();
+        values(slot);
+        wgmma_commit();
+        named_arrive(2 - group, 256);
+        wgmma_wait<1>();
+        pin(s);
+        release(c.k_empty[next]);
+        if (t + 1 == item.t1) release(c.q_empty);
+        weigh(mask, item, t, n + 1, fix);
+        settle(soft.sum[0] + soft.sum[1], base);
+        wgmma_wait<0>();
+        pin(o);
+        pin(p);
+        release(c.v_empty[slot]);
+        if (__any_sync(~0u, fix[0] != 1.0f || fix[1] != 1.0f)) {
+#pragma unroll
+            for (int i = 0; i < D / 2; i++) o[i] *= fix[i >> 1 & 1];
+        }
+        pack();
     };
     if (group == 1) named_arrive(1, 256);
     for (u32 count = 0;; count++) {
@@ -261,36 +266,14 @@ template <class T, int D, class Source> DEVICE void consume(const AttendArgs& a,
             pin(s);
             release(c.k_empty[n % S]);
             if (t0 + 1 == t1) release(c.q_empty);
-            weigh(t0, n, item, fix);
+            weigh(Index<1>(), item, t0, n, fix);
             pack();
             for (u32 t = t0 + 1; t < t1; t++, n++) {
-                u32 slot = n % S, next = (n + 1) % S;
-                barrier_wait(bar(c.k_full[next]), (n + 1) / S & 1);
-                barrier_wait(bar(c.v_full[slot]), n / S & 1);
+                barrier_wait(bar(c.k_full[(n + 1) % S]), (n + 1) / S & 1);
+                barrier_wait(bar(c.v_full[n % S]), n / S & 1);
                 fence_proxy();
-                named_sync(1 + group, 256);
-                pin(o);
-                pin(p);
-                wgmma_fence();
-                wgmma_logits<T, D>(s, q, 128, k_at(next));
-                wgmma_commit();
-                values(slot);
-                wgmma_commit();
-                named_arrive(2 - group, 256);
-                wgmma_wait<1>();
-                pin(s);
-                release(c.k_empty[next]);
-                if (t + 1 == t1) release(c.q_empty);
-                weigh(t, n + 1, item, fix);
-                wgmma_wait<0>();
-                pin(o);
-                pin(p);
-                release(c.v_empty[slot]);
-                if (__any_sync(~0u, fix[0] != 1.0f || fix[1] != 1.0f)) {
-#pragma unroll
-                    for (int i = 0; i < D / 2; i++) o[i] *= fix[i >> 1 & 1];
-                }
-                pack();
+                if (masked(item, t, n + 1)) step(Index<1>(), item, t);
+                else step(Index<0>(), item, t);
             }
             barrier_wait(bar(c.v_full[n % S]), n / S & 1);
             fence_proxy();
