@@ -116,7 +116,7 @@ struct ListTiles {
         if (!vec.of(seq, tile, 128, per, part * per)) return false;
         item.place(seq, vec, split);
         item.low = vec.first(), item.high = item.all_low = item.all_high = 0;
-        item.t0 = keys.b / 128, item.t1 = (keys.e + 127) / 128;
+        item.t0 = keys.b / 128, item.t1 = keys.e > keys.b ? (keys.e + 127) / 128 : item.t0;
         return true;
     }
     DEVICE u32 ticket(u32 tile) const {

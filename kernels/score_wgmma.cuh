@@ -29,7 +29,7 @@ struct Jobs {
 
 // 128 vectors of one tile; not there: no `vectors` and no `kv_len`.
 struct Block {
-    u32 tile, q_start, vectors, v0, kv_len, first;  // first: position of the first vector
+    u32 tile, q_start, vectors, v0, kv_len, first;  // first: position of the tile's first row
 };
 
 struct ScoreItem {
@@ -42,6 +42,7 @@ template <int S> struct ScoreControl {
     ScoreItem items[2];
     float shift[2][256];  // log2 of the sum of exponentials; infinite where there is no vector
     u32 last[2][256];     // last key that the vector sees
+    u32 next;
 };
 
 template <int D> struct ScoreShape {
@@ -57,8 +58,6 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
     u32 g = a.heads / a.pool.kv_heads, published = 0, filled = 0;
     u32 lead = a.pool.lead, column = copier.column * 8, stride = column < lead ? lead : D - lead;
     const T* keys_at = (const T*)a.pool.k + (column < lead ? column : PAGE * lead + column - lead);
-    u32 total = all.groups * all.ranges * a.lists;
-
     // Vectors `b` of `item`, for query heads head0 ...
     auto vectors = [&](const ScoreItem& item, u32 i) {
         const Block& b = item.block[i];
@@ -67,7 +66,7 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
         u32 r = threadIdx.x;
         bool ok = b.v0 + r < b.vectors;
         c.shift[at][i * 128 + r] = ok ? a.lse[vector(r)] * LOG2E : POS_INF;
-        c.last[at][i * 128 + r] = b.first + r / g;
+        c.last[at][i * 128 + r] = b.first + (b.v0 + r) / g;
         copier.copy_some(base + i * Shape::tile, (const T*)a.q, [&](u32 j) {
             u32 row = copier.first + j * copier.step;
             return b.v0 + row < b.vectors ? (const T*)a.q + vector(row) * D + column : nullptr;
@@ -109,13 +108,13 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
         }
     };
     auto block = [&](const Seq& seq, u32 tile, u32 v0) {
-        Block b = {tile, seq.q_start, seq.q_len * g, v0, seq.kv_len, seq.kv_len - seq.q_len + v0 / g};
+        Block b = {tile, seq.q_start, seq.q_len * g, v0, seq.kv_len, seq.kv_len - seq.q_len};
         return b;
     };
 
-    for (u32 round = 0; round * gridDim.x < total; round++) {
-        u32 w = round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        if (w >= total) continue;
+    Queue queue;
+    u32 w;
+    while ((w = queue.take(all.groups * all.ranges * a.lists, c.next)) != ~0u) {
         u32 group = all.groups - 1 - w % all.groups, range = w / all.groups % all.ranges;
         u32 tile = group * all.per;
         ScoreItem item;
@@ -151,7 +150,8 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
     u32 group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, quad = lane & 3;
     u32 mine = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);  // first key of the thread in a tile
     float scale2 = a.scale * LOG2E;
-    u32 n = 0;  // tiles so far
+    const int every = 4;  // one exponential in so many is worked out by the FMA units
+    u32 n = 0;            // tiles so far
     float s[2][64], shift[2][32], sum[2][2];
     auto release = [&](const u64& b) {
         if (lane == 0) barrier_arrive(bar(b));
@@ -174,8 +174,12 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
         }
         float part[2][2] = {};
 #pragma unroll
-        for (int j = 0; j < 64; j++)
-            part[j >> 1 & 1][j & 1] += exp2_fast(fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]));
+        for (int j = 0; j < 64; j++) {
+            float y = fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]);
+            // Masked tiles are few, and their zeros are to be zeros.
+            bool fma = !mask.value && j % every == every - 1;
+            part[j >> 1 & 1][j & 1] += fma ? exp2_fma(y) : exp2_fast(y);
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float y = part[h][0] + part[h][1];
@@ -196,11 +200,13 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
     auto step = [&](auto mask, const ScoreItem& item, const u32* last, u32 t) {
         Index<0> first;
         Index<1> second;
+        named_sync(1 + group, 256);
         pin(s[0]);
         pin(s[1]);
         wgmma_fence();
         start(first, n);
         start(second, n);
+        named_arrive(2 - group, 256);
         wgmma_wait<1>();
         add(first, mask, last, t);
         settle(sum[0][0] + sum[0][1], base);
@@ -209,6 +215,7 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
         if (t + 1 == item.t1) release(c.q_empty);
         add(second, mask, last, t);
     };
+    if (group == 1) named_arrive(1, 256);
     for (u32 count = 0;; count++) {
         barrier_wait(bar(c.q_full), count & 1);
         const ScoreItem& item = c.items[count & 1];

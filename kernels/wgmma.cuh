@@ -7,8 +7,8 @@
 // softmax of the next tile is worked out, P staying in registers; named barriers give the tensor cores to the two in
 // turn, so that one's softmax falls into the other's products.
 // Copies are cp.async of 16 bytes, swizzled by hand: one way for pages, K in two pieces and listed keys.
-// The items are dealt out longest first, back and forth over the CTAs: no counter in memory, even loads; CTAs that run
-// together read the same keys (a head's tiles are neighbours), which the L2 cache then serves.
+// The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
+// are even, and CTAs that run together read the same keys.
 //
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
@@ -26,9 +26,9 @@ template <int D> struct WgmmaShape {
     static const u32 ring = tile, control = tile * (1 + 2 * stages);
 };
 
-// What a launch covers: tiles of vectors, parts (heads that share keys), sequences times splits.
+// What a launch covers: tiles of vectors, parts (heads that share keys), sequences times splits; `near` parts go together.
 struct Items {
-    u32 tiles, parts, planes;
+    u32 tiles, parts, planes, near;
 };
 
 struct Item {
@@ -48,6 +48,7 @@ template <int S> struct Control {
     u64 q_full, q_empty, k_full[S], k_empty[S], v_full[S], v_empty[S];
     Item items[2];
     u32 tokens[2 * S][128];
+    u32 next;
 };
 
 template <class T, int D, class Source>
@@ -64,7 +65,7 @@ DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<Wgm
     auto k_row = [&](u32 r) { return keys_at + (u64)(r * (D / 8) - r % PAGE * narrow) * 8; };
     auto v_row = [&](u32 r) { return values_at + (u64)r * D; };
     u32 published = 0, filled = 0;  // items, tiles
-    u32 row = all.tiles * all.planes, total = row * all.parts;
+    u32 row = all.tiles * all.planes;
 
     // Rows of a run of keys lie `stride` elements apart.
     auto fill = [&](u32 tile, const At& at, const T* any, auto row_at, u32 stride) {
@@ -114,14 +115,16 @@ DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<Wgm
         published++;
     };
 
-    for (u32 round = 0; round * gridDim.x < total; round++) {
-        u32 w = round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        if (w >= total) continue;
+    Queue queue;
+    u32 w;
+    while ((w = queue.take(row * all.parts, c.next)) != ~0u) {
+        u32 part = w / (row * all.near) * all.near, together = min(all.near, all.parts - part);
+        w -= row * part;
         // Later tiles and sequences have more keys.
-        u32 x = row - 1 - w % row;
+        u32 x = row - 1 - w / together;
         Item item;
         Source keys(a);
-        if (!keys.take(x % all.tiles, w / row, x / all.tiles, item)) continue;
+        if (!keys.take(x % all.tiles, part + w % together, x / all.tiles, item)) continue;
         publish(item);
         u32 t0 = item.t0, t1 = item.t1;
         if (t0 >= t1) continue;
