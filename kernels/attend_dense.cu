@@ -144,9 +144,11 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
 #define MMA(T, D)                                                                              \
     extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32)                   \
         attend_decode_##T##_d##D(AttendArgs a) {                                               \
+        depend();                                                                              \
         dense_decode<T, D>(a);                                                                 \
     }                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
+        depend();                                                                              \
         dense_prefill<T, D>(a);                                                                \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
@@ -167,6 +169,7 @@ HOPPER(bf16, 128)
 
 #define GENERIC(A, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(128, 4) attend_dense_##A##_##T(AttendArgs a) {   \
+        depend();                                                                              \
         dense_generic<A, T>(a);                                                                \
     }
 GENERIC(f32, f32)

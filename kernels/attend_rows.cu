@@ -151,9 +151,11 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
 #define MMA(T, D)                                                                              \
     extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32)                   \
         attend_rows_##T##_d##D(AttendArgs a) {                                                 \
+        depend();                                                                              \
         rows_decode<T, D>(a);                                                                  \
     }                                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) {   \
+        depend();                                                                              \
         rows_prefill<T, D>(a);                                                                 \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
@@ -174,6 +176,7 @@ HOPPER(bf16, 128)
 
 #define GENERIC(A, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_rows_##A##_##T(AttendArgs a) {    \
+        depend();                                                                              \
         rows_generic<A, T>(a);                                                                 \
     }
 GENERIC(f32, f32)

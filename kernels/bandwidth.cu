@@ -5,6 +5,7 @@
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) bandwidth(const uint4* p, u64 count, u32* sink) {
+    depend();
     u32 sum = 0;
     u64 step = (u64)gridDim.x * blockDim.x;
     for (u64 i = (u64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += 4 * step) {

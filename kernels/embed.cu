@@ -19,6 +19,7 @@ DEVICE void embed(const u32* tokens, const T* table, float* out, u32 cols, u32 v
 #define KERNEL(T)                                                                                  \
     extern "C" __global__ void embed_##T(const u32* tokens, const T* table, float* out, u32 cols, \
                                          u32 vocab, float scale) {                                \
+        depend();                                                                                  \
         embed<T>(tokens, table, out, cols, vocab, scale);                                          \
     }
 KERNEL(f32)

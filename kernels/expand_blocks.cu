@@ -5,6 +5,7 @@
 
 extern "C" __global__ void expand_blocks(const u32* blocks, const u32* block_counts, Seqs seqs, u32* indices,
                                          u32* counts, u32 rows_per_seq, u32 k, u32 unit) {
+    depend();
     u32 kv_len = seqs.get(blockIdx.z).kv_len;
     u64 row = (u64)blockIdx.z * rows_per_seq + blockIdx.y;
     const u32* list = blocks + row * k;

@@ -6,6 +6,7 @@
 
 extern "C" __global__ void force(float* scores, Seqs seqs, u32 rows_per_seq, u64 stride, u32 sinks,
                                  u32 recent) {
+    depend();
     u32 n = seqs.get(blockIdx.y).kv_len;
     float* row = scores + ((u64)blockIdx.y * rows_per_seq + blockIdx.x) * stride;
     for (u32 j = threadIdx.x; j < min(sinks, n); j += blockDim.x) row[j] = POS_INF;
@@ -15,6 +16,7 @@ extern "C" __global__ void force(float* scores, Seqs seqs, u32 rows_per_seq, u64
 extern "C" __global__ void force_listed(float* scores, Seqs seqs, u32 rows_per_seq, u64 stride,
                                         u32 sinks, u32 recent, const u32* indices,
                                         const u32* counts, u32 list_len) {
+    depend();
     u32 n = seqs.get(blockIdx.y).kv_len;
     u64 row = (u64)blockIdx.y * rows_per_seq + blockIdx.x;
     u32 count = min(counts[row], list_len);

@@ -7,6 +7,7 @@
 
 extern "C" __global__ void gather_rows(const char* x, const u32* rows, char* out, u32 x_rows,
                                        u32 row_bytes) {
+    depend();
     u32 r = rows[blockIdx.x];
     bool ok = r < x_rows;
     const char* src = x + (u64)(ok ? r : 0) * row_bytes;

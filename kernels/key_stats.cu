@@ -38,6 +38,7 @@ template <class T> DEVICE void key_stats(const Seqs& seqs, const Pool& pool, flo
 
 #define KERNEL(T)                                                                            \
     extern "C" __global__ void key_stats_##T(Seqs seqs, Pool pool, float* stats) {           \
+        depend();                                                                            \
         key_stats<T>(seqs, pool, stats);                                                     \
     }
 KERNEL(f32)

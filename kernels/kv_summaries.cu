@@ -71,6 +71,7 @@ template <class T> DEVICE void kv_summaries(const Seqs& seqs, const Pool& pool, 
 #define KERNEL(T)                                                                                  \
     extern "C" __global__ void __launch_bounds__(128) kv_summaries_##T(Seqs seqs, Pool pool,       \
                                                                        Summaries out) {            \
+        depend();                                                                                  \
         kv_summaries<T>(seqs, pool, out);                                                          \
     }
 KERNEL(f32)

@@ -39,9 +39,29 @@ template <class T> DEVICE Raw8<T> stream8(const T* p) {
     return r;
 }
 
+// Weight rows of a warp, and loads of each in flight.
+#define OUTS 2
+template <int ROWS> struct VecDepth {
+    static const int value = ROWS <= 2 ? 4 : 2;
+};
+DEVICE u32 first_output() { return (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OUTS; }
+
+// The first weights come to L2 while the kernel before makes x.
+template <class W, int ROWS> DEVICE void prefetch_weights(const LinearArgs& a) {
+    u32 lane = threadIdx.x & 31, o0 = first_output();
+#pragma unroll
+    for (int t = 0; t < VecDepth<ROWS>::value; t++)
+#pragma unroll
+        for (int o = 0; o < OUTS; o++) {
+            u32 c = lane * 8 + t * 256;
+            if (o0 + o < a.outputs && c < a.inputs)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"((const W*)a.w + (u64)(o0 + o) * a.inputs + c));
+        }
+}
+
 template <class X, class W, int ROWS> DEVICE void vec(const LinearArgs& a) {
-    const int OUTS = 2, DEPTH = ROWS <= 2 ? 4 : 2;
-    u32 lane = threadIdx.x & 31, o0 = (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OUTS;
+    const int DEPTH = VecDepth<ROWS>::value;
+    u32 lane = threadIdx.x & 31, o0 = first_output();
     if (o0 >= a.outputs) return;
     const W* w[OUTS];
     const X* x[ROWS];
@@ -204,6 +224,8 @@ template <class T> DEVICE void add_bias(const LinearArgs& a) {
 
 #define VEC(X, W, ROWS)                                                                        \
     extern "C" __global__ void __launch_bounds__(128) linear_vec_##X##_##W##_r##ROWS(LinearArgs a) { \
+        prefetch_weights<W, ROWS>(a);                                                          \
+        depend();                                                                              \
         vec<X, W, ROWS>(a);                                                                    \
     }
 #define VEC_ALL(X, W) VEC(X, W, 1) VEC(X, W, 2) VEC(X, W, 4) VEC(X, W, 8)
@@ -214,12 +236,16 @@ VEC_ALL(f16, f16)
 VEC_ALL(bf16, bf16)
 
 #define MMA(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(128) linear_mma_##T(LinearArgs a) { gemm_mma<T>(a); }
+    extern "C" __global__ void __launch_bounds__(128) linear_mma_##T(LinearArgs a) { \
+        depend();                                                                              \
+        gemm_mma<T>(a);                                                                        \
+    }
 MMA(f16)
 MMA(bf16)
 
 #define SIMT(X, W)                                                                             \
     extern "C" __global__ void __launch_bounds__(256) linear_simt_##X##_##W(LinearArgs a) {    \
+        depend();                                                                              \
         gemm_simt<X, W>(a);                                                                    \
     }
 SIMT(f32, f32)
@@ -227,7 +253,7 @@ SIMT(f32, f16)
 SIMT(f32, bf16)
 
 #define BIAS(T) \
-    extern "C" __global__ void linear_bias_##T(LinearArgs a) { add_bias<T>(a); }
+    extern "C" __global__ void linear_bias_##T(LinearArgs a) { depend(); add_bias<T>(a); }
 BIAS(f32)
 BIAS(f16)
 BIAS(bf16)

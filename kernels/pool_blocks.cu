@@ -24,6 +24,7 @@ struct PoolBlocksArgs {
 };
 
 extern "C" __global__ void pool_blocks_lse(PoolBlocksArgs a) {
+    depend();
     u32 row = blockIdx.y * a.heads + blockIdx.x;
     u32 n = (a.seqs.get(blockIdx.y).kv_len + a.run - 1) / a.run;
     float total = block_lse(a.scores + row * a.stride, n);
@@ -47,6 +48,7 @@ DEVICE float pooled(const PoolBlocksArgs& a, u64 first, u32 group, u32 g) {
 }
 
 extern "C" __global__ void pool_blocks(PoolBlocksArgs a) {
+    depend();
     u32 kv_len = a.seqs.get(blockIdx.z).kv_len, group = a.heads / a.rows;
     u32 n = (kv_len + a.run - 1) / a.run, own = a.unit / a.run;
     u32 old = kv_len - min(a.recent, kv_len);  // tokens before the recent ones

@@ -14,6 +14,7 @@ DEVICE u32 row_length(const Seq& seq, const u32* lengths, u64 stride, u32 s, u32
 
 extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, u32 heads, u64 stride,
                                     const u32* lengths, u32 rows) {
+    depend();
     Seq seq = seqs.get(blockIdx.y);
     u32 n = row_length(seq, lengths, stride, blockIdx.y, rows, blockIdx.x / (heads / rows));
     float total = block_lse(scores + ((u64)blockIdx.y * heads + blockIdx.x) * stride, n);
@@ -22,6 +23,7 @@ extern "C" __global__ void pool_lse(const float* scores, Seqs seqs, float* lse, 
 
 extern "C" __global__ void pool_scores(const float* scores, Seqs seqs, const float* lse, float* out,
                                        u32 heads, u32 rows, u64 stride, u32 sums, const u32* lengths) {
+    depend();
     Seq seq = seqs.get(blockIdx.z);
     u32 row = blockIdx.y, g = heads / rows;
     u32 n = row_length(seq, lengths, stride, blockIdx.z, rows, row);

@@ -62,6 +62,7 @@ template <class T> DEVICE void project_keys(const ProjectArgs& a) {
 }
 
 extern "C" __global__ void project_mark(ProjectArgs a, u32 sequences) {
+    depend();
     u32 i = blockIdx.x * blockDim.x + threadIdx.x, heads = a.pool.kv_heads;
     if (i >= sequences * heads) return;
     Seq seq = a.seqs.get(i / heads);
@@ -69,8 +70,14 @@ extern "C" __global__ void project_mark(ProjectArgs a, u32 sequences) {
 }
 
 #define KERNEL(T)                                                                                       \
-    extern "C" __global__ void project_queries_##T(ProjectArgs a) { project_queries<T>(a); }            \
-    extern "C" __global__ void project_keys_##T(ProjectArgs a) { project_keys<T>(a); }
+    extern "C" __global__ void project_queries_##T(ProjectArgs a) { \
+        depend();                                                   \
+        project_queries<T>(a);                                      \
+    }                                                               \
+    extern "C" __global__ void project_keys_##T(ProjectArgs a) {    \
+        depend();                                                   \
+        project_keys<T>(a);                                         \
+    }
 KERNEL(f32)
 KERNEL(f16)
 KERNEL(bf16)

@@ -52,7 +52,7 @@ template <class T> DEVICE void rebuild_slice(const SliceArgs& a) {
 }
 
 #define KERNEL(T) \
-    extern "C" __global__ void rebuild_slice_##T(SliceArgs a) { rebuild_slice<T>(a); }
+    extern "C" __global__ void rebuild_slice_##T(SliceArgs a) { depend(); rebuild_slice<T>(a); }
 KERNEL(f32)
 KERNEL(f16)
 KERNEL(bf16)

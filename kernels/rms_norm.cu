@@ -26,6 +26,7 @@ DEVICE void rms_norm(const float* x, const float* weight, T* out, u32 cols, floa
 #define KERNEL(T)                                                                                 \
     extern "C" __global__ void rms_norm_##T(const float* x, const float* weight, T* out, u32 cols, \
                                             float eps) {                                          \
+        depend();                                                                                  \
         rms_norm<T>(x, weight, out, cols, eps);                                                    \
     }
 KERNEL(f32)

@@ -23,6 +23,7 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_all(const Scor
 // One instance per group size class: G accumulators a row.
 #define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
     extern "C" __global__ void __launch_bounds__(128, 4) score_dims_##NAME##_g##G(ScoreArgs a) {  \
+        depend();                                                                                     \
         score_all<K, SOURCE, G, ROWS>(a);                                                             \
     }
 #define GROUPS(K, NAME, SOURCE)        \

@@ -79,6 +79,7 @@ template <class T, int G> DEVICE void score(const SummaryScoreArgs& a) {
 // One instance per group size class: G accumulators a thread.
 #define KERNEL(T, G)                                                                                  \
     extern "C" __global__ void __launch_bounds__(128, 4) score_summaries_##T##_g##G(SummaryScoreArgs a) { \
+        depend();                                                                                     \
         score<T, G>(a);                                                                               \
     }
 #define GROUPS(T) KERNEL(T, 1) KERNEL(T, 4) KERNEL(T, 8) KERNEL(T, 16)

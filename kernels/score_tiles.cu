@@ -146,6 +146,7 @@ template <class A, class T> DEVICE void tiles_generic(const ScoreTilesArgs& a) {
 
 #define MMA(T, D)                                                                               \
     extern "C" __global__ void __launch_bounds__(128) score_tiles_##T##_d##D(ScoreTilesArgs a) { \
+        depend();                                                                               \
         tiles_mma<T, D>(a);                                                                     \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
@@ -166,6 +167,7 @@ HOPPER(bf16, 128)
 
 #define GENERIC(A, T)                                                                              \
     extern "C" __global__ void __launch_bounds__(128) score_tiles_##A##_##T(ScoreTilesArgs a) {    \
+        depend();                                                                                  \
         tiles_generic<A, T>(a);                                                                    \
     }
 GENERIC(f32, f32)

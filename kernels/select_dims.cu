@@ -111,7 +111,7 @@ template <class A> DEVICE void select_dims(const SelectArgs& a) {
 }
 
 #define KERNEL(T) \
-    extern "C" __global__ void __launch_bounds__(256) select_dims_##T(SelectArgs a) { select_dims<T>(a); }
+    extern "C" __global__ void __launch_bounds__(256) select_dims_##T(SelectArgs a) { depend(); select_dims<T>(a); }
 KERNEL(f32)
 KERNEL(f16)
 KERNEL(bf16)

@@ -19,6 +19,7 @@ template <class T> DEVICE void swiglu(const T* x, T* out, u32 rows, u32 ffn) {
 
 #define KERNEL(T)                                                                         \
     extern "C" __global__ void swiglu_##T(const T* x, T* out, u32 rows, u32 ffn) {        \
+        depend();                                                                         \
         swiglu<T>(x, out, rows, ffn);                                                     \
     }
 KERNEL(f32)

@@ -274,7 +274,10 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
 }
 
 #define KERNEL(NAME, CLUSTER, CACHED)                                                               \
-    extern "C" __global__ void __launch_bounds__(1024) NAME(TopKArgs a) { top_k<CLUSTER, CACHED>(a); }
+    extern "C" __global__ void __launch_bounds__(1024) NAME(TopKArgs a) {                               \
+        depend();                                                                                   \
+        top_k<CLUSTER, CACHED>(a);                                                                  \
+    }
 KERNEL(top_k_cached, false, true)
 KERNEL(top_k_streamed, false, false)
 KERNEL(top_k_cached_cluster, true, true)

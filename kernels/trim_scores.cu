@@ -58,6 +58,7 @@ DEVICE void cut(float* row, u32 n, u32 t) {
 
 extern "C" __global__ void trim_scores_mass(float* scores, Seqs seqs, u32 rows_per_seq, u64 stride, float share,
                                             u32 at_least) {
+    depend();
     __shared__ u32 words[33];
     __shared__ float maxes[32], scratch[33];
     u32 n = seqs.get(blockIdx.y).kv_len, lane = threadIdx.x & 31;
@@ -81,6 +82,7 @@ extern "C" __global__ void trim_scores_mass(float* scores, Seqs seqs, u32 rows_p
 
 extern "C" __global__ void trim_scores_together(float* scores, Seqs seqs, u32 rows_per_seq, u64 stride, u32 tokens,
                                                 u32 at_least) {
+    depend();
     __shared__ u32 words[33], floors[256];
     u32 n = seqs.get(blockIdx.x).kv_len;
     float* first = scores + (u64)blockIdx.x * rows_per_seq * stride;

@@ -1,10 +1,12 @@
-//! Measurements: the whole model end to end, and single ops against the device's own ceilings.
+//! Measurements: the whole model end to end, the attention of all its layers, and single ops against the device's own
+//! ceilings.
 //!
 //! Every ceiling (device read bandwidth, the GEMM crate's peak) is taken in the run that is compared with it, and
 //! reports keep the raw samples. Inputs are real text or random values, never zeros, and rotate over more memory
 //! than caches hold.
 
 mod arithmetic;
+pub mod attention;
 mod end_to_end;
 mod environment;
 pub mod kernels;
@@ -20,6 +22,7 @@ pub use stats::Summary;
 
 use crate::backend::BackendError;
 use crate::engine::EngineError;
+use crate::select::SelectError;
 use thiserror::Error;
 
 /// What can go wrong in a measurement.
@@ -34,6 +37,9 @@ pub enum BenchError {
     /// The engine.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// A method.
+    #[error(transparent)]
+    Select(#[from] SelectError),
 }
 
 /// Result of a measurement.

@@ -13,8 +13,9 @@ use std::path::{Path, PathBuf};
 /// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
 pub struct SizeArgs {
-    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once) or `tiny`
-    /// (built in, for tests)
+    /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once), `tiny`
+    /// (built in, for tests), or random weights for timing: random:llama-3.1-8b, random:qwen3-8b,
+    /// random:minicpm4.1-8b, random:smollm2-135m
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on

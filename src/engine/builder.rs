@@ -6,8 +6,8 @@ use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape};
 use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, Forecast, KeyOrder, ModelError, Tokenizer,
-    cache_dir, resolve,
+    Attention, ChatTemplate, Checkpoint, Decoder, Forecast, KeyOrder, ModelError, RANDOM,
+    Tokenizer, cache_dir, resolve,
 };
 use crate::select::{Given, KeyProfile, MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;
@@ -94,7 +94,8 @@ impl Engine {
 }
 
 impl<'a> EngineBuilder<'a> {
-    /// A folder, a `.gguf` file, a hub id, `smollm2` (the default) or `tiny`.
+    /// A folder, a `.gguf` file, a hub id, `smollm2` (the default), `tiny`, or `random:<shape>` for random weights of
+    /// a known shape ([`Checkpoint::random`]).
     pub fn model(mut self, name_or_path: impl Into<String>) -> Self {
         self.model = name_or_path.into();
         self
@@ -216,9 +217,19 @@ impl<'a> EngineBuilder<'a> {
     /// # Errors
     /// Any [`EngineError`]; nothing is left behind.
     pub fn build(mut self) -> Result<Engine, EngineError> {
-        let checkpoint = match self.checkpoint.take() {
-            Some(open) => open,
-            None => Checkpoint::open(&self.fetch()?)?,
+        let checkpoint = match (self.checkpoint.take(), self.model.strip_prefix(RANDOM)) {
+            (Some(open), _) => open,
+            (None, Some(shape)) => {
+                let checkpoint = Checkpoint::random(shape)?;
+                // Any token will do, and there is no order of random keys to find.
+                self.model = "tiny".into();
+                self.calibrate = false;
+                if self.tokenizer.is_none() {
+                    self.tokenizer = Some(Tokenizer::from_folder(&self.fetch()?)?);
+                }
+                checkpoint
+            }
+            (None, None) => Checkpoint::open(&self.fetch()?)?,
         };
         let tokenizer = match self.tokenizer.take() {
             Some(there) => there,

@@ -30,6 +30,7 @@ pub struct KvShape {
     pub value_stats: bool,
 }
 
+#[derive(Clone)]
 struct Layer {
     k: Tensor,
     v: Tensor,
@@ -98,6 +99,17 @@ impl KvCache {
             self.summaries.push((kind, (0..s.n_layers).map(layer).collect::<Result<_>>()?));
         }
         Ok(self)
+    }
+
+    /// The cache of a deeper model whose layers take turns with the pools of this one: the attention of many layers is
+    /// timed without their memory.
+    pub(crate) fn in_turn(mut self, n_layers: usize) -> Self {
+        self.layers = self.layers.iter().cycle().take(n_layers).cloned().collect();
+        for (_, layers) in &mut self.summaries {
+            *layers = layers.iter().cycle().take(n_layers).cloned().collect();
+        }
+        self.shape.n_layers = n_layers;
+        self
     }
 
     /// Whether the cache keeps summaries of this kind.

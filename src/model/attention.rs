@@ -10,8 +10,8 @@ use super::workspace::{Growing, Workspace};
 use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
-    Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selector, build,
-    correct, hand_down, refine,
+    Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection,
+    Selector, build, correct, hand_down, refine,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
@@ -108,6 +108,12 @@ impl Attention {
     /// The plan that runs.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// The lists that layer `layer` has attended with, and the list of each of its KV heads where they are not in order.
+    pub(crate) fn attended(&self, layer: usize) -> Option<(&Selection, Option<&Tensor>)> {
+        let lists = self.lists.get(layer)?.as_ref()?;
+        Some((&*lists.attend, lists.head_map.as_ref()))
     }
 
     /// Distinct lengths up to which layers stay dense.

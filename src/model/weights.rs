@@ -12,6 +12,7 @@ use super::error::{ModelError, Result};
 use super::gguf::Gguf;
 use super::mapped::Mapped;
 use super::quant::Quant;
+use super::random::{self, RandomWeights};
 use super::{weights_gguf, weights_hf};
 
 /// A weight of the whole model.
@@ -144,6 +145,8 @@ pub(super) struct Place {
 enum Files {
     Shards(Vec<Mapped>),
     Gguf(Box<Gguf>),
+    /// No files: values are drawn.
+    Random(RandomWeights),
 }
 
 /// An opened model: configuration, and weights that stay mapped in their files.
@@ -180,8 +183,8 @@ impl Checkpoint {
                     return Err(ModelError::MissingTensor {
                         path: path.to_owned(),
                         name: match files {
-                            Files::Shards(_) => weights_hf::name_of(weight),
                             Files::Gguf(_) => weights_gguf::name_of(weight),
+                            _ => weights_hf::name_of(weight),
                         },
                     });
                 }
@@ -203,6 +206,24 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), config, files, places })
     }
 
+    /// A model of a named shape (`llama-3.1-8b`, `qwen3-8b`, `minicpm4.1-8b`, `smollm2-135m`) with random weights,
+    /// always the same ones: for timing.
+    ///
+    /// # Errors
+    /// [`ModelError::Fetch`] with the known names for any other.
+    pub fn random(shape: &str) -> Result<Self> {
+        let config = random::config(shape)?;
+        let place = |w: Weight| {
+            let shape = w.expected_shape(&config)?;
+            let bytes = 0..shape[0] * shape[1] * 2;
+            Some((w, Place { file: 0, quant: Quant::BF16, shape, bytes, interleaved: None }))
+        };
+        let mut places: HashMap<_, _> = Weight::all(&config).filter_map(place).collect();
+        places.extend(place(Weight::Output));
+        let path = PathBuf::from(&config.name);
+        Ok(Self { path, config, files: Files::Random(RandomWeights::new()), places })
+    }
+
     /// What the model looks like.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -217,7 +238,7 @@ impl Checkpoint {
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.files {
             Files::Gguf(gguf) => Some(gguf),
-            Files::Shards(_) => None,
+            _ => None,
         }
     }
 
@@ -263,7 +284,11 @@ impl Checkpoint {
         if wanted == 0 {
             return Ok(());
         }
-        let bytes = &self.file(place.file)[place.bytes.clone()];
+        if let Files::Random(values) = &self.files {
+            values.read(weight, rows.start, cols, out);
+            return Ok(());
+        }
+        let bytes = self.stored(place);
         let row_bytes = bytes.len() / n_rows;
         let stored = |r: Range<usize>| &bytes[r.start * row_bytes..r.end * row_bytes];
         match place.interleaved {
@@ -317,7 +342,7 @@ impl Checkpoint {
                 continue;
             };
             hash.update(format!("{weight} {} {:?}", place.quant.name(), place.shape));
-            let bytes = &self.file(place.file)[place.bytes.clone()];
+            let bytes = self.stored(place);
             let from = bytes.len() / 2;
             hash.update(&bytes[from..bytes.len().min(from + 64)]);
         }
@@ -331,11 +356,14 @@ impl Checkpoint {
         })
     }
 
-    fn file(&self, index: usize) -> &[u8] {
-        match &self.files {
+    /// A tensor as it lies in its file; empty where there is none.
+    fn stored(&self, place: &Place) -> &[u8] {
+        let file = match &self.files {
             Files::Gguf(gguf) => gguf.bytes(),
-            Files::Shards(shards) => shards[index].bytes(),
-        }
+            Files::Shards(shards) => shards[place.file].bytes(),
+            Files::Random(_) => return &[],
+        };
+        &file[place.bytes.clone()]
     }
 }
 

@@ -5,7 +5,7 @@ use super::error::Said;
 use super::nvrtc;
 use crate::backend::{BackendError, Result};
 use bytemuck::Pod;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, sys};
 use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -75,6 +75,8 @@ impl Shape {
 pub(super) struct Kernels {
     ctx: Arc<CudaContext>,
     limits: Limits,
+    /// Blocks of a kernel may be placed while the kernel before still runs; see `depend` of `common.cuh`.
+    overlap: bool,
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
 }
@@ -85,8 +87,11 @@ pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Kernels {
+    /// `LONGSIGHT_CUDA_OVERLAP=off` runs every kernel after the one before.
     pub fn new(ctx: Arc<CudaContext>, limits: Limits) -> Self {
-        Kernels { ctx, limits, modules: Mutex::default(), functions: Mutex::default() }
+        let off = std::env::var("LONGSIGHT_CUDA_OVERLAP").is_ok_and(|v| v == "off");
+        let (modules, functions) = (Mutex::default(), Mutex::default());
+        Kernels { ctx, limits, overlap: limits.cc == (9, 0) && !off, modules, functions }
     }
 
     fn module(&self, op: &'static str) -> Result<Arc<CudaModule>> {
@@ -169,9 +174,9 @@ impl Kernels {
             .iter()
             .map(|i| std::ptr::from_ref(&args.words[*i]).cast_mut().cast())
             .collect();
-        let grid = (grid[0] as u32, grid[1] as u32, grid[2] as u32);
-        let launched = if cluster > 1 {
-            let mut size = sys::CUlaunchAttribute {
+        let mut attributes = Vec::with_capacity(2);
+        if cluster > 1 {
+            attributes.push(sys::CUlaunchAttribute {
                 id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
                 pad: [0; 4],
                 value: sys::CUlaunchAttributeValue {
@@ -181,38 +186,33 @@ impl Kernels {
                         z: 1,
                     },
                 },
-            };
-            let config = sys::CUlaunchConfig {
-                gridDimX: grid.0,
-                gridDimY: grid.1,
-                gridDimZ: grid.2,
-                blockDimX: block as u32,
-                blockDimY: 1,
-                blockDimZ: 1,
-                sharedMemBytes: shared as u32,
-                hStream: stream.cu_stream(),
-                attrs: &mut size,
-                numAttrs: 1,
-            };
-            let none = std::ptr::null_mut();
-            // SAFETY: as below; the configuration outlives the call.
-            unsafe { sys::cuLaunchKernelEx(&config, f.cu_function(), pointers.as_mut_ptr(), none) }
-                .result()
-        } else {
-            // SAFETY: the function's module is kept by `f`; the pointers are into `args`, which the driver
-            // copies before it returns; the rest is the caller's promise.
-            unsafe {
-                result::launch_kernel(
-                    f.cu_function(),
-                    grid,
-                    (block as u32, 1, 1),
-                    shared as u32,
-                    stream.cu_stream(),
-                    &mut pointers,
-                )
-            }
+            });
+        }
+        if self.overlap {
+            attributes.push(sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            });
+        }
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid[0] as u32,
+            gridDimY: grid[1] as u32,
+            gridDimZ: grid[2] as u32,
+            blockDimX: block as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared as u32,
+            hStream: stream.cu_stream(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
         };
-        launched.said(&format!("launching {entry}"))
+        let none = std::ptr::null_mut();
+        // SAFETY: the function's module is kept by `f`; the configuration and the pointers into `args` outlive the
+        // call, which copies them; the rest is the caller's promise.
+        unsafe { sys::cuLaunchKernelEx(&config, f.cu_function(), pointers.as_mut_ptr(), none) }
+            .result()
+            .said(&format!("launching {entry}"))
     }
 }
 
@@ -249,6 +249,22 @@ mod tests {
                 }
             }
             assert!(seen >= 2, "{op}: ptxas reported {seen} kernels for two architectures");
+        }
+    }
+
+    #[test]
+    fn every_kernel_waits_for_the_one_before() {
+        for s in SOURCES {
+            for entry in s.text.split("__global__").skip(1) {
+                let body = entry.split_once('{').map_or("", |b| b.1);
+                let body = &body[..body.find('}').unwrap_or(body.len())];
+                assert!(
+                    body.contains("depend();"),
+                    "{}: {}",
+                    s.op,
+                    entry.lines().next().unwrap_or("")
+                );
+            }
         }
     }
 

@@ -36,7 +36,7 @@ pub(super) fn f32_limit(terms: usize) -> f64 {
 
 /// NMSE of attention computed from activations of `act`: matrix units round the softmax weights to it, and the
 /// result is rounded once more. The same limits as in the conformance test.
-pub(super) fn attention_limit(act: DType, terms: usize) -> f64 {
+pub(in crate::bench) fn attention_limit(act: DType, terms: usize) -> f64 {
     let rounding = match act {
         DType::F16 => 2e-7,
         DType::BF16 => 1.3e-5,
@@ -92,7 +92,7 @@ impl Pair {
 }
 
 /// Expected values of an output's first `n` elements.
-pub(super) fn expected(outputs: &[Output<'_>], which: usize, n: usize) -> Vec<f64> {
+pub(in crate::bench) fn expected(outputs: &[Output<'_>], which: usize, n: usize) -> Vec<f64> {
     let cells = outputs.get(which).map_or(&[][..], |o| &o.cells[..]);
     cells
         .iter()
@@ -180,25 +180,36 @@ pub(super) fn tiles_of(
     tile: usize,
 ) -> Result<Vec<u8>> {
     let n = rig.o.pages();
-    let size = tile * t.dtype().bytes();
-    let mut out = vec![0; n * size];
     let table = &set.table[pair.sequence * n..(pair.sequence + 1) * n];
+    head_tiles(rig.b, table, (pair.kv_head, rig.o.kv_heads), t, tile)
+}
+
+/// The pieces of `t` (`[n_pages, kv_heads, tile]`) of one head of so many, in the pages of `table`.
+pub(in crate::bench) fn head_tiles(
+    b: &dyn Backend,
+    table: &[u32],
+    (kv_head, kv_heads): (usize, usize),
+    t: &Tensor,
+    tile: usize,
+) -> Result<Vec<u8>> {
+    let size = tile * t.dtype().bytes();
+    let mut out = vec![0; table.len() * size];
     for (page, out) in table.iter().zip(out.chunks_exact_mut(size)) {
-        let at = (*page as usize * rig.o.kv_heads + pair.kv_head) * tile;
-        rig.b.download(&t.slice(at, tile), out)?;
+        let at = (*page as usize * kv_heads + kv_head) * tile;
+        b.download(&t.slice(at, tile), out)?;
     }
     Ok(out)
 }
 
 /// A host tensor of `bytes`.
-pub(super) fn upload(host: &CpuBackend, dtype: DType, bytes: &[u8]) -> Result<Tensor> {
+pub(in crate::bench) fn upload(host: &CpuBackend, dtype: DType, bytes: &[u8]) -> Result<Tensor> {
     let t = host.alloc(dtype, bytes.len() / dtype.bytes(), "reference check")?;
     host.upload(&t, bytes)?;
     Ok(t)
 }
 
 /// Elements `at .. at + n` of a float tensor; only their neighbourhood is downloaded.
-pub(super) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<f64>> {
+pub(in crate::bench) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<f64>> {
     // Views start on 256 bytes; copies on some devices need that too.
     let before = at % 256;
     let from = at - before;
@@ -207,6 +218,6 @@ pub(super) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<V
 }
 
 /// Elements of a u32 tensor, as [`part`].
-pub(super) fn part_words(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<u32>> {
+pub(in crate::bench) fn part_words(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<u32>> {
     Ok(part(b, t, at, n)?.into_iter().map(|v| v as u32).collect())
 }

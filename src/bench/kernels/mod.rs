@@ -2,7 +2,7 @@
 //! same run. Every result is checked against the f64 reference.
 
 mod attend;
-mod check;
+pub(super) mod check;
 mod inputs;
 mod run;
 mod score;

@@ -10,8 +10,8 @@ use crate::bench::{Environment, Result, Summary, bad};
 
 /// Shortest sample in milliseconds: many launches of a short op, so that timer steps do not matter.
 const SAMPLE_MS: f64 = 2.0;
-const MAX_LAUNCHES: usize = 64;
-/// Warm-up in milliseconds (at least two launches): kernels compile, clocks rise.
+const MAX_LAUNCHES: usize = 256;
+/// Warm-up in milliseconds (at least three samples): kernels compile, a graph is made, clocks rise.
 const WARM_UP_MS: f64 = 30.0;
 /// Share of the free memory that inputs may take.
 const MEMORY_SHARE: f64 = 0.6;
@@ -188,25 +188,28 @@ impl Rig<'_> {
         })
     }
 
-    /// Milliseconds of a launch, and launches per sample.
+    /// Milliseconds of a launch, and launches per sample. The launches of a sample are the same every time, so that
+    /// a backend that replays decode steps ([`Backend::replayable`]) replays them here too.
     fn time(&self, case: &dyn Case) -> crate::backend::Result<(Summary, usize)> {
-        let mut next = 0;
-        let mut launch = |n: usize| {
-            self.b.time(&mut || {
-                for _ in 0..n {
-                    case.launch(self, next % case.sets())?;
-                    next += 1;
-                }
-                Ok(())
-            })
+        let launch = |n: usize| {
+            let mut outcome = Ok(());
+            let ms = self.b.time(&mut || {
+                self.b.replayable(&mut || {
+                    outcome = (0..n).try_for_each(|i| case.launch(self, i % case.sets()));
+                    outcome.is_ok()
+                })
+            })?;
+            outcome.map(|()| ms)
         };
+        // Enough to read all input sets before one comes again, and long enough for the timer.
+        let once = launch(1)?.min(launch(1)?);
+        let long = (SAMPLE_MS / once.max(1e-6)).ceil() as usize;
+        let launches = long.max(case.sets()).clamp(1, MAX_LAUNCHES);
         let (mut warm, mut n) = (0.0, 0);
-        while n < 2 || (warm < WARM_UP_MS && n < MAX_LAUNCHES) {
-            warm += launch(1)?;
+        while n < 3 || (warm < WARM_UP_MS && n < MAX_LAUNCHES) {
+            warm += launch(launches)?;
             n += 1;
         }
-        let once = launch(1)?;
-        let launches = ((SAMPLE_MS / once.max(1e-6)).ceil() as usize).clamp(1, MAX_LAUNCHES);
         let sample = |_| Ok(launch(launches)? / launches as f64);
         let samples = (0..self.o.repeats).map(sample).collect::<crate::backend::Result<_>>()?;
         Ok((Summary::of(samples), launches))
