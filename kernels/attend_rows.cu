@@ -163,10 +163,11 @@ MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #if WGMMA
-#define HOPPER(T, D)                                                                                \
-    extern "C" __global__ void __launch_bounds__(384, 1)                                            \
-        attend_tile_wgmma_##T##_d##D(const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) { \
-        attend_wgmma<T, D, ListTiles>(a, all);                                                      \
+#define HOPPER(T, D)                                                                            \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_tile_wgmma_##T##_d##D(          \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {              \
+        depend();                                                                               \
+        attend_wgmma<T, D, ListTiles>(a, all);                                                  \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)

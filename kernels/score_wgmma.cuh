@@ -48,6 +48,7 @@ template <int S> struct ScoreControl {
 template <int D> struct ScoreShape {
     static const u32 stages = 4, tile = 128 * D * 2;  // bytes
     static const u32 ring = 2 * tile, control = ring + stages * tile;
+    static const u32 room = 4608;  // for what lies behind the ring
 };
 
 template <class T, int D>
@@ -241,6 +242,7 @@ template <class T, int D> DEVICE void score_wgmma(const ScoreTilesArgs& a, const
     typedef ScoreShape<D> Shape;
     extern __shared__ uint4 shared4[];
     u32 start = shared_address(shared4), base = (start + 1023) & ~1023u;
+    static_assert(sizeof(ScoreControl<4>) <= Shape::room, "shared memory behind the ring");
     ScoreControl<4>& c = *(ScoreControl<4>*)((char*)shared4 + (base - start) + Shape::control);
     if (threadIdx.x == 0) {
         barrier_init(bar(c.q_full), 256);

@@ -24,6 +24,7 @@ template <int D> struct WgmmaShape {
     static const u32 stages = D > 64 ? 2 : 4;
     static const u32 tile = 128 * D * 2;  // bytes; Q's too
     static const u32 ring = tile, control = tile * (1 + 2 * stages);
+    static const u32 room = 512 + stages * 1024;  // for what lies behind the ring
 };
 
 // What a launch covers: tiles of vectors, parts (heads that share keys), sequences times splits; `near` parts go together.
@@ -316,6 +317,7 @@ template <class T, int D, class Source> DEVICE void attend_wgmma(const AttendArg
     const u32 S = Shape::stages;
     extern __shared__ uint4 shared4[];
     u32 start = shared_address(shared4), base = (start + 1023) & ~1023u;
+    static_assert(sizeof(Control<S>) <= Shape::room, "shared memory behind the ring");
     Control<S>& c = *(Control<S>*)((char*)shared4 + (base - start) + Shape::control);
     if (threadIdx.x == 0) {
         const u32 copies = 128, warps = 8;

@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     fn limits(cluster: usize) -> Limits {
-        Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster }
+        Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster, wgmma: true }
     }
 
     #[test]
