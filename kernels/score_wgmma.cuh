@@ -34,7 +34,8 @@ struct Block {
 
 struct ScoreItem {
     Block block[2];
-    u32 t0, t1, list, joined;  // tiles of keys, t0 = ~0: the CTA is done; both blocks are of one tile
+    u32 t0, plain, t1;  // tiles of keys, t0 = ~0: the CTA is done; all vectors see those before `plain`
+    u32 list, joined;   // both blocks are of one tile
 };
 
 template <int S> struct ScoreControl {
@@ -122,6 +123,7 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
         item.list = w / all.groups / all.ranges, item.t0 = range * all.length, item.joined = all.per == 1;
         auto cover = [&](const Seq& seq, u32 kv_len) {
             item.t1 = min(item.t0 + all.length, (kv_len + 127) / 128);
+            item.plain = min(item.t1, (min(item.block[0].first, item.block[1].first) + 1) / 128);
             if (item.t0 < item.t1) run(item, seq, kv_len);
         };
         Seq seq = a.seqs.get(tile);
@@ -198,7 +200,8 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
         if (!item.joined && key < d.kv_len)
             row[(u64)(d.tile - b.tile) * a.lists * a.stride + key] = y;
     };
-    auto step = [&](auto mask, const ScoreItem& item, const u32* last, u32 t) {
+    // COUNT (1 or 2) tiles from t on: while one product is summed up the next is in flight, but for the first and last.
+    auto step = [&](auto count, auto mask, const ScoreItem& item, const u32* last, u32 t) {
         Index<0> first;
         Index<1> second;
         named_sync(1 + group, 256);
@@ -210,30 +213,52 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
         named_arrive(2 - group, 256);
         wgmma_wait<1>();
         add(first, mask, last, t);
+        if constexpr (count.value == 2) {
+            pin(s[0]);
+            wgmma_fence();
+            start(first, n + 1);
+            wgmma_wait<1>();
+            release(c.k_empty[n % S]);
+            add(second, mask, last, t);
+            put(item, t);
+            pin(s[1]);
+            wgmma_fence();
+            start(second, n + 1);
+            wgmma_wait<1>();
+            add(first, mask, last, t + 1);
+        }
         settle(sum[0][0] + sum[0][1], base);
         wgmma_wait<0>();
-        release(c.k_empty[n % S]);
-        if (t + 1 == item.t1) release(c.q_empty);
-        add(second, mask, last, t);
+        u32 end = count.value - 1;
+        release(c.k_empty[(n + end) % S]);
+        if (t + end + 1 == item.t1) release(c.q_empty);
+        add(second, mask, last, t + end);
+        put(item, t + end);
+        n += end + 1;
     };
     if (group == 1) named_arrive(1, 256);
     for (u32 count = 0;; count++) {
         barrier_wait(bar(c.q_full), count & 1);
         const ScoreItem& item = c.items[count & 1];
         const u32* last = c.last[count & 1];
-        u32 t0 = item.t0, t1 = item.t1;
-        if (t0 == ~0u) break;
+        if (item.t0 == ~0u) break;
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < 32; j++)
                 shift[i][j] = c.shift[count & 1][i * 128 + (j >> 1) * 8 + quad * 2 + (j & 1)];
-        for (u32 t = t0; t < t1; t++, n++) {
+        for (u32 t = item.t0; t < item.t1;) {
             barrier_wait(bar(c.k_full[n % S]), n / S & 1);
-            fence_proxy();
-            if (t * 128 + 127 > min(item.block[0].first, item.block[1].first)) step(Index<1>(), item, last, t);
-            else step(Index<0>(), item, last, t);
-            put(item, t);
+            if (t + 2 <= item.plain) {
+                barrier_wait(bar(c.k_full[(n + 1) % S]), (n + 1) / S & 1);
+                fence_proxy();
+                step(Index<2>(), Index<0>(), item, last, t);
+                t += 2;
+            } else {
+                fence_proxy();
+                step(Index<1>(), Index<1>(), item, last, t);
+                t += 1;
+            }
         }
     }
 }
@@ -254,10 +279,10 @@ template <class T, int D> DEVICE void score_wgmma(const ScoreTilesArgs& a, const
     }
     __syncthreads();
     if (threadIdx.x < 128) {
-        registers_down<56>();
+        registers_down<40>();
         score_produce<T, D>(a, all, base, c);
     } else {
-        registers_up<224>();
+        registers_up<232>();
         score_consume<T, D>(a, base, c);
     }
 }
