@@ -156,11 +156,15 @@ MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #if WGMMA
-#define HOPPER(T, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D(       \
-        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {              \
-        depend();                                                                               \
-        attend_wgmma<T, D, RunTiles>(a, all);                                                   \
+struct Maps {
+    TensorMap of[2];
+};
+#define HOPPER(T, D)                                                                              \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D(         \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,                  \
+        const __grid_constant__ Maps maps) {                                                      \
+        depend();                                                                                 \
+        attend_wgmma<T, D, RunTiles>(a, all, maps.of);                                            \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)

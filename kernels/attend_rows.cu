@@ -167,7 +167,7 @@ MMA_ALL(bf16)
     extern "C" __global__ void __launch_bounds__(384, 1) attend_tile_wgmma_##T##_d##D(          \
         const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {              \
         depend();                                                                               \
-        attend_wgmma<T, D, ListTiles>(a, all);                                                  \
+        attend_wgmma<T, D, ListTiles>(a, all, nullptr);                                                \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)

@@ -41,6 +41,10 @@ DEVICE void barrier_wait(u32 bar, u32 phase) {
         : "memory");
 }
 DEVICE u32 bar(const u64& b) { return shared_address(&b); }
+// Arrives, and expects so many bytes of the copy engine before the phase ends.
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
 // Named barriers 1 to 15, of `threads` threads together.
 DEVICE void named_sync(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -91,6 +95,26 @@ template <int N> DEVICE void pin(u32 (&r)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
+// Rows of D elements for the copy engine (the driver's CUtensorMap): boxes of 64 rows and 64 columns, swizzled.
+struct __align__(128) TensorMap {
+    u64 words[16];
+};
+// A tile of 128 rows as two runs of 64, by all 128 threads: threads 0 to 63 know row `first` of the first run, the others
+// that of the second. Each arrives at `bar`.
+template <int D> DEVICE void copy_runs(u32 tile, const TensorMap& map, u32 first, u32 bar) {
+    if (threadIdx.x % 64) {
+        barrier_arrive(bar);
+        return;
+    }
+    barrier_expect(bar, 64 * D * 2);
+#pragma unroll
+    for (u32 panel = 0; panel < D / 64; panel++)
+        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(tile + panel * 128 * 128 + threadIdx.x * 128),
+                     "l"(&map), "r"(panel * 64), "r"(first), "r"(bar)
+                     : "memory");
+}
+
 // What `x` (never negative) depends on is worked out before what follows: a store that does not happen, which the
 // assembler must not move over a wait. Without it the wait comes first and nothing is left to overlap with.
 DEVICE void settle(float x, u32 anywhere) {
@@ -123,20 +147,6 @@ template <class T, int D> struct Copier {
         }
     }
 };
-
-// 2^x on the FMA units, for a part of the exponentials where MUFU is the bottleneck: relative error at most 2.6e-6
-// (minimax polynomial of degree 4 on [-1/2, 1/2]), never below 2^-126. x at most 127.
-DEVICE float exp2_fma(float x) {
-    const float whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer in its low bits
-    x = fmaxf(x, -126.0f);
-    float n = x + whole, f = x - (n - whole);
-    float y = 0.009570101908f;
-    y = fmaf(y, f, 0.0559178604f);
-    y = fmaf(y, f, 0.2402474483f);
-    y = fmaf(y, f, 0.6931218147f);
-    y = fmaf(y, f, 0.9999992614f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(n) << 23));
-}
 
 // Descriptor of a swizzled tile at byte address `at`. Rows along M or N (K-major): groups of 8 rows lie 1024 bytes
 // apart, `panel` is not used. Rows along K (the transposed operand): `panel` bytes between panels of 64 columns.

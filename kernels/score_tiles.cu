@@ -154,11 +154,12 @@ MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #if WGMMA
-#define HOPPER(T, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(384, 1) score_tiles_wgmma_##T##_d##D(          \
-        const __grid_constant__ ScoreTilesArgs a, const __grid_constant__ Jobs all) {           \
-        depend();                                                                               \
-        score_wgmma<T, D>(a, all);                                                              \
+#define HOPPER(T, D)                                                                              \
+    extern "C" __global__ void __launch_bounds__(384, 1) score_tiles_wgmma_##T##_d##D(            \
+        const __grid_constant__ ScoreTilesArgs a, const __grid_constant__ Jobs all,               \
+        const __grid_constant__ TensorMap keys) {                                                 \
+        depend();                                                                                 \
+        score_wgmma<T, D>(a, all, keys);                                                          \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)

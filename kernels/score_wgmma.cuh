@@ -23,6 +23,7 @@ struct ScoreTilesArgs {
 // their length in tiles of 128.
 struct Jobs {
     u32 tiles, per, groups, ranges, length;
+    u32 mapped;  // K lies in one piece, and `keys` of the kernel describes it
 };
 
 #if WGMMA
@@ -53,7 +54,8 @@ template <int D> struct ScoreShape {
 };
 
 template <class T, int D>
-DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, ScoreControl<4>& c) {
+DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, const TensorMap& keys, u32 base,
+                          ScoreControl<4>& c) {
     typedef ScoreShape<D> Shape;
     const u32 S = Shape::stages;
     Copier<T, D> copier;
@@ -92,8 +94,13 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
         for (u32 t = item.t0; t < item.t1; t++, filled++) {
             u32 later = find(t + 1), slot = filled % S, there = kv_len - t * 128;
             barrier_wait(bar(c.k_empty[slot]), (filled / S & 1) ^ 1);
-            const T* from = keys_at + (u64)row * D + copier.first % PAGE * stride;
-            u32 to = base + Shape::ring + slot * Shape::tile;
+            u32 to = base + Shape::ring + slot * Shape::tile, now = row;
+            row = later;
+            if (there >= 128 && all.mapped) {
+                copy_runs<D>(to, keys, now, bar(c.k_full[slot]));
+                continue;
+            }
+            const T* from = keys_at + (u64)now * D + copier.first % PAGE * stride;
             if (there >= 128) {
                 copier.copy(to, [&](u32) {
                     const T* x = from;
@@ -106,7 +113,6 @@ DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, u32 base, Sc
                 });
             }
             barrier_arrive_copies(bar(c.k_full[slot]));
-            row = later;
         }
     };
     auto block = [&](const Seq& seq, u32 tile, u32 v0) {
@@ -153,8 +159,7 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
     u32 group = threadIdx.x / 128 - 1, lane = threadIdx.x & 31, quad = lane & 3;
     u32 mine = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);  // first key of the thread in a tile
     float scale2 = a.scale * LOG2E;
-    const int every = 4;  // one exponential in so many is worked out by the FMA units
-    u32 n = 0;            // tiles so far
+    u32 n = 0;  // tiles so far
     float s[2][64], shift[2][32], sum[2][2];
     auto release = [&](const u64& b) {
         if (lane == 0) barrier_arrive(bar(b));
@@ -177,12 +182,8 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
         }
         float part[2][2] = {};
 #pragma unroll
-        for (int j = 0; j < 64; j++) {
-            float y = fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]);
-            // Masked tiles are few, and their zeros are to be zeros.
-            bool fma = !mask.value && j % every == every - 1;
-            part[j >> 1 & 1][j & 1] += fma ? exp2_fma(y) : exp2_fast(y);
-        }
+        for (int j = 0; j < 64; j++)
+            part[j >> 1 & 1][j & 1] += exp2_fast(fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]));
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float y = part[h][0] + part[h][1];
@@ -263,7 +264,8 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, u32
     }
 }
 
-template <class T, int D> DEVICE void score_wgmma(const ScoreTilesArgs& a, const Jobs& all) {
+template <class T, int D>
+DEVICE void score_wgmma(const ScoreTilesArgs& a, const Jobs& all, const TensorMap& keys) {
     typedef ScoreShape<D> Shape;
     extern __shared__ uint4 shared4[];
     u32 start = shared_address(shared4), base = (start + 1023) & ~1023u;
@@ -276,11 +278,12 @@ template <class T, int D> DEVICE void score_wgmma(const ScoreTilesArgs& a, const
             barrier_init(bar(c.k_full[i]), 128);
             barrier_init(bar(c.k_empty[i]), 8);
         }
+        fence_proxy();  // the copy engine arrives too
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_down<40>();
-        score_produce<T, D>(a, all, base, c);
+        score_produce<T, D>(a, all, keys, base, c);
     } else {
         registers_up<232>();
         score_consume<T, D>(a, base, c);

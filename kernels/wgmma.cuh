@@ -6,7 +6,8 @@
 // and 2 compute, 64 vectors each: S = Q K^T of the next tile and O += P V of this one run on the tensor cores while the
 // softmax of the next tile is worked out, P staying in registers; named barriers give the tensor cores to the two in
 // turn, so that one's softmax falls into the other's products.
-// Copies are cp.async of 16 bytes, swizzled by hand: one way for pages, K in two pieces and listed keys.
+// A run of keys is copied by the copy engine, whole pages at a time; listed keys, K in two pieces and the last keys of a
+// sequence by cp.async of 16 bytes, swizzled by hand.
 // The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
 // are even, and CTAs that run together read the same keys.
 //
@@ -30,6 +31,7 @@ template <int D> struct WgmmaShape {
 // What a launch covers: tiles of vectors, parts (heads that share keys), sequences times splits; `near` parts go together.
 struct Items {
     u32 tiles, parts, planes, near;
+    u32 mapped;  // K lies in one piece, and the kernel's maps describe K and V
 };
 
 struct Item {
@@ -53,7 +55,8 @@ template <int S> struct Control {
 };
 
 template <class T, int D, class Source>
-DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<WgmmaShape<D>::stages>& c) {
+DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps, u32 base,
+                    Control<WgmmaShape<D>::stages>& c) {
     typedef WgmmaShape<D> Shape;
     typedef typename Source::At At;
     const u32 S = Shape::stages;
@@ -68,8 +71,14 @@ DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<Wgm
     u32 published = 0, filled = 0;  // items, tiles
     u32 row = all.tiles * all.planes;
 
-    // Rows of a run of keys lie `stride` elements apart.
-    auto fill = [&](u32 tile, const At& at, const T* any, auto row_at, u32 stride) {
+    // Rows of a run of keys lie `stride` elements apart. Arrives at `bar`.
+    auto fill = [&](u32 tile, u32 bar, const At& at, const TensorMap* map, const T* any, auto row_at, u32 stride) {
+        if constexpr (!Source::listed) {
+            if (at.full() && all.mapped) {
+                copy_runs<D>(tile, *map, at.row0, bar);
+                return;
+            }
+        }
         if (!at.full()) {
             copier.copy_some(tile, any, [&](u32 i) {
                 u32 row = at.row(copier.first + i * copier.step);
@@ -85,13 +94,13 @@ DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<Wgm
                 return from;
             });
         }
+        barrier_arrive_copies(bar);
     };
     auto fill_k = [&](const At& at, u32 n) {
         u32 slot = n % S;
         barrier_wait(bar(c.k_empty[slot]), (n / S & 1) ^ 1);
         if constexpr (Source::listed) c.tokens[n % (2 * S)][threadIdx.x] = at.token;
-        fill(base + Shape::ring + slot * Shape::tile, at, keys_at, k_row, D - narrow * 8);
-        barrier_arrive_copies(bar(c.k_full[slot]));
+        fill(base + Shape::ring + slot * Shape::tile, bar(c.k_full[slot]), at, maps, keys_at, k_row, D - narrow * 8);
         if constexpr (Source::listed) {
             __syncwarp();
             if ((threadIdx.x & 31) == 0) barrier_arrive(bar(c.k_full[slot]));
@@ -100,8 +109,7 @@ DEVICE void produce(const AttendArgs& a, const Items& all, u32 base, Control<Wgm
     auto fill_v = [&](const At& at, u32 n) {
         u32 slot = n % S;
         barrier_wait(bar(c.v_empty[slot]), (n / S & 1) ^ 1);
-        fill(base + Shape::ring + (S + slot) * Shape::tile, at, values_at, v_row, D);
-        barrier_arrive_copies(bar(c.v_full[slot]));
+        fill(base + Shape::ring + (S + slot) * Shape::tile, bar(c.v_full[slot]), at, maps + 1, values_at, v_row, D);
     };
     auto publish = [&](const Item& item) {
         barrier_wait(bar(c.q_empty), (published & 1) ^ 1);
@@ -312,7 +320,9 @@ template <class T, int D, class Source> DEVICE void consume(const AttendArgs& a,
     }
 }
 
-template <class T, int D, class Source> DEVICE void attend_wgmma(const AttendArgs& a, const Items& all) {
+// `maps`: K and V, for a run of keys.
+template <class T, int D, class Source>
+DEVICE void attend_wgmma(const AttendArgs& a, const Items& all, const TensorMap* maps) {
     typedef WgmmaShape<D> Shape;
     const u32 S = Shape::stages;
     extern __shared__ uint4 shared4[];
@@ -329,11 +339,12 @@ template <class T, int D, class Source> DEVICE void attend_wgmma(const AttendArg
             barrier_init(bar(c.k_empty[i]), warps);
             barrier_init(bar(c.v_empty[i]), warps);
         }
+        fence_proxy();  // the copy engine arrives too
     }
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_down<56>();
-        produce<T, D, Source>(a, all, base, c);
+        produce<T, D, Source>(a, all, maps, base, c);
     } else {
         registers_up<224>();
         consume<T, D, Source>(a, base, c);
