@@ -2,8 +2,8 @@
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
 // Plan. Decode (one row a sequence, 16-bit): decode.cuh, a CTA = (part of a split, KV head, sequence).
-// Prefill (16-bit): prefill.cuh, tiles above the diagonal or before the window skipped. Else: generic.cuh on 16
-// vectors at a time.
+// Prefill (16-bit): wgmma.cuh on Hopper, else prefill.cuh, tiles above the diagonal or before the window skipped. Else:
+// generic.cuh on 16 vectors at a time.
 // Bytes: decode 2 * kv_len * head_dim * kv per KV head; prefill is bound by arithmetic.
 #include "decode.cuh"
 #include "generic.cuh"
@@ -104,9 +104,11 @@ struct RunTiles {
         return {ok ? pool_row(token & ~(PAGE - 1)) : 0, ok ? seq.kv_len - first : 0};
     }
     DEVICE u32 pool_row(u32 token) const { return a.pool.row(seq, kvh, token); }
-    static DEVICE bool masked(const Item& item, u32 tile, const u32*) {
-        return tile * 128 < item.all_low || (tile + 1) * 128 > item.all_high;
-    }
+    struct Plain {
+        u32 low, high;
+        DEVICE Plain(const Item& item) : low(item.all_low), high(item.all_high) {}
+        DEVICE bool sees(u32 tile, const u32*) const { return tile * 128 >= low && (tile + 1) * 128 <= high; }
+    };
     // What a row at position p sees.
     struct Sees {
         u32 low, count;

@@ -2,7 +2,8 @@
 //
 // Plan. Decode (one row a sequence, 16-bit): one CTA = (part of a split, query heads that share a list, sequence); the
 // part's range of the list is gathered row by row, each K row as two pieces (leading dimensions, rest), by decode.cuh.
-// A tile of rows (16-bit): prefill.cuh, tiles of 64 list entries; where they lie is looked up two tiles ahead.
+// A tile of rows (16-bit): wgmma.cuh on Hopper, else prefill.cuh, tiles of 64 list entries; where they lie is looked up
+// two tiles ahead.
 // Else: generic.cuh on 16 vectors at a time.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
 #include "decode.cuh"
@@ -127,8 +128,12 @@ struct ListTiles {
         bool ok = token < seq.kv_len;
         return {ok ? a.pool.row(seq, kvh, token) : ~0u, ok ? token : ~0u};
     }
-    // Lists are ascending: the last token decides; `low` is the first position.
-    static DEVICE bool masked(const Item& item, u32, const u32* tokens) { return tokens[127] > item.low; }
+    // Lists are ascending: the last token decides.
+    struct Plain {
+        u32 first;  // position
+        DEVICE Plain(const Item& item) : first(item.low) {}
+        DEVICE bool sees(u32, const u32* tokens) const { return tokens[127] <= first; }
+    };
     struct Sees {
         u32 p;
         DEVICE Sees(const AttendArgs&, const Item&, u32 position) : p(position) {}

@@ -122,7 +122,8 @@ DEVICE void settle(float x, u32 anywhere) {
                  : "memory");
 }
 
-// Copies rows of D elements into a tile of 128, by a warpgroup: a thread has chunk `column` of every `step`-th row of its warp's 32.
+// Copies rows of D elements into a tile of 128, by a warpgroup: a thread has chunk `column` of every `step`-th row of
+// its warp's 32.
 template <class T, int D> struct Copier {
     static const u32 chunks = D / 8, step = 32 / chunks;
     u32 first, column, to, swizzle;  // first row; place of its chunk
@@ -148,13 +149,15 @@ template <class T, int D> struct Copier {
     }
 };
 
-// Descriptor of a swizzled tile at byte address `at`. Rows along M or N (K-major): groups of 8 rows lie 1024 bytes
-// apart, `panel` is not used. Rows along K (the transposed operand): `panel` bytes between panels of 64 columns.
-DEVICE u64 wgmma_tile(u32 at, u32 panel) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)(panel >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-// The same tile `bytes` further on.
-DEVICE u64 wgmma_at(u64 tile, u32 bytes) { return tile + (bytes >> 4); }
+// Descriptor of a swizzled tile at byte address `at`, its low word. Rows along M or N (K-major): groups of 8 rows lie
+// 1024 bytes apart. Rows along K (the transposed operand): the same, and a panel of 128 rows between 64 columns and the
+// next. `wgmma_at`: the tile `bytes` further on.
+DEVICE u32 wgmma_tile(u32 at) { return (at >> 4 & 0x3fff) | (128 * 128 >> 4) << 16; }
+DEVICE u32 wgmma_at(u32 tile, u32 bytes) { return tile + (bytes >> 4); }
+#define WGMMA_HIGH "0x40000040"  // 128-byte swizzle; 1024 bytes
+
+// Number of the thread's warpgroup, which the compiler knows to be the same in a warp.
+DEVICE u32 warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
 #define REG4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define REG16(d, i) REG4(d, i), REG4(d, i + 4), REG4(d, i + 8), REG4(d, i + 12)
@@ -177,18 +180,20 @@ DEVICE u64 wgmma_at(u64 tile, u32 bytes) { return tile + (bytes >> 4); }
 template <int N, class T> struct Wgmma;
 #define WGMMA_OF(N, T, TYPE, REGS, NAMES, A, B, C, D, E)                                                        \
     template <> struct Wgmma<N, T> {                                                                            \
-        static DEVICE void ss(float (&d)[N / 2], u64 a, u64 b, int add) {                                       \
-            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" C ", 0;\n"                                        \
+        static DEVICE void ss(float (&d)[N / 2], u32 a, u32 b, int add) {                                       \
+            asm volatile("{\n.reg .pred p;\n.reg .b64 x, y;\nsetp.ne.b32 p, %" C ", 0;\n"                        \
+                         "mov.b64 x, {%" A ", " WGMMA_HIGH "};\nmov.b64 y, {%" B ", " WGMMA_HIGH "};\n"         \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
-                         ", %" A ", %" B ", p, 1, 1, 0, 0;\n}"                                                  \
+                         ", x, y, p, 1, 1, 0, 0;\n}"                                                            \
                          : REGS(d)                                                                              \
-                         : "l"(a), "l"(b), "r"(add));                                                           \
+                         : "r"(a), "r"(b), "r"(add));                                                           \
         }                                                                                                       \
-        static DEVICE void rs(float (&d)[N / 2], const u32* a, u64 b) {                                         \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
-                         ", {%" A ", %" B ", %" C ", %" D "}, %" E ", 1, 1, 1, 1;"                              \
+        static DEVICE void rs(float (&d)[N / 2], const u32* a, u32 b) {                                         \
+            asm volatile("{\n.reg .b64 y;\nmov.b64 y, {%" E ", " WGMMA_HIGH "};\n"                               \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
+                         ", {%" A ", %" B ", %" C ", %" D "}, y, 1, 1, 1, 1;\n}"                                 \
                          : REGS(d)                                                                              \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                 \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                 \
         }                                                                                                       \
     };
 WGMMA_OF(64, f16, "f16", REG32, NAMES32, "32", "33", "34", "35", "36")
@@ -198,7 +203,7 @@ WGMMA_OF(128, bf16, "bf16", REG64, NAMES64, "64", "65", "66", "67", "68")
 
 // d = A B^T, not waited for: A[64 x D] and B[128 x D] are tiles of `a_rows` and 128 rows at byte addresses `a`, `b`.
 template <class T, int D> DEVICE void wgmma_logits(float (&d)[64], u32 a, u32 a_rows, u32 b) {
-    u64 left = wgmma_tile(a, 0), right = wgmma_tile(b, 0);
+    u32 left = wgmma_tile(a), right = wgmma_tile(b);
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
         Wgmma<128, T>::ss(d, wgmma_at(left, k / 4 * a_rows * 128 + k % 4 * 32),

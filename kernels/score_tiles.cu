@@ -1,9 +1,9 @@
 // score_tiles: probabilities of the keys summed over the rows of a tile and the heads that share a list:
 //   scores[list, j] = sum_{i, h} exp(scale * q_{i,h} . K[j] - lse_{i,h}) over rows i that see key j.
 //
-// Plan. 16-bit: a CTA = (64 keys, list, tile); the keys lie in shared memory, the tile's query vectors (row, head) pass
-// by 64 at a time, 16 a warp; each thread adds up its keys' columns in registers, and warps are joined at the end in
-// warp order. Else: CUDA cores, a thread a key, 16 vectors at a time in shared memory.
+// Plan. 16-bit: score_wgmma.cuh on Hopper, else a CTA = (64 keys, list, tile); the keys lie in shared memory, the tile's
+// query vectors (row, head) pass by 64 at a time, 16 a warp; each thread adds up its keys' columns in registers, and
+// warps are joined at the end in warp order. Else: CUDA cores, a thread a key, 16 vectors at a time in shared memory.
 // Bytes: kv_len * head_dim * kv per KV head and tile, the scores once; bound by arithmetic from tiles of 64 vectors on.
 #include "flash.cuh"
 #include "score_wgmma.cuh"

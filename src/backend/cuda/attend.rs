@@ -155,7 +155,9 @@ impl CudaBackend {
             && let Some((items, shape)) = hopper::attend(OP, &self.limits, kind, of, p.seqs.max_kv)?
         {
             let entry = format!("attend_prefill_wgmma_{kv}_d{d}");
-            return self.launch(OP, &entry, shape, Args::new().with(args).with(items));
+            let (items, maps) = items.mapped(&p.cache, &args.pool);
+            let args = Args::new().with(args).with(items).with(maps);
+            return self.launch(OP, &entry, shape, args);
         }
         let mma = act == kv && kv != DType::F32 && MMA_DIMS.contains(&d);
         let (entry, shape) = if mma && p.seqs.max_q <= 1 {

@@ -1,11 +1,13 @@
 //! When the kernels for Hopper's own matrix instructions (`wgmma.cuh`, `score_wgmma.cuh`) read a prompt, and how they
 //! are launched.
 
-use super::args::word;
+use super::args::{PoolArg, word};
 use super::driver::Limits;
 use super::launch::Shape;
-use crate::backend::{DType, Result};
+use crate::backend::{DType, KvPool, PAGE, Result};
 use bytemuck::{Pod, Zeroable};
+use cudarc::driver::sys;
+use std::panic::catch_unwind;
 
 /// Head sizes with such kernels.
 const DIMS: [usize; 2] = [64, 128];
@@ -28,6 +30,7 @@ pub(super) struct Items {
     parts: u32,
     planes: u32,
     near: u32,
+    mapped: u32,
 }
 
 /// `Jobs` of `score_wgmma.cuh`.
@@ -39,6 +42,75 @@ pub(super) struct Jobs {
     groups: u32,
     ranges: u32,
     length: u32,
+    mapped: u32,
+}
+
+/// `TensorMap` of `hopper.cuh`: rows of a pool, for the copy engine.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct TensorMap {
+    words: [u64; 16],
+}
+
+impl Items {
+    /// With K and V for the copy engine, where that can read this pool.
+    pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Items, [TensorMap; 2]) {
+        match map(cache, pool.k).zip(map(cache, pool.v)) {
+            Some((k, v)) => (Items { mapped: 1, ..self }, [k, v]),
+            None => (self, Zeroable::zeroed()),
+        }
+    }
+}
+
+impl Jobs {
+    /// With K for the copy engine, where that can read this pool.
+    pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Jobs, TensorMap) {
+        match map(cache, pool.k) {
+            Some(k) => (Jobs { mapped: 1, ..self }, k),
+            None => (self, TensorMap::zeroed()),
+        }
+    }
+}
+
+/// The rows of a pool at device address `at` in boxes of a page's rows and 64 dimensions. None: the kernels copy by
+/// themselves, as they do where K lies in two pieces.
+fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
+    use sys::CUtensorMapDataType::{
+        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,
+    };
+    const PANEL: u32 = 64;
+    if cache.lead != cache.head_dim {
+        return None;
+    }
+    let rows = cache.n_pages.checked_mul(cache.kv_heads)?.checked_mul(PAGE)?;
+    let size = [cache.head_dim as u64, rows as u64];
+    let stride = [cache.head_dim as u64 * 2];
+    let (cut, step) = ([PANEL, PAGE as u32], [1u32; 2]);
+    let dtype = if cache.k.dtype() == DType::BF16 { BF16 } else { F16 };
+    let mut made = sys::CUtensorMap { opaque: [0; 16] };
+    // Without the function in the driver cudarc panics; the kernels then copy by themselves.
+    let done = catch_unwind(move || {
+        // SAFETY: all arrays outlive the call and hold as many numbers as a map of rank 2 takes; the pool's memory is
+        // only described here.
+        let said = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut made,
+                dtype,
+                2,
+                at as *mut std::ffi::c_void,
+                size.as_ptr(),
+                stride.as_ptr(),
+                cut.as_ptr(),
+                step.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        said.result().ok().map(|()| TensorMap { words: made.opaque })
+    });
+    done.ok().flatten()
 }
 
 /// Whether there is a kernel for these activations, this cache and so many vectors of a sequence.
@@ -68,6 +140,7 @@ pub(super) fn attend(
         parts: word(op, "heads", parts)?,
         planes: word(op, "sequences and splits", planes)?,
         near: word(op, "heads", near)?,
+        mapped: 0,
     };
     let all = tiles.saturating_mul(parts).saturating_mul(planes);
     word(op, "tiles of rows and heads", all)?;
@@ -101,6 +174,7 @@ pub(super) fn score(
         groups: word(op, "tiles", groups)?,
         ranges: word(op, "ranges of keys", ranges)?,
         length: word(op, "keys", length)?,
+        mapped: 0,
     };
     let all = groups.saturating_mul(lists).saturating_mul(ranges);
     word(op, "tiles and lists", all)?;

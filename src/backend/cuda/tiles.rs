@@ -55,7 +55,8 @@ impl CudaBackend {
                 hopper::score(OP, &self.limits, (act, kv, d, p.scale), of, p.seqs.max_kv)?
         {
             let entry = format!("score_tiles_wgmma_{kv}_d{d}");
-            return self.launch(OP, &entry, shape, Args::new().with(args).with(jobs));
+            let (jobs, keys) = jobs.mapped(&p.cache, &args.pool);
+            return self.launch(OP, &entry, shape, Args::new().with(args).with(jobs).with(keys));
         }
         let (keys, entry, shared) = if act == kv && kv != DType::F32 && MMA_DIMS.contains(&d) {
             // 64 vectors and as many keys, in padded rows.
