@@ -2,12 +2,13 @@
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
 // Plan. Decode (one row a sequence, 16-bit): decode.cuh.
-// Prefill (16-bit): prefill.cuh, tiles above the diagonal or before the window skipped. Else: generic.cuh on 16
-// vectors at a time.
+// Prefill (16-bit): wgmma.cuh on Hopper, else prefill.cuh, tiles above the diagonal or before the window skipped. Else:
+// generic.cuh on 16 vectors at a time.
 // Bytes: decode 2 * kv_len * head_dim * kv per KV head; prefill is bound by arithmetic.
 #include "decode.cuh"
 #include "generic.cuh"
 #include "prefill.cuh"
+#include "wgmma.cuh"
 
 struct Contiguous {
     static const bool in_order = true;
@@ -70,8 +71,8 @@ template <class T, int D> DEVICE void dense_prefill(const AttendArgs& a) {
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits, kvh = blockIdx.y;
     Seq seq = a.seqs.get(s);
     u32 g = a.heads / a.pool.kv_heads;
-    Tile vec = tile_of(seq, g, kvh * g);
-    if (vec.v0 >= vec.vectors) return;
+    Tile vec;
+    if (!tile_of(vec, seq, g, kvh * g)) return;
     // Split ranges are the same for all tiles of the sequence; the tile takes its part of one.
     Range all = split_range(window_low(vec.offset, a.window), seq.kv_len, split, a.splits);
     u32 low = max(window_low(vec.first(), a.window), all.begin), high = min(vec.last() + 1, all.end);
@@ -80,6 +81,60 @@ template <class T, int D> DEVICE void dense_prefill(const AttendArgs& a) {
                                        min(vec.first() + 1, all.end)};
     prefill<T, D>(a, seq, kvh, vec, split, keys);
 }
+
+#if WGMMA
+// The same keys for wgmma.cuh.
+struct RunTiles {
+    static const bool listed = false;
+    struct At {
+        u32 row0, there;
+        DEVICE bool full() const { return there >= 128; }
+        DEVICE u32 row(u32 r) const { return r < there ? row0 + r % PAGE : ~0u; }
+    };
+    const AttendArgs& a;
+    Seq seq;
+    u32 kvh;
+    DEVICE RunTiles(const AttendArgs& args) : a(args) {}
+    DEVICE bool take(u32 tile, u32 part, u32 plane, Item& item) {
+        u32 split = plane % a.splits, g = a.heads / a.pool.kv_heads;
+        seq = a.seqs.get(plane / a.splits), kvh = part;
+        Tile vec;
+        if (!vec.of(seq, tile, 128, g, kvh * g)) return false;
+        Range all = split_range(window_low(vec.offset, a.window), seq.kv_len, split, a.splits);
+        item.place(seq, vec, split);
+        item.low = max(window_low(vec.first(), a.window), all.begin);
+        item.high = max(item.low, min(vec.last() + 1, all.end));
+        item.all_low = max(window_low(vec.last(), a.window), all.begin);
+        item.all_high = min(vec.first() + 1, all.end);
+        item.t0 = item.low / 128;
+        item.t1 = item.high > item.low ? (item.high + 127) / 128 : item.t0;
+        return true;
+    }
+    DEVICE u32 ticket(u32 tile) const { return tile; }
+    // A warp's 32 keys lie in one page.
+    DEVICE At at(u32 tile) const {
+        u32 first = tile * 128, token = first + (threadIdx.x & 96);
+        bool ok = token < seq.kv_len;
+        return {ok ? pool_row(token & ~(PAGE - 1)) : 0, ok ? seq.kv_len - first : 0};
+    }
+    DEVICE u32 pool_row(u32 token) const { return a.pool.row(seq, kvh, token); }
+    struct Plain {
+        u32 low, high;
+        DEVICE Plain(const Item& item) : low(item.all_low), high(item.all_high) {}
+        DEVICE bool sees(u32 tile, const u32*) const { return tile * 128 >= low && (tile + 1) * 128 <= high; }
+    };
+    // What a row at position p sees.
+    struct Sees {
+        u32 low, count;
+        DEVICE Sees(const AttendArgs& a, const Item& item, u32 p) {
+            low = max(window_low(p, a.window), item.low);
+            u32 high = min(p + 1, item.high);
+            count = high > low ? high - low : 0;
+        }
+        DEVICE bool operator()(u32 tile, u32 key, const u32*) const { return tile * 128 + key - low < count; }
+    };
+};
+#endif
 
 // Query vectors v0.. of the sequence's (row, head) pairs.
 struct CausalVectors {
@@ -115,6 +170,23 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
+
+#if WGMMA
+struct Maps {
+    TensorMap of[2];
+};
+#define HOPPER(T, D)                                                                              \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D(         \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,                  \
+        const __grid_constant__ Maps maps) {                                                      \
+        depend();                                                                                 \
+        attend_wgmma<T, D, RunTiles>(a, all, maps.of);                                            \
+    }
+HOPPER(f16, 64)
+HOPPER(f16, 128)
+HOPPER(bf16, 64)
+HOPPER(bf16, 128)
+#endif
 
 #define GENERIC(A, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(128, 4) attend_dense_##A##_##T(AttendArgs a) {   \

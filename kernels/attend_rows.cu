@@ -2,12 +2,14 @@
 //
 // Plan. Decode (one row a sequence, 16-bit): decode.cuh, where a pair is the query heads that share a list; keys are
 // gathered row by row, each K row as two pieces (leading dimensions, rest).
-// A tile of rows (16-bit): prefill.cuh, tiles of 64 list entries; where they lie is looked up two tiles ahead.
+// A tile of rows (16-bit): wgmma.cuh on Hopper, else prefill.cuh, tiles of 64 list entries; where they lie is looked up
+// two tiles ahead.
 // Else: generic.cuh on 16 vectors at a time.
 // Bytes: (2 * head_dim * kv + 4) per listed token and KV head.
 #include "decode.cuh"
 #include "generic.cuh"
 #include "prefill.cuh"
+#include "wgmma.cuh"
 
 struct Listed {
     static const bool in_order = false;
@@ -107,12 +109,59 @@ template <class T, int D> DEVICE void rows_prefill(const AttendArgs& a) {
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
     Seq seq = a.seqs.get(s);
     u32 per = heads_per_block(a), head0 = blockIdx.y * per, kvh = head0 / (a.heads / a.pool.kv_heads);
-    Tile vec = tile_of(seq, per, head0);
-    if (vec.v0 >= vec.vectors) return;
+    Tile vec;
+    if (!tile_of(vec, seq, per, head0)) return;
     Listed list = part_of(list_of(a, s, blockIdx.y), split, a.splits, TILE);
     Gathered<TILE> keys = {a.pool, seq, list, kvh, vec.first(), tokens, rows};
     prefill<T, D>(a, seq, kvh, vec, split, keys);
 }
+
+#if WGMMA
+// The same keys for wgmma.cuh: a thread looks up the entry of its own number and hands the row to its warp.
+struct ListTiles {
+    static const bool listed = true;
+    struct At {
+        u32 mine, token;
+        DEVICE bool full() const { return __all_sync(~0u, mine != ~0u); }
+        DEVICE u32 row(u32 r) const { return __shfl_sync(~0u, mine, r & 31); }
+    };
+    const AttendArgs& a;
+    Seq seq;
+    Listed keys;
+    u32 kvh;
+    DEVICE ListTiles(const AttendArgs& args) : a(args) {}
+    DEVICE bool take(u32 tile, u32 part, u32 plane, Item& item) {
+        u32 s = plane / a.splits, split = plane % a.splits, per = heads_per_block(a);
+        seq = a.seqs.get(s), keys = part_of(list_of(a, s, part), split, a.splits, 128);
+        kvh = part * per / (a.heads / a.pool.kv_heads);
+        Tile vec;
+        if (!vec.of(seq, tile, 128, per, part * per)) return false;
+        item.place(seq, vec, split);
+        item.low = vec.first(), item.high = item.all_low = item.all_high = 0;
+        item.t0 = keys.b / 128, item.t1 = keys.e > keys.b ? (keys.e + 127) / 128 : item.t0;
+        return true;
+    }
+    DEVICE u32 ticket(u32 tile) const {
+        u32 i = tile * 128 + threadIdx.x;
+        return i < keys.e ? keys.list[i] : ~0u;
+    }
+    DEVICE At at(u32 token) const {
+        bool ok = token < seq.kv_len;
+        return {ok ? a.pool.row(seq, kvh, token) : ~0u, ok ? token : ~0u};
+    }
+    // Lists are ascending: the last token decides.
+    struct Plain {
+        u32 first;  // position
+        DEVICE Plain(const Item& item) : first(item.low) {}
+        DEVICE bool sees(u32, const u32* tokens) const { return tokens[127] <= first; }
+    };
+    struct Sees {
+        u32 p;
+        DEVICE Sees(const AttendArgs&, const Item&, u32 position) : p(position) {}
+        DEVICE bool operator()(u32, u32 key, const u32* tokens) const { return tokens[key] <= p; }
+    };
+};
+#endif
 
 template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     u32 s = blockIdx.z / a.splits, split = blockIdx.z % a.splits;
@@ -139,6 +188,19 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
+
+#if WGMMA
+#define HOPPER(T, D)                                                                            \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_tile_wgmma_##T##_d##D(          \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {              \
+        depend();                                                                               \
+        attend_wgmma<T, D, ListTiles>(a, all, nullptr);                                                \
+    }
+HOPPER(f16, 64)
+HOPPER(f16, 128)
+HOPPER(bf16, 64)
+HOPPER(bf16, 128)
+#endif
 
 #define GENERIC(A, T)                                                                          \
     extern "C" __global__ void __launch_bounds__(128) attend_rows_##A##_##T(AttendArgs a) {    \

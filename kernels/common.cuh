@@ -54,8 +54,16 @@ template <> DEVICE bf16 from_f32<bf16>(float x) {
 }
 
 // Two values in one register, `lo` in the low half (the order of mma operands and of memory).
-template <class T> DEVICE u32 pack2(float lo, float hi) {
-    return (u32)from_f32<T>(lo).bits | ((u32)from_f32<T>(hi).bits << 16);
+template <class T> DEVICE u32 pack2(float lo, float hi);
+template <> DEVICE u32 pack2<f16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
+}
+template <> DEVICE u32 pack2<bf16>(float lo, float hi) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo));
+    return y;
 }
 
 DEVICE void unpack2(u32 v, float& lo, float& hi, f16) {
@@ -167,6 +175,11 @@ template <class T> struct Out {
     DEVICE void put(u64 i, float x) const {
         if (is_f32) ((float*)p)[i] = x;
         else ((T*)p)[i] = from_f32<T>(x);
+    }
+    // Two neighbours of a 16-bit T, `i` even.
+    DEVICE void put2(u64 i, float x, float y) const {
+        if (is_f32) *(float2*)((float*)p + i) = make_float2(x, y);
+        else *(u32*)((T*)p + i) = pack2<T>(x, y);
     }
 };
 

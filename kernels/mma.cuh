@@ -5,18 +5,22 @@
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-// 16 bytes from device to shared memory, asynchronously; zeros where `ok` is false. `WITH_NEIGHBOURS`: the 128 bytes
-// around them are wanted too, and come to L2 together.
-template <bool WITH_NEIGHBOURS = false> DEVICE void copy16(void* dst, const void* src, bool ok) {
+// 16 bytes from device to shared memory (an address there), asynchronously; zeros where `ok` is false.
+// `WITH_NEIGHBOURS`: the 128 bytes around them are wanted too, and come to L2 together.
+DEVICE void copy16_to(u32 dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+template <bool WITH_NEIGHBOURS = false> DEVICE void copy16_to(u32 dst, const void* src, bool ok) {
     u32 size = ok ? 16 : 0;
     if (WITH_NEIGHBOURS)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
-                     "r"(size)
-                     : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(size) : "memory");
     else
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src), "r"(size)
-                     : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(size) : "memory");
 }
+template <bool WITH_NEIGHBOURS = false> DEVICE void copy16(void* dst, const void* src, bool ok) {
+    copy16_to<WITH_NEIGHBOURS>(shared_address(dst), src, ok);
+}
+DEVICE void copy_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 

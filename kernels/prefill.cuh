@@ -17,20 +17,26 @@ template <int D> struct PrefillShape {
     static const int tile = keys * row;
 };
 
-// The CTA's query vectors: v0 .. v0 + 63 of the (row, head) pairs of `g` heads from `head0` on.
+// `size` query vectors from v0 on of the (row, head) pairs of `g` heads from `head0` on.
 struct Tile {
-    u32 v0, vectors, g, head0, offset;
+    u32 v0, vectors, g, head0, offset, size;
+    // False where the sequence has no such tile.
+    DEVICE bool of(const Seq& seq, u32 tile, u32 of_size, u32 of_g, u32 of_head0) {
+        v0 = tile * of_size, vectors = seq.q_len * of_g, g = of_g, head0 = of_head0;
+        offset = seq.kv_len - seq.q_len, size = of_size;
+        return v0 < vectors;
+    }
     DEVICE u32 position(u32 v) const { return offset + v / g; }
     DEVICE u32 first() const { return position(v0); }
-    DEVICE u32 last() const { return position(min(v0 + 64, vectors) - 1); }
+    DEVICE u32 last() const { return position(min(v0 + size, vectors) - 1); }
     DEVICE u64 item(const Seq& seq, u32 heads, u32 v) const {
         return (u64)(seq.q_start + v / g) * heads + head0 + v % g;
     }
 };
 
-// The last tiles have the most keys: they start first.
-DEVICE Tile tile_of(const Seq& seq, u32 g, u32 head0) {
-    return {(gridDim.x - 1 - blockIdx.x) * 64, seq.q_len * g, g, head0, seq.kv_len - seq.q_len};
+// The CTA's tile. The last ones have the most keys: they start first.
+DEVICE bool tile_of(Tile& vec, const Seq& seq, u32 g, u32 head0) {
+    return vec.of(seq, gridDim.x - 1 - blockIdx.x, 64, g, head0);
 }
 
 template <class T, int D, class Keys>

@@ -1,22 +1,12 @@
 // score_tiles: probabilities of the keys summed over the rows of a tile and the heads that share a list:
 //   scores[list, j] = sum_{i, h} exp(scale * q_{i,h} . K[j] - lse_{i,h}) over rows i that see key j.
 //
-// Plan. 16-bit: a CTA = (64 keys, list, tile); the keys lie in shared memory, the tile's query vectors (row, head) pass
-// by 64 at a time, 16 a warp; each thread adds up its keys' columns in registers, and warps are joined at the end in
-// warp order. Else: CUDA cores, a thread a key, 16 vectors at a time in shared memory.
+// Plan. 16-bit: score_wgmma.cuh on Hopper, else a CTA = (64 keys, list, tile); the keys lie in shared memory, the tile's
+// query vectors (row, head) pass by 64 at a time, 16 a warp; each thread adds up its keys' columns in registers, and
+// warps are joined at the end in warp order. Else: CUDA cores, a thread a key, 16 vectors at a time in shared memory.
 // Bytes: kv_len * head_dim * kv per KV head and tile, the scores once; bound by arithmetic from tiles of 64 vectors on.
 #include "flash.cuh"
-
-struct ScoreTilesArgs {
-    const void* q;
-    const float* lse;
-    Seqs seqs;
-    Pool pool;
-    float* scores;
-    u64 stride;
-    float scale;
-    u32 heads, lists, pad;
-};
+#include "score_wgmma.cuh"
 
 #define KEYS 64u
 #define VECTORS 16u
@@ -162,6 +152,20 @@ template <class A, class T> DEVICE void tiles_generic(const ScoreTilesArgs& a) {
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
+
+#if WGMMA
+#define HOPPER(T, D)                                                                              \
+    extern "C" __global__ void __launch_bounds__(384, 1) score_tiles_wgmma_##T##_d##D(            \
+        const __grid_constant__ ScoreTilesArgs a, const __grid_constant__ Jobs all,               \
+        const __grid_constant__ TensorMap keys) {                                                 \
+        depend();                                                                                 \
+        score_wgmma<T, D>(a, all, keys);                                                          \
+    }
+HOPPER(f16, 64)
+HOPPER(f16, 128)
+HOPPER(bf16, 64)
+HOPPER(bf16, 128)
+#endif
 
 #define GENERIC(A, T)                                                                              \
     extern "C" __global__ void __launch_bounds__(128) score_tiles_##A##_##T(ScoreTilesArgs a) {    \

@@ -22,6 +22,8 @@ const PREFILL: &[(&str, &[(usize, usize)])] = &[
     ("middle", &[(70, 200)]),
     ("mixed", &[(1, 65), (33, 200), (1, 1), (64, 64)]),
 ];
+/// More keys than the ring of a prefill kernel holds, and the last tile of rows nearly empty.
+const CHUNK: &[(usize, usize)] = &[(130, 700), (70, 70)];
 const DECODE: &[(&str, &[(usize, usize)])] = &[
     ("one", &[(1, 1)]),
     ("edges", &[(1, 63), (1, 64), (1, 65)]),
@@ -57,6 +59,17 @@ pub fn cases(c: &mut Cases) {
                 c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
             }
         }
+    }
+    for (h, window, splits) in [
+        (set[0], None, 3),
+        (set[1], Some(300), 1),
+        (set[2], None, 1),
+        (set[2], Some(150), 2),
+        (set[3], None, 1),
+    ] {
+        let name = format!("{}_chunk_window{}_s{splits}", h.name(), window.unwrap_or(0));
+        let d = Dense { h, window, splits, wide: splits > 1 };
+        c.add("attend_dense", name, move |rig, t| dense(rig, t, CHUNK, d));
     }
     let h = heads(64, 2, 3, 32);
     for window in [1, 64, 100, 10_000] {

@@ -59,6 +59,22 @@ impl Batch {
         Ok(batch)
     }
 
+    /// The same rows as sequences of up to `tile` rows each, which share the page list of the one they are cut from.
+    pub fn cut(self, rig: &mut Rig, tile: usize) -> Outcome<Batch> {
+        let mut seqs = Vec::new();
+        for s in &self.seqs {
+            for at in (0..s.q_len).step_by(tile) {
+                let q_len = tile.min(s.q_len - at);
+                let kv_len = s.kv_len - s.q_len + at + q_len;
+                seqs.push(Placed { q_start: s.q_start + at, q_len, kv_len, ..s.clone() });
+            }
+        }
+        let meta = rig.zeros(DType::U32, seqs.len() * META_WORDS)?;
+        let batch = Batch { seqs, meta, max_q: tile, ..self };
+        batch.publish(rig)?;
+        Ok(batch)
+    }
+
     /// Decode: one row per sequence.
     pub fn decode(rig: &mut Rig, kv: &[usize]) -> Outcome<Batch> {
         Batch::new(rig, &kv.iter().map(|kv| (1, *kv)).collect::<Vec<_>>())

@@ -32,7 +32,7 @@ pub fn cases(c: &mut Cases) {
         for (mix, tiles) in TILES.into_iter().filter(|t| n < 2 || t.0 == "ragged") {
             for (pool, name) in [(HeadPool::MeanSoftmax, "kv"), (HeadPool::AllSoftmax, "all")] {
                 let name = format!("{}_{mix}_{name}", h.name());
-                c.add("score_tiles", name, move |rig, t| score(rig, t, tiles, h, pool));
+                c.add("score_tiles", name, move |rig, t| score(rig, t, tiles, None, h, pool));
             }
             let lists = [Lists::PerHead, Lists::Mapped(2)][n % 2];
             for (k, lists, splits) in [(300, Lists::PerKvHead, 1 + n % 3), (70, lists, 1)] {
@@ -41,6 +41,14 @@ pub fn cases(c: &mut Cases) {
                 c.add("attend_rows", name, move |rig, t| rows(rig, t, tiles, r));
             }
         }
+    }
+    // As prompts are read: tiles of one sequence, more and fewer of them than a kernel takes at a time.
+    for h in set.into_iter().take(4) {
+        let name = format!("{}_cut_kv", h.name());
+        let cut = Some(128 / h.group.max(4));
+        c.add("score_tiles", name, move |rig, t| {
+            score(rig, t, &[(80, 700), (9, 9), (64, 200)], cut, h, HeadPool::MeanSoftmax)
+        });
     }
     if c.types.w != DType::F32 {
         return;
@@ -51,10 +59,21 @@ pub fn cases(c: &mut Cases) {
     c.add("score_tiles", "bad_arguments", |rig, _| bad_arguments(rig));
 }
 
-fn score(rig: &mut Rig, t: Types, tiles: Tiles, h: Heads, pool: HeadPool) -> Outcome {
+/// `cut`: rows of a tile where the sequences are to be cut into tiles.
+fn score(
+    rig: &mut Rig,
+    t: Types,
+    tiles: Tiles,
+    cut: Option<usize>,
+    h: Heads,
+    pool: HeadPool,
+) -> Outcome {
     let Shape { kv_heads, d, .. } = h.shape;
     let heads = kv_heads * h.group;
-    let b = Batch::new(rig, tiles)?;
+    let mut b = Batch::new(rig, tiles)?;
+    if let Some(tile) = cut {
+        b = b.cut(rig, tile)?;
+    }
     let keys = Cache::values(rig, &b, h.shape, h.shape.lead, &|s| s.kv_len);
     // Values are never read.
     let cache = Cache::of(rig, &b, h.shape, t.w, &keys, &vec![f64::NAN; keys.len()])?;

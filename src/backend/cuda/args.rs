@@ -16,8 +16,8 @@ pub(super) struct SeqsArg {
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
 pub(super) struct PoolArg {
-    k: u64,
-    v: u64,
+    pub k: u64,
+    pub v: u64,
     kv_heads: u32,
     head_dim: u32,
     lead: u32,

@@ -2,6 +2,7 @@
 
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
+use super::hopper;
 use super::launch::{Args, Shape};
 use super::parts;
 use crate::backend::{
@@ -177,6 +178,16 @@ impl CudaBackend {
         };
         let hkv = p.cache.kv_heads;
         let vectors = p.seqs.max_q * (p.heads / hkv);
+        let of = [vectors, hkv, p.seqs.n * p.splits];
+        let kind = (act, kv, d, p.scale);
+        if p.seqs.max_q > 1
+            && let Some((items, shape)) = hopper::attend(OP, &self.limits, kind, of, p.seqs.max_kv)?
+        {
+            let entry = format!("attend_prefill_wgmma_{kv}_d{d}");
+            let (items, maps) = items.mapped(&p.cache, &args.pool);
+            let args = Args::new().with(args).with(items).with(maps);
+            return self.launch(OP, &entry, shape, args);
+        }
         let mma = on_tensor_cores(act, kv, d);
         if mma && p.seqs.max_q <= 1 {
             let keys = p.window.map_or(p.seqs.max_kv, |w| w.min(p.seqs.max_kv));
@@ -212,6 +223,14 @@ impl CudaBackend {
         };
         let parts = p.parts_per_seq();
         let vectors = p.seqs.max_q * (p.heads / parts);
+        let of = [vectors, parts, p.seqs.n * p.splits];
+        let kind = (act, kv, d, p.scale);
+        if p.seqs.max_q > 1
+            && let Some((items, shape)) = hopper::attend(OP, &self.limits, kind, of, p.seqs.max_kv)?
+        {
+            let entry = format!("attend_tile_wgmma_{kv}_d{d}");
+            return self.launch(OP, &entry, shape, Args::new().with(args).with(items));
+        }
         let tiles = |size: usize| [vectors.div_ceil(size), parts, p.seqs.n * p.splits];
         let mma = on_tensor_cores(act, kv, d);
         if mma && p.seqs.max_q <= 1 {

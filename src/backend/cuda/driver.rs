@@ -58,6 +58,8 @@ pub(super) struct Limits {
     pub shared: usize,
     /// Most blocks of a cluster; 1 where the embedded kernels were compiled without clusters.
     pub cluster: usize,
+    /// Hopper's own matrix instructions are there and `LONGSIGHT_CUDA_WGMMA` is not `off`.
+    pub wgmma: bool,
 }
 
 /// Capabilities and limits of device `ordinal`; opens no context.
@@ -111,6 +113,7 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
             as usize,
         // Newer architectures run the machine-independent code for 8.0, which knows no clusters.
         cluster: if cc == (9, 0) { 8 } else { 1 },
+        wgmma: cc == (9, 0) && !std::env::var("LONGSIGHT_CUDA_WGMMA").is_ok_and(|v| v == "off"),
     };
     Ok((caps, limits))
 }

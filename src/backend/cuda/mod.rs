@@ -4,7 +4,8 @@
 //! ([`nvrtc`]). Everything that varies inside a step is read from device memory by the kernels; grids are
 //! sized from the bounds in the parameter structs. Environment variables: `LONGSIGHT_CUBLAS=off` keeps
 //! cuBLASLt out, `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel ([`replay`]), `LONGSIGHT_CUDA_OVERLAP=off` places no
-//! block of a kernel before the kernel before has ended, `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
+//! block of a kernel before the kernel before has ended, `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of
+//! older GPUs ([`hopper`]), `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
 mod attend;
@@ -13,6 +14,7 @@ mod blocks;
 mod dense;
 mod driver;
 mod error;
+mod hopper;
 mod kv;
 mod launch;
 mod linear;

@@ -20,6 +20,12 @@ fn arch(cc: (i32, i32)) -> String {
     format!("sm_{}{}{own}", cc.0, cc.1)
 }
 
+/// How kernels are compiled for `arch`; lambdas with types of their own count as device code.
+fn options(arch: &str) -> [String; 3] {
+    let arch = format!("--gpu-architecture={arch}");
+    ["--std=c++17".to_string(), "-default-device".to_string(), arch]
+}
+
 /// NVRTC's version, or the sentence that says that it is not there.
 fn version(kernel: &str) -> Result<(i32, i32)> {
     let probe = catch_unwind(|| {
@@ -46,7 +52,7 @@ fn version(kernel: &str) -> Result<(i32, i32)> {
 pub(super) fn cubin(source: &Source, cc: (i32, i32)) -> Result<Vec<u8>> {
     let version = version(source.op)?;
     let arch = arch(cc);
-    let options = ["--std=c++17".to_string(), format!("--gpu-architecture={arch}")];
+    let options = options(&arch);
     let key = format!("{}\n{options:?}\n{version:?}", source.text);
     let hash: String = Sha256::digest(key).iter().map(|b| format!("{b:02x}")).collect();
     let name = format!("{}-{arch}-{}.cubin", source.op, &hash[..32]);
@@ -121,10 +127,14 @@ mod tests {
             return;
         }
         for source in SOURCES {
-            let options = ["--std=c++17".to_string(), "--gpu-architecture=sm_80".to_string()];
-            let bytes = compile(source, &options).unwrap_or_else(|e| panic!("{e}"));
+            let bytes = compile(source, &options("sm_80")).unwrap_or_else(|e| panic!("{e}"));
             assert!(bytes.starts_with(b"\x7fELF"), "{}", source.op);
         }
+        // Hopper has kernels of its own.
+        let source = SOURCES.iter().find(|s| s.op == "score_tiles").unwrap();
+        let bytes = compile(source, &options("sm_90a")).unwrap_or_else(|e| panic!("{e}"));
+        let name = b"score_tiles_wgmma_bf16_d128";
+        assert!(bytes.windows(name.len()).any(|w| w == name));
     }
 
     #[test]

@@ -41,7 +41,7 @@ mod tests {
 
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {
-        let l = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8 };
+        let l = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8, wgmma: true };
         assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, false), 264);
         assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, true), 396);
         assert_eq!(blocks(&l, 74_000, (1, 327), 64, false), 6);

@@ -3,6 +3,7 @@
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::attend::MMA_DIMS;
+use super::hopper;
 use super::launch::{Args, Shape};
 use crate::backend::{Backend, DType, PAGE, Result, ScoreTiles};
 use bytemuck::{Pod, Zeroable};
@@ -46,6 +47,17 @@ impl CudaBackend {
             lists: word(OP, "lists", p.lists())?,
             pad: 0,
         };
+        // Vectors of one KV head; a list of several heads is summed up by the other kernels.
+        let vectors = p.seqs.max_q * (p.heads / p.cache.kv_heads);
+        let of = [vectors, p.lists(), p.seqs.n];
+        if p.lists() == p.cache.kv_heads
+            && let Some((jobs, shape)) =
+                hopper::score(OP, &self.limits, (act, kv, d, p.scale), of, p.seqs.max_kv)?
+        {
+            let entry = format!("score_tiles_wgmma_{kv}_d{d}");
+            let (jobs, keys) = jobs.mapped(&p.cache, &args.pool);
+            return self.launch(OP, &entry, shape, Args::new().with(args).with(jobs).with(keys));
+        }
         let (keys, entry, shared) = if act == kv && kv != DType::F32 && MMA_DIMS.contains(&d) {
             // 64 vectors and as many keys, in padded rows.
             (PAGE, format!("score_tiles_{kv}_d{d}"), 2 * PAGE * (d + 8) * 2)

@@ -1,0 +1,293 @@
+// score_tiles on Hopper's tensor cores: S^T = K Q^T by wgmma, so that the sum over vectors stays inside a thread.
+//
+// A CTA takes jobs one after another: a list of two tiles of up to 128 vectors that share their pages (or of one tile of
+// up to 256), over a range of keys. Warpgroup 0 copies the vectors once and streams the keys, 128 at a time; 1 and 2
+// have 64 keys each. Products of 64 keys with 128 vectors alternate between two accumulators: while one is summed up
+// (MUFU has as many cycles of work as the tensor cores), the other is worked out.
+// Measured on an H100 (32K tokens, 32 heads over 8): 7.8 ms at the card's power limit. Exponentials by polynomials on
+// the FMA units, an eighth to a half of them, and turns of the two warpgroups as in wgmma.cuh gained nothing.
+#pragma once
+#include "hopper.cuh"
+#include "paged.cuh"
+
+struct ScoreTilesArgs {
+    const void* q;
+    const float* lse;
+    Seqs seqs;
+    Pool pool;
+    float* scores;
+    u64 stride;
+    float scale;
+    u32 heads, lists, pad;
+};
+
+// What a launch covers: tiles, tiles a job takes (2, or 1 of up to 256 vectors), jobs over the tiles, ranges of keys and
+// their length in tiles of 128.
+struct Jobs {
+    u32 tiles, per, groups, ranges, length;
+    u32 mapped;  // K lies in one piece, and `keys` of the kernel describes it
+};
+
+#if WGMMA
+
+// 128 vectors of one tile; not there: no `vectors` and no `kv_len`.
+struct Block {
+    u32 tile, q_start, vectors, v0, kv_len, first;  // first: position of the tile's first row
+};
+
+struct ScoreItem {
+    Block block[2];
+    u32 t0, plain, t1;  // tiles of keys, t0 = ~0: the CTA is done; all vectors see those before `plain`
+    u32 list, joined;   // both blocks are of one tile
+};
+
+template <int S> struct ScoreControl {
+    u64 q_full, q_empty, k_full[S], k_empty[S];
+    ScoreItem items[2];
+    float shift[2][256];  // log2 of the sum of exponentials; infinite where there is no vector
+    u32 last[2][256];     // last key that the vector sees
+    u32 next;
+};
+
+template <int D> struct ScoreShape {
+    static const u32 stages = 4, tile = 128 * D * 2;  // bytes
+    static const u32 ring = 2 * tile, control = ring + stages * tile;
+    static const u32 room = 4608;  // for what lies behind the ring
+};
+
+template <class T, int D>
+DEVICE void score_produce(const ScoreTilesArgs& a, const Jobs& all, const TensorMap& keys, u32 base,
+                          ScoreControl<4>& c) {
+    typedef ScoreShape<D> Shape;
+    const u32 S = Shape::stages;
+    Copier<T, D> copier;
+    u32 g = a.heads / a.pool.kv_heads, published = 0, filled = 0;
+    u32 lead = a.pool.lead, column = copier.column * 8, stride = column < lead ? lead : D - lead;
+    const T* keys_at = (const T*)a.pool.k + (column < lead ? column : PAGE * lead + column - lead);
+    // Vectors `b` of `item`, for query heads head0 ...
+    auto vectors = [&](const ScoreItem& item, u32 i) {
+        const Block& b = item.block[i];
+        u32 at = published & 1, head0 = item.list * g;
+        auto vector = [&](u32 r) { return (u64)(b.q_start + (b.v0 + r) / g) * a.heads + head0 + (b.v0 + r) % g; };
+        u32 r = threadIdx.x;
+        bool ok = b.v0 + r < b.vectors;
+        c.shift[at][i * 128 + r] = ok ? a.lse[vector(r)] * LOG2E : POS_INF;
+        c.last[at][i * 128 + r] = b.first + (b.v0 + r) / g;
+        copier.copy_some(base + i * Shape::tile, (const T*)a.q, [&](u32 j) {
+            u32 row = copier.first + j * copier.step;
+            return b.v0 + row < b.vectors ? (const T*)a.q + vector(row) * D + column : nullptr;
+        });
+    };
+    auto publish = [&](const ScoreItem& item) {
+        barrier_wait(bar(c.q_empty), (published & 1) ^ 1);
+        if (threadIdx.x == 0) c.items[published & 1] = item;
+        if (item.t0 != ~0u) vectors(item, 0), vectors(item, 1);
+        barrier_arrive_copies(bar(c.q_full));
+        barrier_arrive(bar(c.q_full));
+        published++;
+    };
+    auto run = [&](const ScoreItem& item, const Seq& seq, u32 kv_len) {
+        publish(item);
+        auto find = [&](u32 t) {
+            u32 token = t * 128 + (threadIdx.x & 96);
+            return token < kv_len ? a.pool.row(seq, item.list, token & ~(PAGE - 1)) : 0;
+        };
+        u32 row = find(item.t0);
+        for (u32 t = item.t0; t < item.t1; t++, filled++) {
+            u32 later = find(t + 1), slot = filled % S, there = kv_len - t * 128;
+            barrier_wait(bar(c.k_empty[slot]), (filled / S & 1) ^ 1);
+            u32 to = base + Shape::ring + slot * Shape::tile, now = row;
+            row = later;
+            if (there >= 128 && all.mapped) {
+                copy_runs<D>(to, keys, now, bar(c.k_full[slot]));
+                continue;
+            }
+            const T* from = keys_at + (u64)now * D + copier.first % PAGE * stride;
+            if (there >= 128) {
+                copier.copy(to, [&](u32) {
+                    const T* x = from;
+                    from += copier.step * stride;
+                    return x;
+                });
+            } else {
+                copier.copy_some(to, keys_at, [&](u32 i) {
+                    return copier.first + i * copier.step < there ? from + i * copier.step * stride : nullptr;
+                });
+            }
+            barrier_arrive_copies(bar(c.k_full[slot]));
+        }
+    };
+    auto block = [&](const Seq& seq, u32 tile, u32 v0) {
+        Block b = {tile, seq.q_start, seq.q_len * g, v0, seq.kv_len, seq.kv_len - seq.q_len};
+        return b;
+    };
+
+    Queue queue;
+    u32 w;
+    while ((w = queue.take(all.groups * all.ranges * a.lists, c.next)) != ~0u) {
+        u32 group = all.groups - 1 - w % all.groups, range = w / all.groups % all.ranges;
+        u32 tile = group * all.per;
+        ScoreItem item;
+        item.list = w / all.groups / all.ranges, item.t0 = range * all.length, item.joined = all.per == 1;
+        auto cover = [&](const Seq& seq, u32 kv_len) {
+            item.t1 = min(item.t0 + all.length, (kv_len + 127) / 128);
+            item.plain = min(item.t1, (min(item.block[0].first, item.block[1].first) + 1) / 128);
+            if (item.t0 < item.t1) run(item, seq, kv_len);
+        };
+        Seq seq = a.seqs.get(tile);
+        item.block[0] = block(seq, tile, 0), item.block[1] = block(seq, tile, 128);
+        u32 kv_len = seq.kv_len;
+        if (all.per == 2) {
+            item.block[1].vectors = item.block[1].kv_len = 0, item.block[1].first = ~0u;
+            Seq other = a.seqs.get(min(tile + 1, all.tiles - 1));
+            bool there = tile + 1 < all.tiles, shared = other.pages == seq.pages;
+            if (there && shared) item.block[1] = block(other, tile + 1, 0), kv_len = max(kv_len, other.kv_len);
+            cover(seq, kv_len);
+            if (!there || shared) continue;
+            item.block[0] = block(other, tile + 1, 0);
+            seq = other, kv_len = other.kv_len;
+        }
+        cover(seq, kv_len);
+    }
+    ScoreItem none;
+    none.t0 = ~0u;
+    publish(none);
+    copy_wait_all();
+}
+
+template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, bool mapped, u32 base, ScoreControl<4>& c) {
+    typedef ScoreShape<D> Shape;
+    const u32 S = Shape::stages;
+    u32 group = warpgroup() - 1, lane = threadIdx.x & 31, quad = lane & 3;
+    u32 mine = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);  // first key of the thread in a tile
+    float scale2 = a.scale * LOG2E;
+    u32 n = 0;  // tiles so far
+    float s[2][64], shift[2][32], sum[2][2];
+    auto release = [&](const u64& b) {
+        if (lane == 0) barrier_arrive(bar(b));
+    };
+    // Block i of the tile in the ring's place of number `count`.
+    auto start = [&](auto i, u32 count) {
+        u32 keys = base + Shape::ring + count % S * Shape::tile + group * 64 * 128;
+        wgmma_logits<T, D>(s[i.value], keys, 128, base + i.value * Shape::tile);
+        wgmma_commit();
+    };
+    auto add = [&](auto i, auto mask, const u32* last, u32 t) {
+        float (&x)[64] = s[i.value];
+        pin(x);
+        if constexpr (mask.value) {
+#pragma unroll
+            for (int j = 0; j < 64; j++) {
+                u32 v = i.value * 128 + (j >> 2) * 8 + quad * 2 + (j & 1), key = t * 128 + mine + (j & 2) * 4;
+                if (key > last[v]) x[j] = NEG_INF;
+            }
+        }
+        float part[2][2] = {};
+#pragma unroll
+        for (int j = 0; j < 64; j++)
+            part[j >> 1 & 1][j & 1] += exp2_fast(fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]));
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float y = part[h][0] + part[h][1];
+            y += __shfl_xor_sync(~0u, y, 1);
+            sum[i.value][h] = y + __shfl_xor_sync(~0u, y, 2);
+        }
+    };
+    auto put = [&](const ScoreItem& item, u32 t) {
+        if (quad >= 2) return;
+        u32 key = t * 128 + mine + 8 * quad;
+        float x = quad ? sum[0][1] : sum[0][0], y = quad ? sum[1][1] : sum[1][0];
+        const Block &b = item.block[0], &d = item.block[1];
+        float* row = a.scores + ((u64)b.tile * a.lists + item.list) * a.stride;
+        if (key < b.kv_len) row[key] = item.joined ? x + y : x;
+        if (!item.joined && key < d.kv_len)
+            row[(u64)(d.tile - b.tile) * a.lists * a.stride + key] = y;
+    };
+    // COUNT (1 or 2) tiles from t on: while one product is summed up the next is in flight, but for the first and last.
+    auto step = [&](auto count, auto mask, const ScoreItem& item, const u32* last, u32 t) {
+        Index<0> first;
+        Index<1> second;
+        pin(s[0]);
+        pin(s[1]);
+        wgmma_fence();
+        start(first, n);
+        start(second, n);
+        wgmma_wait<1>();
+        add(first, mask, last, t);
+        if constexpr (count.value == 2) {
+            pin(s[0]);
+            wgmma_fence();
+            start(first, n + 1);
+            wgmma_wait<1>();
+            release(c.k_empty[n % S]);
+            add(second, mask, last, t);
+            put(item, t);
+            pin(s[1]);
+            wgmma_fence();
+            start(second, n + 1);
+            wgmma_wait<1>();
+            add(first, mask, last, t + 1);
+        }
+        settle(sum[0][0] + sum[0][1], base);
+        wgmma_wait<0>();
+        u32 end = count.value - 1;
+        release(c.k_empty[(n + end) % S]);
+        if (t + end + 1 == item.t1) release(c.q_empty);
+        add(second, mask, last, t + end);
+        put(item, t + end);
+        n += end + 1;
+    };
+    for (u32 count = 0;; count++) {
+        barrier_wait(bar(c.q_full), count & 1);
+        const ScoreItem& item = c.items[count & 1];
+        const u32* last = c.last[count & 1];
+        if (item.t0 == ~0u) break;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 32; j++)
+                shift[i][j] = c.shift[count & 1][i * 128 + (j >> 1) * 8 + quad * 2 + (j & 1)];
+        fence_proxy();
+        for (u32 t = item.t0; t < item.t1;) {
+            barrier_wait(bar(c.k_full[n % S]), n / S & 1);
+            if (t + 2 <= item.plain) {
+                barrier_wait(bar(c.k_full[(n + 1) % S]), (n + 1) / S & 1);
+                if (!mapped) fence_proxy();
+                step(Index<2>(), Index<0>(), item, last, t);
+                t += 2;
+            } else {
+                fence_proxy();
+                step(Index<1>(), Index<1>(), item, last, t);
+                t += 1;
+            }
+        }
+    }
+}
+
+template <class T, int D>
+DEVICE void score_wgmma(const ScoreTilesArgs& a, const Jobs& all, const TensorMap& keys) {
+    typedef ScoreShape<D> Shape;
+    extern __shared__ uint4 shared4[];
+    u32 start = shared_address(shared4), base = (start + 1023) & ~1023u;
+    static_assert(sizeof(ScoreControl<4>) <= Shape::room, "shared memory behind the ring");
+    ScoreControl<4>& c = *(ScoreControl<4>*)((char*)shared4 + (base - start) + Shape::control);
+    if (threadIdx.x == 0) {
+        barrier_init(bar(c.q_full), 256);
+        barrier_init(bar(c.q_empty), 8);
+        for (u32 i = 0; i < Shape::stages; i++) {
+            barrier_init(bar(c.k_full[i]), 128);
+            barrier_init(bar(c.k_empty[i]), 8);
+        }
+        fence_proxy();  // the copy engine arrives too
+    }
+    __syncthreads();
+    if (threadIdx.x < 128) {
+        registers_down<40>();
+        score_produce<T, D>(a, all, keys, base, c);
+    } else {
+        registers_up<232>();
+        score_consume<T, D>(a, all.mapped, base, c);
+    }
+}
+
+#endif  // WGMMA

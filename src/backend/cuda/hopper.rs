@@ -1,0 +1,237 @@
+//! When the kernels for Hopper's own matrix instructions (`wgmma.cuh`, `score_wgmma.cuh`) read a prompt, and how they
+//! are launched.
+
+use super::args::{PoolArg, word};
+use super::driver::Limits;
+use super::launch::Shape;
+use crate::backend::{DType, KvPool, PAGE, Result};
+use bytemuck::{Pod, Zeroable};
+use cudarc::driver::sys;
+use std::panic::catch_unwind;
+
+/// Head sizes with such kernels.
+const DIMS: [usize; 2] = [64, 128];
+/// Query vectors and keys of a tile.
+const TILE: usize = 128;
+/// One warpgroup copies, two compute.
+const THREADS: usize = 384;
+/// From so many vectors of a sequence on a tile is full enough.
+const LEAST: usize = 64;
+/// The ring starts at a multiple of this.
+const ALIGN: usize = 1024;
+/// Bytes of keys and values that the L2 cache keeps beside what else passes through it.
+const NEAR: usize = 16 << 20;
+
+/// `Items` of `wgmma.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub(super) struct Items {
+    tiles: u32,
+    parts: u32,
+    planes: u32,
+    near: u32,
+    mapped: u32,
+}
+
+/// `Jobs` of `score_wgmma.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+pub(super) struct Jobs {
+    tiles: u32,
+    per: u32,
+    groups: u32,
+    ranges: u32,
+    length: u32,
+    mapped: u32,
+}
+
+/// `TensorMap` of `hopper.cuh`: rows of a pool, for the copy engine.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct TensorMap {
+    words: [u64; 16],
+}
+
+impl Items {
+    /// With K and V for the copy engine, where that can read this pool.
+    pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Items, [TensorMap; 2]) {
+        match map(cache, pool.k).zip(map(cache, pool.v)) {
+            Some((k, v)) => (Items { mapped: 1, ..self }, [k, v]),
+            None => (self, Zeroable::zeroed()),
+        }
+    }
+}
+
+impl Jobs {
+    /// With K for the copy engine, where that can read this pool.
+    pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Jobs, TensorMap) {
+        match map(cache, pool.k) {
+            Some(k) => (Jobs { mapped: 1, ..self }, k),
+            None => (self, TensorMap::zeroed()),
+        }
+    }
+}
+
+/// The rows of a pool at device address `at` in boxes of a page's rows and 64 dimensions. None: the kernels copy by
+/// themselves, as they do where K lies in two pieces.
+fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
+    use sys::CUtensorMapDataType::{
+        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,
+    };
+    const PANEL: u32 = 64;
+    if cache.lead != cache.head_dim {
+        return None;
+    }
+    let rows = cache.n_pages.checked_mul(cache.kv_heads)?.checked_mul(PAGE)?;
+    let size = [cache.head_dim as u64, rows as u64];
+    let stride = [cache.head_dim as u64 * 2];
+    let (cut, step) = ([PANEL, PAGE as u32], [1u32; 2]);
+    let dtype = if cache.k.dtype() == DType::BF16 { BF16 } else { F16 };
+    let mut made = sys::CUtensorMap { opaque: [0; 16] };
+    // Without the function in the driver cudarc panics; the kernels then copy by themselves.
+    let done = catch_unwind(move || {
+        // SAFETY: all arrays outlive the call and hold as many numbers as a map of rank 2 takes; the pool's memory is
+        // only described here.
+        let said = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut made,
+                dtype,
+                2,
+                at as *mut std::ffi::c_void,
+                size.as_ptr(),
+                stride.as_ptr(),
+                cut.as_ptr(),
+                step.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        said.result().ok().map(|()| TensorMap { words: made.opaque })
+    });
+    done.ok().flatten()
+}
+
+/// Whether there is a kernel for these activations, this cache and so many vectors of a sequence.
+fn serves(limits: &Limits, act: DType, kv: DType, d: usize, scale: f32) -> bool {
+    // Running maxima are those of the unscaled logits.
+    limits.wgmma && act == kv && kv != DType::F32 && DIMS.contains(&d) && scale > 0.0
+}
+
+/// A launch of `attend_wgmma`: `vectors` of each of `planes` (sequences times splits), over at most `max_kv` keys;
+/// `parts` sets of heads share keys. None: another kernel is to be taken.
+pub(super) fn attend(
+    op: &'static str,
+    limits: &Limits,
+    (act, kv, d, scale): (DType, DType, usize, f32),
+    [vectors, parts, planes]: [usize; 3],
+    max_kv: usize,
+) -> Result<Option<(Items, Shape)>> {
+    if !serves(limits, act, kv, d, scale) || vectors < LEAST {
+        return Ok(None);
+    }
+    let stages = if d > 64 { 2 } else { 4 };
+    let shared = TILE * d * 2 * (1 + 2 * stages) + 512 + stages * 1024 + ALIGN;
+    let tiles = vectors.div_ceil(TILE);
+    let near = (NEAR / (max_kv * d * 4).max(1)).clamp(1, parts.max(1));
+    let items = Items {
+        tiles: word(op, "tiles of rows", tiles)?,
+        parts: word(op, "heads", parts)?,
+        planes: word(op, "sequences and splits", planes)?,
+        near: word(op, "heads", near)?,
+        mapped: 0,
+    };
+    let all = tiles.saturating_mul(parts).saturating_mul(planes);
+    word(op, "tiles of rows and heads", all)?;
+    Ok(Some((items, shape(limits, all, shared))))
+}
+
+/// A launch of `score_wgmma`: `n` tiles of up to `vectors`, `lists` of them each. None: another kernel is to be taken.
+pub(super) fn score(
+    op: &'static str,
+    limits: &Limits,
+    (act, kv, d, scale): (DType, DType, usize, f32),
+    [vectors, lists, n]: [usize; 3],
+    max_kv: usize,
+) -> Result<Option<(Jobs, Shape)>> {
+    const STAGES: usize = 4;
+    /// Jobs for each multiprocessor, where ranges of keys can be had that are not too short.
+    const EACH: usize = 8;
+    const SHORTEST: usize = 8;
+    if !serves(limits, act, kv, d, scale) || !(LEAST..=2 * TILE).contains(&vectors) {
+        return Ok(None);
+    }
+    let per = if vectors <= TILE { 2 } else { 1 };
+    let groups = n.div_ceil(per);
+    let keys = max_kv.div_ceil(TILE);
+    let want = (EACH * limits.sms).div_ceil((groups * lists).max(1));
+    let length = keys.div_ceil(want).max(SHORTEST);
+    let ranges = keys.div_ceil(length);
+    let jobs = Jobs {
+        tiles: word(op, "tiles", n)?,
+        per: word(op, "tiles of a job", per)?,
+        groups: word(op, "tiles", groups)?,
+        ranges: word(op, "ranges of keys", ranges)?,
+        length: word(op, "keys", length)?,
+        mapped: 0,
+    };
+    let all = groups.saturating_mul(lists).saturating_mul(ranges);
+    word(op, "tiles and lists", all)?;
+    let shared = TILE * d * 2 * (2 + STAGES) + 4608 + ALIGN;
+    Ok(Some((jobs, shape(limits, all, shared))))
+}
+
+/// A block for every multiprocessor, which takes items until there are none left.
+fn shape(limits: &Limits, items: usize, shared: usize) -> Shape {
+    Shape::new([items.min(limits.sms), 1, 1], THREADS).shared(shared)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H100: Limits = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8, wgmma: true };
+    const LLAMA: (DType, DType, usize, f32) = (DType::BF16, DType::BF16, 128, 0.088);
+
+    #[test]
+    fn other_devices_and_types_take_other_kernels() {
+        let ask = |limits: &Limits, kind, vectors| {
+            attend("attend_dense", limits, kind, [vectors, 8, 1], 1000).unwrap()
+        };
+        assert!(ask(&H100, LLAMA, 64).is_some());
+        assert!(ask(&H100, LLAMA, 63).is_none());
+        assert!(ask(&Limits { wgmma: false, ..H100 }, LLAMA, 64).is_none());
+        for kind in [
+            (DType::F32, DType::BF16, 128, 1.0),
+            (DType::F32, DType::F32, 128, 1.0),
+            (DType::F16, DType::F16, 96, 1.0),
+            (DType::F16, DType::F16, 128, -1.0),
+        ] {
+            assert!(ask(&H100, kind, 4096).is_none(), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn shared_memory_fits_and_no_item_is_left_out() {
+        for d in DIMS {
+            let kind = (DType::F16, DType::F16, d, 1.0);
+            for max_kv in [1, 4096, 1 << 20] {
+                let (items, shape) =
+                    attend("attend_rows", &H100, kind, [300, 8, 5], max_kv).unwrap().unwrap();
+                assert!(shape.shared <= H100.shared && (1..=8).contains(&items.near));
+                assert_eq!(items.tiles * items.parts * items.planes, 120);
+                assert_eq!(shape.grid, [120, 1, 1]);
+                for vectors in [64, 128, 129, 256] {
+                    let (jobs, shape) = score("score_tiles", &H100, kind, [vectors, 8, 33], max_kv)
+                        .unwrap()
+                        .unwrap();
+                    assert!(shape.shared <= H100.shared);
+                    assert_eq!(jobs.groups, if vectors > 128 { 33 } else { 17 });
+                    assert!(jobs.ranges as usize * jobs.length as usize * 128 >= max_kv);
+                }
+            }
+        }
+        assert!(score("score_tiles", &H100, LLAMA, [257, 8, 33], 1000).unwrap().is_none());
+    }
+}
