@@ -1,4 +1,5 @@
 // linear: y[r, o] = sum_i x[r, i] * w[o, i] + bias[o], or y += the same; inputs are a multiple of 8.
+// linear_gated: the same on 2 * outputs weight rows and swiglu on it, y[r, o] = silu(gate o) * up o, for few rows.
 //
 // Plan, three shapes of work (cuBLASLt takes the large ones where it is installed):
 // * up to 8 rows: a warp takes OUTS weight rows against all rows of x, two steps of 16-byte loads in flight;
@@ -44,29 +45,36 @@ template <class T> DEVICE Raw8<T> stream8(const T* p) {
 template <int ROWS> struct VecDepth {
     static const int value = ROWS <= 2 ? 4 : 2;
 };
-DEVICE u32 first_output() { return (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * OUTS; }
+// Its first one; where outputs are gated its two are the gate and the up of one.
+template <bool GATED> DEVICE u32 first_output() {
+    return (blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5)) * (GATED ? 1 : OUTS);
+}
+template <bool GATED> DEVICE u32 weight_row(const LinearArgs& a, u32 o0, u32 o) {
+    return GATED ? o0 + o * a.outputs : min(o0 + o, a.outputs - 1);
+}
 
 // The first weights come to L2 while the kernel before makes x.
-template <class W, int ROWS> DEVICE void prefetch_weights(const LinearArgs& a) {
-    u32 lane = threadIdx.x & 31, o0 = first_output();
+template <class W, int ROWS, bool GATED> DEVICE void prefetch_weights(const LinearArgs& a) {
+    u32 lane = threadIdx.x & 31, o0 = first_output<GATED>();
+    if (o0 >= a.outputs) return;
 #pragma unroll
     for (int t = 0; t < VecDepth<ROWS>::value; t++)
 #pragma unroll
         for (int o = 0; o < OUTS; o++) {
             u32 c = lane * 8 + t * 256;
-            if (o0 + o < a.outputs && c < a.inputs)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"((const W*)a.w + (u64)(o0 + o) * a.inputs + c));
+            const W* w = (const W*)a.w + (u64)weight_row<GATED>(a, o0, o) * a.inputs;
+            if (c < a.inputs) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + c));
         }
 }
 
-template <class X, class W, int ROWS> DEVICE void vec(const LinearArgs& a) {
+template <class X, class W, int ROWS, bool GATED> DEVICE void vec(const LinearArgs& a) {
     const int DEPTH = VecDepth<ROWS>::value;
-    u32 lane = threadIdx.x & 31, o0 = first_output();
+    u32 lane = threadIdx.x & 31, o0 = first_output<GATED>();
     if (o0 >= a.outputs) return;
     const W* w[OUTS];
     const X* x[ROWS];
 #pragma unroll
-    for (int o = 0; o < OUTS; o++) w[o] = (const W*)a.w + (u64)min(o0 + o, a.outputs - 1) * a.inputs;
+    for (int o = 0; o < OUTS; o++) w[o] = (const W*)a.w + (u64)weight_row<GATED>(a, o0, o) * a.inputs;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) x[r] = (const X*)a.x + (u64)min((u32)r, a.rows - 1) * a.inputs;
     float acc[ROWS][OUTS] = {};
@@ -120,6 +128,14 @@ template <class X, class W, int ROWS> DEVICE void vec(const LinearArgs& a) {
             if (lane == r * OUTS + o) mine = s;
         }
     u32 r = lane / OUTS, o = o0 + lane % OUTS;
+    if (GATED) {
+        // Rounded as a product's results are before swiglu reads them.
+        mine = to_f32(from_f32<X>(mine));
+        float up = __shfl_down_sync(~0u, mine, 1);
+        Out<X> y = {a.y, a.y_f32};
+        if (r < a.rows && r < ROWS && lane % OUTS == 0) y.put((u64)r * a.outputs + o0, mine / (1.0f + expf(-mine)) * up);
+        return;
+    }
     if (r < a.rows && r < ROWS && o < a.outputs) finish<X>(a, r, o, mine);
 }
 
@@ -236,9 +252,9 @@ template <class T> DEVICE void add_bias(const LinearArgs& a) {
 
 #define VEC(X, W, ROWS)                                                                        \
     extern "C" __global__ void __launch_bounds__(128) linear_vec_##X##_##W##_r##ROWS(LinearArgs a) { \
-        prefetch_weights<W, ROWS>(a);                                                          \
+        prefetch_weights<W, ROWS, false>(a);                                                   \
         depend();                                                                              \
-        vec<X, W, ROWS>(a);                                                                    \
+        vec<X, W, ROWS, false>(a);                                                             \
     }
 #define VEC_ALL(X, W) VEC(X, W, 1) VEC(X, W, 2) VEC(X, W, 4) VEC(X, W, 8)
 VEC_ALL(f32, f32)
@@ -246,6 +262,16 @@ VEC_ALL(f32, f16)
 VEC_ALL(f32, bf16)
 VEC_ALL(f16, f16)
 VEC_ALL(bf16, bf16)
+
+#define GATED(T, ROWS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(128) linear_gated_##T##_r##ROWS(LinearArgs a) { \
+        prefetch_weights<T, ROWS, true>(a);                                                    \
+        depend();                                                                              \
+        vec<T, T, ROWS, true>(a);                                                              \
+    }
+#define GATED_ALL(T) GATED(T, 1) GATED(T, 2) GATED(T, 4) GATED(T, 8)
+GATED_ALL(f16)
+GATED_ALL(bf16)
 
 #define MMA(T)                                                                                 \
     extern "C" __global__ void __launch_bounds__(128) linear_mma_##T(LinearArgs a) { \

@@ -23,6 +23,8 @@ DEVICE u32 image(float x) {
     u32 b = __float_as_uint(fmaxf(x, NEG_INF) + 0.0f);
     return (b >> 31) ? ~b : (b | 0x80000000u);
 }
+// The score that has an image; NaN, which no comparison admits, for NOTHING.
+DEVICE float score_of(u32 key) { return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key); }
 #define LEAST 0x00800000u   // of the most negative finite score
 #define INFINITE 0xff800000u
 #define NOTHING 0xffffffffu  // larger than any
@@ -186,14 +188,15 @@ template <bool CLUSTER> struct Select {
         // Fewer than k: all that may be chosen are candidates, and all are wanted.
         if (total <= k) low = LEAST, above = NOTHING, want = in_bin = total;
         if (k == 0) low = above = NOTHING;
+        float from = score_of(low), beyond = score_of(above);
         // A warp makes 32 words at a time, of 32 scores each; its lane j keeps word j.
         for (u32 word0 = warp * 32; word0 < p.words(); word0 += THREADS) {
             u32 my_larger = 0, my_candidates = 0;
 #pragma unroll 8
             for (u32 j = 0; j < 32; j++) {
                 u32 i = (word0 + j) * 32 + lane;
-                u32 key = image(i < p.n ? p.x[i] : NEG_INF);
-                u32 a = __ballot_sync(~0u, key >= above), c = __ballot_sync(~0u, key >= low);
+                float x = i < p.n ? p.x[i] : NEG_INF;
+                u32 a = __ballot_sync(~0u, x >= beyond), c = __ballot_sync(~0u, x >= from);
                 if (lane == j) my_larger = a, my_candidates = c & ~a;
             }
             if (word0 + lane < p.words()) larger[word0 + lane] = my_larger, candidates[word0 + lane] = my_candidates;

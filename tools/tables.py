@@ -3,8 +3,8 @@
 
     tools/tables.py bench/runs/2026-11-22-h100-kernels_cuda.json bench/runs/2026-11-22-h100-bench_cuda.json ...
 
-Takes what `longsight bench kernels -o`, `longsight bench -o` and `longsight eval -o` write; several evaluations of
-the same samples make one table. Standard library only.
+Takes what `longsight bench kernels -o`, `longsight bench attention -o`, `longsight bench -o`, `longsight eval -o` and
+tools/peers.py write; several evaluations of the same samples make one table. Standard library only.
 """
 import json
 import sys
@@ -49,6 +49,22 @@ def end_to_end(run):
         print(f"Prefill, {a['rows']} rows: linear layers {100 * a['linear_share']:.0f} % of the GEMM crate at the same shapes.\n")
 
 
+def attention(run, peers):
+    """The mean layer; with the peers' times (tools/peers.py, same machine and run) as ratios to FlashAttention-3."""
+    read, depth = run["bandwidth_gb_s"]["device_read"], run["settings"]["depth"]
+    fa3 = {r["batch"]: r["fa3_ms"] for p in peers for r in p["decode"] if r["tokens"] == depth and "fa3_ms" in r}
+    print(f"{depth:,} tokens, device read {read:.0f} GB/s.\n")
+    rows = []
+    for r in run["rows"]:
+        assert r["check"]["passed"], f"wrong result of {r['method']}"
+        peer = fa3.get(r["batch"])
+        rows.append([
+            f"`{r['method']}`", r["batch"], f"{r['bytes'] / 1e6:,.1f} MB", f"{r['ms']['mean']:.4f}", f"{100 * r['share']:.0f} %",
+            f"{r['x_dense']:.2f}", f"{peer / r['ms']['mean']:.2f}" if peer else "-",
+        ])
+    table(["method", "batch", "bytes a layer", "ms a layer", "of read", "x our dense", "x FA3"], rows)
+
+
 def evaluation(runs):
     """Means over samples; their errors add as variances."""
     methods = {}
@@ -79,14 +95,21 @@ def evaluation(runs):
     table(head, [row for _, row in sorted(rows, key=lambda r: r[0])])
 
 
-evaluations = []
+evaluations, runs = [], []
 for path in sys.argv[1:]:
     with open(path, encoding="utf-8") as f:
-        run = json.load(f)
+        runs.append((path, json.load(f)))
+peers = [run for _, run in runs if "torch" in run]
+for path, run in runs:
+    if run in peers:
+        continue
     if "task" in run:
         evaluations.append(run)
         continue
     print(f"<!-- {path.rsplit('/', 1)[-1]}, commit {run['environment']['commit']} -->")
-    {"kernels": kernels, "end_to_end": end_to_end}[run["kind"]](run)
+    if run["kind"] == "attention":
+        attention(run, peers)
+    else:
+        {"kernels": kernels, "end_to_end": end_to_end}[run["kind"]](run)
 if evaluations:
     evaluation(evaluations)

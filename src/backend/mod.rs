@@ -141,6 +141,12 @@ pub trait Backend: Send + Sync {
     }
     /// SwiGLU activation; see [`SwiGlu`].
     fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()>;
+    /// `linear` without bias into `swiglu.x`, and `swiglu` on it, in one launch where the backend can: what lies in
+    /// `swiglu.x` afterwards is unspecified.
+    fn linear_gated(&self, linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()> {
+        self.linear(linear)?;
+        self.swiglu(swiglu)
+    }
 
     /// Appends new keys and values to the pages and their summaries; see [`KvAppend`].
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()>;

@@ -39,9 +39,9 @@ pub struct ModelArgs {
     /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
     #[arg(short, long, default_value = "auto")]
     pub device: String,
-    /// Prompt tokens per step
-    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = at_least_one)]
-    pub chunk: usize,
+    /// Prompt tokens per step [default: 4096 on CUDA, else 512]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
+    pub chunk: Option<usize>,
     /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
     /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]

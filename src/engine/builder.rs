@@ -44,7 +44,7 @@ pub struct EngineBuilder<'a> {
     custom: Option<SelectorFactory>,
     pub(super) context: Option<usize>,
     pub(super) sequences: usize,
-    pub(super) chunk: usize,
+    pub(super) chunk: Option<usize>,
     pub(super) kv_tokens: Option<usize>,
     summaries_for: Vec<MethodSpec>,
     summary_plans: Vec<Plan>,
@@ -78,7 +78,7 @@ impl Engine {
             custom: None,
             context: None,
             sequences: 1,
-            chunk: 512,
+            chunk: None,
             kv_tokens: None,
             summaries_for: Vec::new(),
             summary_plans: Vec::new(),
@@ -155,9 +155,9 @@ impl<'a> EngineBuilder<'a> {
         self.sequences = n;
         self
     }
-    /// Prompt tokens per step. Default 512.
-    pub fn chunk(mut self, tokens: usize) -> Self {
-        self.chunk = tokens;
+    /// Prompt tokens per step. Default: 4096 on CUDA, whose products are at their best from there on, else 512.
+    pub fn chunk(mut self, tokens: impl Into<Option<usize>>) -> Self {
+        self.chunk = tokens.into();
         self
     }
     /// Tokens that the KV cache holds over all sequences; no sequence gets more. Default: context x sequences.
@@ -246,7 +246,7 @@ impl<'a> EngineBuilder<'a> {
         };
         let config = checkpoint.config().clone();
         let fingerprint = checkpoint.fingerprint();
-        let (limits, n_pages) = self.limits(&config)?;
+        let (limits, n_pages) = self.limits(&config, &*backend)?;
         let model = config.plan_shape(&fingerprint);
         let plan_of = |spec: &MethodSpec| spec.plan(&model, limits.context);
         let plan = match &self.method {

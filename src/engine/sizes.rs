@@ -8,13 +8,18 @@ use crate::model::{Checkpoint, DecoderLimits, ModelConfig, Quant, Weight};
 
 impl EngineBuilder<'_> {
     /// Sizes of the decoder, and the pages of the KV cache.
-    pub(super) fn limits(&self, c: &ModelConfig) -> Result<(DecoderLimits, usize), EngineError> {
+    pub(super) fn limits(
+        &self,
+        c: &ModelConfig,
+        b: &dyn Backend,
+    ) -> Result<(DecoderLimits, usize), EngineError> {
         let context = self.context.unwrap_or(c.max_context.min(32768));
         if context == 0 || context > c.max_context {
             return Err(EngineError::BadContext { context, most: c.max_context });
         }
         let seqs = self.sequences;
-        if seqs == 0 || self.chunk == 0 || self.kv_tokens == Some(0) {
+        let chunk = self.chunk.unwrap_or(if b.name() == "cuda" { 4096 } else { 512 });
+        if seqs == 0 || chunk == 0 || self.kv_tokens == Some(0) {
             return Err(EngineError::BadOption(
                 "give at least one sequence, one token a step and one token of KV cache".into(),
             ));
@@ -32,7 +37,7 @@ impl EngineBuilder<'_> {
         let all = pages(context, seqs)?;
         let n_pages = self.kv_tokens.map_or(Ok(all), |tokens| pages(tokens, 1))?;
         let context = context.min(self.kv_tokens.unwrap_or(context));
-        Ok((DecoderLimits { rows: self.chunk.min(context) + seqs, seqs, context }, n_pages))
+        Ok((DecoderLimits { rows: chunk.min(context) + seqs, seqs, context }, n_pages))
     }
 
     /// Dtype of the weights: as asked for, or what suits checkpoint and device.

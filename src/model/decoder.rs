@@ -315,13 +315,22 @@ impl Decoder {
 
     fn mlp(&self, w: &LayerWeights, rows: usize) -> Result<()> {
         let (c, ws, b) = (&self.config, &self.ws, &self.backend);
-        let linear = |x, w, y, inputs, outputs, accumulate| {
-            b.linear(&Linear { x, w, bias: None, y, rows, inputs, outputs, accumulate })
+        let linear = |x, w, y, inputs, outputs, accumulate| Linear {
+            x,
+            w,
+            bias: None,
+            y,
+            rows,
+            inputs,
+            outputs,
+            accumulate,
         };
         self.norm(&w.ffn_norm, rows)?;
-        linear(&ws.normed, &w.gate_up, &ws.gate_up, c.hidden, 2 * c.ffn, false)?;
-        b.swiglu(&SwiGlu { x: &ws.gate_up, out: &ws.ffn, rows, ffn: c.ffn })?;
-        linear(&ws.ffn, &w.down, &ws.x, c.ffn, c.hidden, true)
+        b.linear_gated(
+            &linear(&ws.normed, &w.gate_up, &ws.gate_up, c.hidden, 2 * c.ffn, false),
+            &SwiGlu { x: &ws.gate_up, out: &ws.ffn, rows, ffn: c.ffn },
+        )?;
+        b.linear(&linear(&ws.ffn, &w.down, &ws.x, c.ffn, c.hidden, true))
     }
 
     /// Logits of some rows of the last step, f32 `[rows.len(), vocab]`, handed to `each` as (index, logits).

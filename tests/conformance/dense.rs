@@ -43,6 +43,12 @@ pub fn cases(c: &mut Cases) {
             c.add("linear", l.name(), move |rig, t| linear(rig, t, l));
         }
     }
+    for (rows, inputs, ffn) in
+        [(1, 64, 64), (1, 576, 1536), (2, 1096, 17), (3, 576, 131), (8, 40, 9), (17, 96, 64)]
+    {
+        let name = format!("rows{rows}_{ffn}x{inputs}");
+        c.add("linear_gated", name, move |rig, t| linear_gated(rig, t, rows, inputs, ffn));
+    }
     let vocab = LinearCase {
         rows: 1,
         inputs: 576,
@@ -232,6 +238,28 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
     let mut outs = reference::rope(&p, &*rig.dev)?;
     outs.extend(reference::rope(&one, &*rig.dev)?);
     rig.check(t.act, &outs, &|dev| dev.rope_both([&p, &one]))
+}
+
+fn linear_gated(rig: &mut Rig, t: Types, rows: usize, inputs: usize, ffn: usize) -> Outcome {
+    let values = rig.normal(rows * inputs, 1.0);
+    let x = rig.input(t.act, &values)?;
+    let values = rig.normal(2 * ffn * inputs, 1.0 / (inputs as f64).sqrt());
+    let w = rig.input(t.w, &values)?;
+    let product = rig.output(t.act, rows * 2 * ffn)?;
+    let out = rig.output(t.act, rows * ffn)?;
+    let l = Linear {
+        x: &x,
+        w: &w,
+        bias: None,
+        y: &product,
+        rows,
+        inputs,
+        outputs: 2 * ffn,
+        accumulate: false,
+    };
+    let p = SwiGlu { x: &product, out: &out, rows, ffn };
+    let outs = reference::linear_gated(&l, &p, &*rig.dev)?;
+    rig.check(t.act, &outs, &|dev| dev.linear_gated(&l, &p))
 }
 
 fn swiglu(rig: &mut Rig, t: Types, rows: usize, ffn: usize) -> Outcome {

@@ -35,6 +35,7 @@ const BF16: f64 = 1.3e-5;
 const TABLE: &[(&str, f64, f64, f64)] = &[
     ("rms_norm", F32, F16, BF16),
     ("linear", F32, F16, BF16),
+    ("linear_gated", F32, F16, BF16),
     // Angles reach 1.3e5 rad: a range reduction in f32 leaves about 1e-6 absolute, some devices add 5e-6.
     ("rope", 1e-9, F16, BF16),
     ("swiglu", F32, F16, BF16),

@@ -5,7 +5,7 @@ use super::args::word;
 use super::blas::Product;
 use super::launch::{Args, Shape};
 use super::replay::Node;
-use crate::backend::{DType, Linear, Result};
+use crate::backend::{DType, Linear, Result, SwiGlu};
 use bytemuck::{Pod, Zeroable};
 
 /// `LinearArgs` of `linear.cu`.
@@ -33,6 +33,32 @@ const VEC_OUTPUTS: usize = 8;
 const TILE: usize = 64;
 
 impl CudaBackend {
+    /// Few rows in 16 bits: `swiglu` is part of the product.
+    pub(super) fn linear_gated_op(&self, p: &Linear<'_>, s: &SwiGlu<'_>) -> Result<()> {
+        const OP: &str = "linear_gated";
+        let dtype = p.x.dtype();
+        let alike = p.w.dtype() == dtype && s.out.dtype() == dtype && dtype != DType::F32;
+        let plain = p.bias.is_none() && !p.accumulate && p.outputs == 2 * s.ffn;
+        if !(alike && plain && p.rows == s.rows && (1..=FEW).contains(&p.rows)) {
+            self.linear_op(p)?;
+            return self.swiglu_op(s);
+        }
+        p.check()?;
+        s.check()?;
+        let args = LinearArgs {
+            x: self.ptr(OP, p.x)?,
+            w: self.ptr(OP, p.w)?,
+            y: self.ptr(OP, s.out)?,
+            rows: word(OP, "rows", p.rows)?,
+            inputs: word(OP, "inputs", p.inputs)?,
+            outputs: word(OP, "ffn", s.ffn)?,
+            ..LinearArgs::zeroed()
+        };
+        let entry = format!("linear_gated_{dtype}_r{}", p.rows.next_power_of_two());
+        let shape = Shape::new([s.ffn.div_ceil(VEC_OUTPUTS / 2), 1, 1], 128);
+        self.launch("linear", &entry, shape, Args::new().with(args))
+    }
+
     pub(super) fn linear_op(&self, p: &Linear<'_>) -> Result<()> {
         p.check()?;
         let (x, w, y) = (p.x.dtype(), p.w.dtype(), p.y.dtype());

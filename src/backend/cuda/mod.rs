@@ -289,6 +289,9 @@ impl Backend for CudaBackend {
     fn swiglu(&self, p: &SwiGlu<'_>) -> Result<()> {
         self.swiglu_op(p)
     }
+    fn linear_gated(&self, linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()> {
+        self.linear_gated_op(linear, swiglu)
+    }
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()> {
         self.kv_append_op(p)
     }

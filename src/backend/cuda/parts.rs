@@ -13,8 +13,7 @@ const MOST_PLANES: usize = 64;
 
 /// Blocks that share out the rounds of `round` keys of `pairs` pairs of at most `keys` keys (`decode.cuh`).
 ///
-/// Where keys lie in order two blocks a multiprocessor keep the memory busy. Listed keys need as many as fit; but below
-/// two rounds a block, merging takes longer than reading.
+/// As many as run at once; below two rounds of listed keys a block, merging takes longer than reading.
 pub(super) fn blocks(
     l: &Limits,
     shared: usize,
@@ -22,8 +21,7 @@ pub(super) fn blocks(
     round: usize,
     listed: bool,
 ) -> usize {
-    let resident =
-        (SHARED_MEMORY / (shared + RESERVED)).clamp(1, if listed { RESIDENT } else { 2 });
+    let resident = (SHARED_MEMORY / (shared + RESERVED)).clamp(1, RESIDENT);
     let per_pair = keys.div_ceil(round).max(1);
     let rounds = pairs * if listed { per_pair.div_ceil(2) } else { per_pair };
     rounds.clamp(1, l.sms * resident)
@@ -42,7 +40,7 @@ mod tests {
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {
         let l = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8, wgmma: true };
-        assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, false), 264);
+        assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, false), 396);
         assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, true), 396);
         assert_eq!(blocks(&l, 74_000, (1, 327), 64, false), 6);
         assert_eq!(blocks(&l, 74_000, (64, 327), 64, true), 192);

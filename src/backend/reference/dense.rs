@@ -89,6 +89,28 @@ pub fn rope<'a>(p: &Rope<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     Ok(vec![out])
 }
 
+/// See [`Backend::linear_gated`].
+pub fn linear_gated<'a>(
+    l: &Linear<'a>,
+    p: &SwiGlu<'a>,
+    dev: &dyn Backend,
+) -> Result<Vec<Output<'a>>> {
+    let mut product = linear(l, dev)?;
+    let mut out = Output::new("linear_gated", "out", p.out);
+    for x in &mut product {
+        let value = |c: &Cell| if let Cell::Is(v) = c { *v } else { f64::NAN };
+        for (r, row) in x.cells.chunks_exact(2 * p.ffn).take(p.rows).enumerate() {
+            let (gate, up) = row.split_at(p.ffn);
+            let gated = gate.iter().zip(up).map(|(z, u)| (value(z), value(u)));
+            let y: Vec<f64> = gated.map(|(z, u)| z / (1.0 + (-z).exp()) * u).collect();
+            out.put(r * p.ffn, &y);
+        }
+        x.cells.fill(Cell::Any);
+    }
+    product.push(out);
+    Ok(product)
+}
+
 /// See [`SwiGlu`].
 pub fn swiglu<'a>(p: &SwiGlu<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let x = floats(dev, p.x)?;

@@ -19,7 +19,7 @@ mod trim_scores;
 
 pub use attend::{attend_dense, attend_rows, merge};
 pub use blocks::{expand_blocks, kv_summaries, pool_blocks, score_summaries};
-pub use dense::{embed, gather_rows, linear, rms_norm, rope, swiglu};
+pub use dense::{embed, gather_rows, linear, linear_gated, rms_norm, rope, swiglu};
 pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use kv::{key_stats, kv_append};
 pub use mean_value::mean_value;
