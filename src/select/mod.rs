@@ -1,6 +1,6 @@
 //! What to attend to: plans as data, and the selectors that carry them out.
 //!
-//! A published method is a [`Plan`]: one [`LayerPlan`] per layer. [`Methods`](method::MethodSpec) turn names and
+//! A published method is a [`Plan`]: one [`LayerPlan`] per layer. [`MethodSpec`]s turn names and
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
@@ -16,6 +16,7 @@ mod key_profile;
 mod mean_value;
 mod method;
 mod npy;
+mod options;
 mod oracle;
 mod plan;
 mod profile;
@@ -37,8 +38,8 @@ pub use dims::DimsSelector;
 pub use error::SelectError;
 pub use key_profile::KeyProfile;
 pub use mean_value::correct;
-pub use method::{MethodSpec, parse_name};
 pub use npy::read_head_maps;
+pub use options::{MethodSpec, OPTIONS, OptionInfo, parse_name};
 pub use oracle::ExactSelector;
 pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
 pub use random::{RandomSelector, noise};

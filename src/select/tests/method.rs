@@ -1,8 +1,8 @@
 //! Names, options and the plans that come of them.
 
 use super::*;
-use crate::backend::Refresh;
-use crate::select::{KvReads, ModelShape, Plan, Role, Scorer};
+use crate::backend::{DimMetric, Refresh};
+use crate::select::{KvReads, ModelShape, OPTIONS, Plan, Role, Scorer};
 
 /// 4 query heads over 2 of 64 dimensions.
 fn model(windows: &[Option<usize>]) -> ModelShape<'_> {
@@ -75,6 +75,10 @@ fn methods_read_the_options_they_list() {
         ("correct", "true"),
         ("scorer", "sorted"),
     ];
+    let known: Vec<_> = values.iter().map(|v| v.0).collect();
+    for o in OPTIONS {
+        assert!(known.contains(&o.name), "give {} a value", o.name);
+    }
     for m in METHODS {
         for (key, value) in values {
             let value = match (key, m.variant) {
@@ -88,9 +92,9 @@ fn methods_read_the_options_they_list() {
                 spec.tile = Some(1);
             }
             let base = spec.plan(&model(&[None; 6]), 8192).unwrap();
-            assert!(spec.set(key, value), "{key}={value}");
+            spec.set(key, value).unwrap_or_else(|e| panic!("{key}={value}: {e}"));
             let changed = spec.plan(&model(&[None; 6]), 8192).unwrap() != base;
-            assert_eq!(changed, m.options.contains(&key), "{} {key}", m.name);
+            assert_eq!(changed, m.variant.takes(key), "{} {key}", m.name);
         }
     }
 }
