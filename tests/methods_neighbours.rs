@@ -237,6 +237,56 @@ fn filter_layers_take_the_largest_probability_of_any_head() {
     }
 }
 
+/// LessIsMore as published: sinks, recent tokens, and from what lies between the best of every head, then the second
+/// best of every head, and so on, each token once, until the budget is full.
+fn in_turns(rows: &[Vec<f64>], budget: usize, sinks: usize, recent: usize) -> Vec<u32> {
+    let n = rows[0].len();
+    let mut list: Vec<usize> = (0..n).filter(|j| ends(n, sinks, recent)(*j)).collect();
+    let rankings: Vec<Vec<usize>> = rows
+        .iter()
+        .map(|r| {
+            let between: Vec<usize> = (sinks..n - recent).collect();
+            best_first(&between.iter().map(|j| r[*j]).collect::<Vec<_>>())
+                .into_iter()
+                .map(|i| between[i])
+                .collect()
+        })
+        .collect();
+    for rank in 0..n {
+        for j in rankings.iter().filter_map(|r| r.get(rank)) {
+            if list.len() < budget && !list.contains(j) {
+                list.push(*j);
+            }
+        }
+    }
+    list.sort_unstable();
+    list.into_iter().map(|j| j as u32).collect()
+}
+
+#[test]
+fn a_union_of_rankings_goes_through_the_heads_in_turn() {
+    let union = Some(longsight::backend::HeadPool::Union);
+    for n in LENGTHS {
+        let mut data = Data::random(n as u64, HEADS, n);
+        // Heads are unlike in sharpness, which is where ranks and probabilities differ.
+        for (h, q) in data.q.chunks_exact_mut(HEADS.dim).enumerate() {
+            q.iter_mut().for_each(|q| *q *= (1 + h) as f32);
+        }
+        let exact: Vec<_> = (0..HEADS.query).map(|h| data.logits(h)).collect();
+        let lessismore = MethodSpec { pool: union, ..spec(Variant::Lessismore, 48) };
+        let want = in_turns(&exact, 48, 4, 8);
+        assert_ne!(want, best(&largest(exact.iter().cloned()), 48, ends(n, 4, 8)));
+        expect(&data, &lessismore, &[want]);
+        // Any scorer of an anchor: the leading dimensions of the keys.
+        let scorer = Some(longsight::select::AnchorScorer::Sorted);
+        let kascade = MethodSpec { pool: union, scorer, ..spec(Variant::Kascade, 40) };
+        let dims: Vec<usize> = (0..HEADS.dim / 4).collect();
+        let partial: Vec<_> = (0..HEADS.query).map(|h| partial(&data, h, &dims)).collect();
+        let kascade = MethodSpec { dims: None, ..kascade };
+        expect(&data, &kascade, &[in_turns(&partial, 40, 0, 1)]);
+    }
+}
+
 /// Scores of SparCas on the leading dimensions, per KV head.
 fn sorted_scores(data: &Data) -> Vec<Vec<f64>> {
     let dims: Vec<usize> = (0..DIMS).collect();

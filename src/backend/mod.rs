@@ -165,6 +165,11 @@ pub trait Backend: Send + Sync {
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
 
+    /// Orders tokens by the turns of the heads' rankings; see [`UnionRanks`].
+    fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()>;
+    /// Lists that several steps attend with; see [`HoldLists`].
+    fn hold_lists(&self, p: &HoldLists<'_>) -> Result<()>;
+
     /// Logits against summaries of runs of keys; see [`ScoreSummaries`].
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()>;
     /// Scores of blocks from scores of summaries; see [`PoolBlocks`].

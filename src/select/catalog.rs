@@ -160,7 +160,7 @@ pub const METHODS: &[MethodInfo] = &[
     MethodInfo {
         name: "lessismore",
         about: "LessIsMore: two filter layers, sinks and a quarter of recent tokens, the rest by the largest \
-                probability of any head (as published by the best rank)",
+                probability of any head (as published by the heads' ranks in turn: pool=union)",
         variant: Variant::Lessismore,
     },
     MethodInfo {

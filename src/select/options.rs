@@ -88,7 +88,7 @@ options! {
     /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
     unit, "unit": usize = parse("DIMS"), units;
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none; one for all heads:
-    /// all-softmax, any-softmax
+    /// all-softmax, any-softmax, union (the heads' rankings in turn, as LessIsMore published it)
     pool, "pool": HeadPool = parse_name("POOL"), pools;
     /// First tokens that are always attended to
     sinks, "sinks": usize = parse("TOKENS"), sparse;
@@ -117,6 +117,9 @@ options! {
     floor, "floor": f32 = parse("SHARE"), scores_tokens;
     /// Let the mean of all values stand for the tokens left out: true or false [default: sparq: true; else false]
     correct, "correct": bool = parse("BOOL"), scores_tokens;
+    /// Decode steps that share a choice of tokens; those that are appended meanwhile are attended to as well
+    /// [default: 1]
+    reuse, "reuse": usize = parse("STEPS"), chooses;
     /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
     scorer, "scorer": AnchorScorer = parse_name("SCORER"), hands_down;
 }
@@ -135,6 +138,11 @@ impl Variant {
 
     fn sparse(self) -> bool {
         self != Variant::Dense
+    }
+
+    /// There is a choice of tokens that steps can share.
+    fn chooses(self) -> bool {
+        self.sparse() && self != Variant::Window
     }
 
     /// Some layers reuse the tokens of others.
@@ -186,7 +194,9 @@ impl Variant {
     }
 
     fn pools(self) -> bool {
-        self.scores_tokens() || self.pages() || matches!(self, Variant::Kascade | Variant::Refined)
+        self.scores_tokens()
+            || self.pages()
+            || matches!(self, Variant::Kascade | Variant::Refined | Variant::Lessismore)
     }
 
     /// Can read prompts sparsely.

@@ -30,6 +30,9 @@ impl MethodSpec {
             }
         };
         self.read_prompts(&mut layers);
+        if let Some(steps) = self.reuse.filter(|_| self.variant.takes("reuse")) {
+            layers.iter_mut().filter(|p| p.role != Role::Dense).for_each(|p| p.reuse = steps);
+        }
         let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
         plan.check(m)?;
         Ok(plan)
@@ -118,7 +121,10 @@ impl MethodSpec {
             budget: if scored { self.following(budget, context)? } else { budget },
             keep,
             tile: None,
-            correct: scored && self.correct.unwrap_or(self.variant == Variant::Sparq),
+            // The mean value needs the scores of every step.
+            correct: scored
+                && self.correct.unwrap_or(self.variant == Variant::Sparq && self.reuse <= Some(1)),
+            reuse: 1,
         })
     }
 

@@ -1,12 +1,12 @@
 //! The selector trait and the steps that all selectors share.
 
 use super::{
-    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, KeyProfile, LayerPlan,
-    RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
+    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, Keep, KeyProfile,
+    LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
     Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
-    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
+    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores, UnionRanks,
 };
 use std::sync::Arc;
 
@@ -58,6 +58,8 @@ pub struct Scratch {
     pub scores: Tensor,
     /// f32 `[n, heads, stride]`, per-head logits before they are pooled.
     pub head_scores: Option<Tensor>,
+    /// u32 `[n, heads, k]` and `[n, heads]`, each head's best tokens before their rankings are united.
+    pub head_lists: Option<(Tensor, Tensor)>,
     /// At least every sequence's length; a multiple of 64.
     pub stride: usize,
 }
@@ -257,7 +259,9 @@ pub(super) fn pool_and_pick_among(
     among: Option<Among<'_>>,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if plan.correct && plan.pool == HeadPool::None {
+    if plan.pool == HeadPool::Union {
+        unite(cx, plan, out)?;
+    } else if plan.correct && plan.pool == HeadPool::None {
         // Forcing tokens writes to the scores; the logits are needed once more.
         let n = cx.seqs.n * cx.shape.heads * s.stride;
         let logits = score_target(cx, plan)?;
@@ -289,6 +293,33 @@ pub(super) fn pool_and_pick_among(
         trim(Trim::Together { tokens, at_least })?;
     }
     take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+}
+
+/// Scores by the union of the heads' rankings: each head ranks all tokens, which are named rank by rank, head by head.
+/// Sinks and recent tokens lead every ranking, so those behind them are ranked among themselves.
+fn unite(cx: &LayerContext<'_>, plan: &LayerPlan, out: &Selection) -> Result<(), SelectError> {
+    let bad = || SelectError::BadPlan {
+        method: "pool".into(),
+        reason: "rankings without a buffer for the lists of all heads".into(),
+    };
+    let (indices, counts) = cx.scratch.head_lists.as_ref().ok_or_else(bad)?;
+    let (b, seqs, heads, stride) = (cx.backend, cx.seqs, cx.shape.heads, cx.scratch.stride);
+    let (scores, Keep { sinks, recent }) = (score_target(cx, plan)?, plan.keep);
+    b.force(&Force { scores, seqs, rows_per_seq: heads, stride, sinks, recent, among: None })?;
+    b.top_k(&TopK {
+        scores,
+        seqs,
+        rows_per_seq: heads,
+        stride,
+        unit: 1,
+        k: out.k,
+        share: plan.budget.share.unwrap_or(Share::ALL),
+        among: None,
+        indices,
+        counts,
+    })?;
+    let listed = Among { indices, counts, k: out.k };
+    Ok(b.union_ranks(&UnionRanks { scores, seqs, heads, stride, listed, out: &cx.scratch.scores })?)
 }
 
 /// Puts sinks and recent tokens first.
@@ -341,7 +372,7 @@ pub(super) fn take(
 
 /// The logits of every query head are kept apart until they are pooled.
 fn per_head(plan: &LayerPlan) -> bool {
-    plan.pool.softmax() || plan.correct
+    plan.pool.softmax() || plan.correct || plan.pool == HeadPool::Union
 }
 
 /// The buffer that a plan's scores are written to before they are pooled.
@@ -372,7 +403,7 @@ pub(super) fn score_and_pick(
         cache: cx.cache,
         source,
         heads: cx.shape.heads,
-        pool: if plan.correct { HeadPool::None } else { plan.pool },
+        pool: if per_head(plan) { HeadPool::None } else { plan.pool },
         scale: plan.scale,
         scores: score_target(cx, plan)?,
         stride: cx.scratch.stride,

@@ -9,6 +9,7 @@ mod dims;
 mod errors;
 mod kv;
 mod listed;
+mod lists;
 mod memory;
 mod neighbours;
 pub mod oracle;
@@ -99,6 +100,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         if w == DType::F32 {
             memory::cases(&mut c);
             top_k::cases(&mut c);
+            lists::cases(&mut c);
             errors::cases(&mut c);
             block_errors::cases(&mut c);
         }

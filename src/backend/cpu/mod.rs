@@ -13,6 +13,7 @@ mod expand_blocks;
 mod force;
 mod gather_rows;
 mod gemm_ceiling;
+mod hold_lists;
 pub(crate) mod host;
 mod key_stats;
 mod kv_append;
@@ -41,6 +42,7 @@ mod swiglu;
 mod tiles;
 mod top_k;
 mod trim_scores;
+mod union_ranks;
 
 use std::sync::Arc;
 
@@ -191,6 +193,8 @@ impl Backend for CpuBackend {
         force: Force,
         trim_scores: TrimScores,
         top_k: TopK,
+        union_ranks: UnionRanks,
+        hold_lists: HoldLists,
         score_summaries: ScoreSummaries,
         pool_blocks: PoolBlocks,
         expand_blocks: ExpandBlocks,

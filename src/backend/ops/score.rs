@@ -46,6 +46,9 @@ pub enum HeadPool {
     AllSoftmax,
     /// One selection for all heads: the largest probability of any query head, softmax per query head.
     AnySoftmax,
+    /// One selection for all heads: the query heads' rankings of raw logits in turn, each token once
+    /// ([`UnionRanks`](super::UnionRanks)).
+    Union,
     /// One selection per query head.
     None,
 }
@@ -58,12 +61,18 @@ impl HeadPool {
 
     /// Pooled by [`PoolScores`], after a softmax per query head.
     pub const fn softmax(self) -> bool {
-        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) || self.shared()
+        matches!(
+            self,
+            HeadPool::MaxSoftmax
+                | HeadPool::MeanSoftmax
+                | HeadPool::AllSoftmax
+                | HeadPool::AnySoftmax
+        )
     }
 
     /// One selection for all heads.
     pub const fn shared(self) -> bool {
-        matches!(self, HeadPool::AllSoftmax | HeadPool::AnySoftmax)
+        matches!(self, HeadPool::AllSoftmax | HeadPool::AnySoftmax | HeadPool::Union)
     }
 
     /// Heads are pooled by the largest of them, else by their sum.
@@ -75,7 +84,7 @@ impl HeadPool {
     pub const fn lists(self, heads: usize, kv_heads: usize) -> usize {
         match self {
             HeadPool::None => heads,
-            HeadPool::AllSoftmax | HeadPool::AnySoftmax => 1,
+            _ if self.shared() => 1,
             _ => kv_heads,
         }
     }
@@ -234,6 +243,11 @@ impl Among<'_> {
         stride: usize,
     ) -> Result<()> {
         ensure(op, stride >= self.k, || format!("stride {stride} for lists of {}", self.k))?;
+        self.check_room(op, n, rows)
+    }
+
+    /// As [`Among::check`], whatever the scores are.
+    pub(crate) fn check_room(&self, op: &'static str, n: usize, rows: usize) -> Result<()> {
         is(op, "listed indices", self.indices, DType::U32)?;
         is(op, "listed counts", self.counts, DType::U32)?;
         ensure(op, self.k > 0, || "lists without room".into())?;

@@ -8,15 +8,17 @@ mod blocks;
 mod dense;
 mod encoder;
 mod kv;
+mod lists;
 mod memory;
 mod pipelines;
 mod score;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvSummaries, Linear, MeanValue, Merge,
-    PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows,
-    ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
+    ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvSummaries, Linear, MeanValue,
+    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
+    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
+    UnionRanks,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -261,6 +263,13 @@ impl Backend for WgpuBackend {
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         score::top_k(&self.gpu, p)
+    }
+
+    fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()> {
+        lists::union_ranks(&self.gpu, p)
+    }
+    fn hold_lists(&self, p: &HoldLists<'_>) -> Result<()> {
+        lists::hold_lists(&self.gpu, p)
     }
 
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()> {

@@ -52,6 +52,8 @@ const SCORE_SUMMARIES_SRC: &[&str] =
     &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
 const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_blocks.wgsl")];
 const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
+const UNION_RANKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/union_ranks.wgsl")];
+const HOLD_LISTS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/hold_lists.wgsl")];
 const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
 const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
 const ATTEND_DENSE_SRC: &[&str] = &[
@@ -187,6 +189,24 @@ pub static EXPAND_BLOCKS: Kernel = kernel(
     "main",
     EXPAND_BLOCKS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)],
+);
+pub static UNION_RANKS_PLACES: Kernel = kernel(
+    "union_ranks",
+    "places",
+    UNION_RANKS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)],
+);
+pub static UNION_RANKS: Kernel = kernel(
+    "union_ranks",
+    "main",
+    UNION_RANKS_SRC,
+    &[(1, Read), (3, Read), (4, Read), (5, Write), (6, Write)],
+);
+pub static HOLD_LISTS: Kernel = kernel(
+    "hold_lists",
+    "main",
+    HOLD_LISTS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write), (6, Write), (7, Write)],
 );
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =

@@ -74,6 +74,7 @@ fn methods_read_the_options_they_list() {
         ("floor", "0.5"),
         ("correct", "true"),
         ("scorer", "sorted"),
+        ("reuse", "3"),
     ];
     let known: Vec<_> = values.iter().map(|v| v.0).collect();
     for o in OPTIONS {
