@@ -195,6 +195,41 @@ fn double_sparsity_scores_the_dimensions_of_the_profile() {
     }
 }
 
+/// The chosen dimensions of a key as small integers with one scale, and the dimensions that are.
+fn labels(data: &Data, j: usize, kv: usize, dims: &[usize], most: f32) -> Vec<f64> {
+    let key: Vec<f32> = dims.iter().map(|i| key(data, j, kv)[*i]).collect();
+    let scale = key.iter().fold(0.0, |m: f32, x| m.max(x.abs())) / most;
+    key.iter().map(|x| f64::from((x / scale).round_ties_even()) * f64::from(scale)).collect()
+}
+
+#[test]
+fn double_sparsity_scores_small_integers_where_asked_to() {
+    let known = profile::random(1, HEADS.kv, HEADS.dim);
+    for (n, (bits, most)) in LENGTHS.into_iter().flat_map(|n| [(n, (4, 7.0)), (n, (8, 127.0))]) {
+        let data = Data::random(n as u64, HEADS, n);
+        let list = |kv: usize, small: bool| {
+            let of_head = &known.importance(0)[kv * HEADS.dim..][..HEADS.dim];
+            let dims = dimensions(&of_head.iter().map(|x| f64::from(*x)).collect::<Vec<_>>());
+            let mut changed = data.clone();
+            for j in (0..n).filter(|_| small) {
+                let numbers = labels(&data, j, kv, &dims, most);
+                for (i, x) in dims.iter().zip(numbers) {
+                    changed.k[j][kv * HEADS.dim + i] = x as f32;
+                }
+            }
+            let scores = largest(heads_of(kv).map(|h| partial(&changed, h, &dims)));
+            best(&scores, 60, ends(n, 4, 32))
+        };
+        let slice_bits = Some(bits);
+        let spec = MethodSpec { slice_bits, ..spec(Variant::DoubleSparsity, 60) };
+        let want = [list(0, true), list(1, true)];
+        if bits == 4 && n > 100 {
+            assert_ne!(want, [list(0, false), list(1, false)], "{n} tokens");
+        }
+        expect(&data, &spec, &want);
+    }
+}
+
 /// Exact where all components are scored: the directions are orthonormal.
 #[test]
 fn loki_scores_the_leading_components_of_the_profile() {

@@ -150,6 +150,9 @@ pub trait Backend: Send + Sync {
     /// Queries and keys on directions of their own; see [`Project`].
     fn project(&self, p: &Project<'_>) -> Result<()>;
 
+    /// Chosen key dimensions in few bits; see [`QuantiseKeys`].
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()>;
+
     /// Partial logits on few key dimensions; see [`ScoreDims`].
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
     /// Partial logits of listed tokens; see [`ScoreRows`].

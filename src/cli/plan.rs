@@ -155,7 +155,12 @@ fn scores(scorer: &Scorer) -> String {
             )
         }
         Scorer::Random { seed } => format!("random scores of seed {seed}"),
-        Scorer::Static { dims } => format!("{dims} dimensions chosen offline, compact slice"),
+        Scorer::Static { dims, bits: 16 } => {
+            format!("{dims} dimensions chosen offline, compact slice")
+        }
+        Scorer::Static { dims, bits } => {
+            format!("{dims} dimensions chosen offline, slice of {bits} bits")
+        }
         Scorer::Components { dims } => format!("{dims} leading principal components, own slice"),
         Scorer::Dims { dims, metric, unit, refresh, slice } => {
             let when = match refresh {

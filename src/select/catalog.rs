@@ -127,7 +127,7 @@ pub const METHODS: &[MethodInfo] = &[
     },
     MethodInfo {
         name: "double-sparsity",
-        about: "Double Sparsity: dimensions of the largest mean |q k|, measured once, in a 16-bit compact slice",
+        about: "Double Sparsity: dimensions of the largest mean |q k|, measured once, in a compact slice of 16, 8 or 4 bits",
         variant: Variant::DoubleSparsity,
     },
     MethodInfo {

@@ -184,11 +184,16 @@ impl LayerPlan {
 fn check_scorer(scorer: &Scorer, head_dim: usize) -> Checked {
     if let Scorer::Sorted { dims, .. }
     | Scorer::Dims { dims, .. }
-    | Scorer::Static { dims }
+    | Scorer::Static { dims, .. }
     | Scorer::Components { dims } = scorer
     {
         ensure(*dims > 0 && *dims <= head_dim && dims.is_multiple_of(8), || {
             format!("{dims} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}")
+        })?;
+    }
+    if let Scorer::Static { bits, .. } = scorer {
+        ensure(matches!(bits, 4 | 8 | 16), || {
+            format!("a slice of {bits} bits a number: give 4, 8 or 16 (those of the cache)")
         })?;
     }
     let Scorer::Dims { unit, dims, metric, refresh, .. } = scorer else { return Ok(()) };

@@ -47,7 +47,7 @@ impl DimsSelector {
                 (dims, metric, unit, refresh, slice)
             }
             // Chosen in the first decode step, which also fills the slice, and never again.
-            Scorer::Static { dims } => {
+            Scorer::Static { dims, bits: 16 } => {
                 (dims, DimMetric::AbsQ, 1, Refresh::Every { every: 0, phase: 0 }, true)
             }
             _ => {

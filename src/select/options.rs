@@ -120,6 +120,8 @@ options! {
     /// Decode steps that share a choice of tokens; those that are appended meanwhile are attended to as well
     /// [default: 1]
     reuse, "reuse": usize = parse("STEPS"), chooses;
+    /// Bits of a number in the slice of double-sparsity: 4, 8, or 16 for those of the cache [default: 16]
+    slice_bits, "slice-bits": usize = parse("BITS"), has_labels;
     /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
     scorer, "scorer": AnchorScorer = parse_name("SCORER"), hands_down;
 }
@@ -162,6 +164,11 @@ impl Variant {
 
     fn takes_a_share(self) -> bool {
         matches!(self, Variant::Kascade | Variant::KascadePooled | Variant::Omnikv)
+    }
+
+    /// Keeps a slice that never changes its dimensions.
+    fn has_labels(self) -> bool {
+        self == Variant::DoubleSparsity
     }
 
     /// Dimensions, or units of them, are chosen by the query.

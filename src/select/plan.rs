@@ -184,7 +184,9 @@ fn score_bytes(scorer: &Scorer, n: usize, row: usize, elem: usize) -> f64 {
     match scorer {
         // The hash of a position does not depend on its key.
         Scorer::None | Scorer::Random { .. } => 0.0,
-        Scorer::Static { dims } | Scorer::Components { dims } => (n * dims * elem) as f64,
+        Scorer::Static { dims, bits: 16 } | Scorer::Components { dims } => (n * dims * elem) as f64,
+        // And the scale.
+        Scorer::Static { dims, bits } => (n * (dims * bits / 8 + 4)) as f64,
         Scorer::Exact | Scorer::Custom { .. } => (n * row) as f64,
         Scorer::Sorted { dims, int8: true } => (n * (dims + 4)) as f64,
         Scorer::Sorted { dims, int8: false } => (n * dims * elem) as f64,

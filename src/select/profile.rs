@@ -213,7 +213,10 @@ impl MethodSpec {
                 refresh: Refresh::Every { every: 1, phase: 0 },
                 slice: false,
             },
-            Variant::DoubleSparsity => Scorer::Static { dims: self.dims.unwrap_or(half) },
+            Variant::DoubleSparsity => Scorer::Static {
+                dims: self.dims.unwrap_or(half),
+                bits: self.slice_bits.unwrap_or(16),
+            },
             Variant::Loki => Scorer::Components { dims: leading },
             Variant::Random => Scorer::Random { seed: 0 },
             // No scores; methods of anchors and blocks do not come here.

@@ -2,7 +2,7 @@
 
 use super::{
     BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, Keep, KeyProfile,
-    LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
+    LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
     Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
@@ -216,6 +216,9 @@ pub fn build(
     Ok(Some(match &plan.scorer {
         Scorer::None => Box::new(WindowSelector::new(plan)),
         Scorer::Random { .. } => Box::new(RandomSelector::new(backend, shape, plan)?),
+        Scorer::Static { bits, .. } if *bits != 16 => {
+            Box::new(LabelsSelector::new(backend, shape, plan, profile()?)?)
+        }
         Scorer::Static { .. } => {
             Box::new(DimsSelector::chosen_offline(backend, shape, plan, profile()?)?)
         }

@@ -13,6 +13,7 @@ mod lists;
 mod memory;
 mod neighbours;
 pub mod oracle;
+mod quantised;
 #[path = "../common/readme.rs"]
 mod readme;
 pub mod report;
@@ -96,6 +97,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         blocks::cases(&mut c);
         attend::cases(&mut c);
         neighbours::cases(&mut c);
+        quantised::cases(&mut c);
         tiles::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
@@ -114,6 +116,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             blocks::cases(&mut c);
             attend::cases(&mut c);
             neighbours::cases(&mut c);
+            quantised::cases(&mut c);
             tiles::cases(&mut c);
             all.append(&mut c.all);
         }

@@ -28,6 +28,7 @@ mod pool;
 mod pool_blocks;
 mod pool_scores;
 mod project;
+mod quantise_keys;
 mod rebuild_slice;
 mod rms_norm;
 mod rope;
@@ -186,6 +187,7 @@ impl Backend for CpuBackend {
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
         project: Project,
+        quantise_keys: QuantiseKeys,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
         score_tiles: ScoreTiles,

@@ -26,8 +26,8 @@ mod tiles;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
     ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvSummaries, Linear, MeanValue,
-    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
-    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores,
+    Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm, Rope,
+    ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores,
     UnionRanks, check_copy, check_host,
 };
 use blas::Blas;
@@ -284,6 +284,9 @@ impl Backend for CudaBackend {
     }
     fn project(&self, p: &Project<'_>) -> Result<()> {
         self.project_op(p)
+    }
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()> {
+        self.quantise_keys_op(p)
     }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         self.score_dims_op(p)

@@ -13,6 +13,7 @@ mod kv;
 mod mean_value;
 mod pool_scores;
 mod project;
+mod quantise_keys;
 mod score;
 mod score_rows;
 mod score_tiles;
@@ -30,6 +31,7 @@ pub use kv::{
 pub use mean_value::MeanValue;
 pub use pool_scores::PoolScores;
 pub use project::Project;
+pub use quantise_keys::{QuantiseKeys, QuantisedSlice, SliceBits};
 pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
 pub use score_tiles::ScoreTiles;

@@ -1,7 +1,9 @@
 //! Scoring tokens on key dimensions, and exact top-k.
 
 use super::kv::{check_dims, check_int8};
-use super::{CompactSlice, Int8Keys, KvPool, Named, Seqs, apart, ensure, float, holds, is};
+use super::{
+    CompactSlice, Int8Keys, KvPool, Named, QuantisedSlice, Seqs, apart, ensure, float, holds, is,
+};
 use crate::backend::{DType, MAX_GROUP, PAGE, Result, Tensor};
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
@@ -21,6 +23,8 @@ pub enum ScoreSource<'a> {
     },
     /// The compact slice of the sequence's slot.
     Slice(CompactSlice<'a>),
+    /// The quantised slice of the sequence's slot.
+    Quantised(QuantisedSlice<'a>),
     /// Listed dimensions, read from the K tiles themselves (query-chosen groups, U = 1).
     Gather {
         /// u32 `[slots, kv_heads, n]`.
@@ -155,6 +159,12 @@ impl ScoreDims<'_> {
                 s.check(OP, &self.cache)?;
                 ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
                 apart(OP, &out, &[("slice", s.data), ("dims", s.dims)])?;
+            }
+            ScoreSource::Quantised(s) => {
+                s.check(OP, &self.cache)?;
+                ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
+                let ins = [("slice", s.data), ("slice scales", s.scale), ("dims", s.dims)];
+                apart(OP, &out, &ins)?;
             }
             ScoreSource::Gather { dims, n } => {
                 is(OP, "dims", dims, DType::U32)?;

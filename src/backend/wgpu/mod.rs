@@ -16,9 +16,9 @@ mod score;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
     ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvSummaries, Linear, MeanValue,
-    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
-    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
-    UnionRanks,
+    Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm, Rope,
+    ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology,
+    TrimScores, UnionRanks,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -243,6 +243,9 @@ impl Backend for WgpuBackend {
         kv::project(&self.gpu, p)
     }
 
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()> {
+        kv::quantise_keys(&self.gpu, p)
+    }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         score::score_dims(&self.gpu, p)
     }

@@ -42,6 +42,7 @@ const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stat
 const KV_SUMMARIES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_summaries.wgsl")];
 const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
 const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
+const QUANTISE_KEYS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/quantise_keys.wgsl")];
 const SCORE_DIMS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
 const SCORE_ROWS_SRC: &[&str] =
@@ -144,6 +145,14 @@ pub static PROJECT_KEYS: Kernel = kernel(
     &[(1, Read), (2, Read), (4, Read), (5, Read), (7, Write), (8, Write)],
 );
 pub static PROJECT_MARK: Kernel = kernel("project", "mark", PROJECT_SRC, &[(1, Read), (8, Write)]);
+pub static QUANTISE_KEYS: Kernel = kernel(
+    "quantise_keys",
+    "main",
+    QUANTISE_KEYS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write), (6, Write), (7, Write)],
+);
+pub static QUANTISE_MARK: Kernel =
+    kernel("quantise_keys", "mark", QUANTISE_KEYS_SRC, &[(1, Read), (7, Write)]);
 pub static SCORE_DIMS: Kernel = kernel(
     "score_dims",
     "main",

@@ -20,6 +20,8 @@ fn kernels() -> Vec<&'static Kernel> {
         &KV_SUMMARIES,
         &SELECT_DIMS,
         &REBUILD_SLICE,
+        &QUANTISE_KEYS,
+        &QUANTISE_MARK,
         &SCORE_DIMS,
         &POOL_PARTIALS,
         &SCORE_TILES,
