@@ -21,6 +21,16 @@ typedef float f32;
 #define POS_INF __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
 
+// First thing of every kernel. On Hopper a kernel's blocks may be placed while those of the kernel before still run
+// (launch.rs): here they wait until its results are there, then let the next kernel's blocks come. Nothing but
+// prefetches into L2 may stand before it.
+DEVICE void depend() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 DEVICE float to_f32(float x) { return x; }
 DEVICE float to_f32(i8 x) { return (float)x; }
 DEVICE float to_f32(bf16 x) { return __uint_as_float((u32)x.bits << 16); }

@@ -6,6 +6,7 @@
 
 extern "C" __global__ void hold_lists(const u32* chosen, const u32* chosen_counts, Seqs seqs, u32* held, u32* marks,
                                       u32* indices, u32* counts, u32 fresh, u32 rows_per_seq, u32 k, u32 room) {
+    depend();
     Seq seq = seqs.get(blockIdx.z);
     u64 row = (u64)blockIdx.z * rows_per_seq + blockIdx.y;
     u64 own = (u64)seq.slot * rows_per_seq + blockIdx.y;

@@ -53,6 +53,7 @@ template <class T> DEVICE void quantise_keys(const QuantiseArgs& a) {
 }
 
 extern "C" __global__ void quantise_mark(QuantiseArgs a, u32 sequences) {
+    depend();
     u32 i = blockIdx.x * blockDim.x + threadIdx.x, heads = a.pool.kv_heads;
     if (i >= sequences * heads) return;
     Seq seq = a.seqs.get(i / heads);
@@ -60,7 +61,7 @@ extern "C" __global__ void quantise_mark(QuantiseArgs a, u32 sequences) {
 }
 
 #define KERNEL(T) \
-    extern "C" __global__ void quantise_keys_##T(QuantiseArgs a) { quantise_keys<T>(a); }
+    extern "C" __global__ void quantise_keys_##T(QuantiseArgs a) { depend(); quantise_keys<T>(a); }
 KERNEL(f32)
 KERNEL(f16)
 KERNEL(bf16)

@@ -20,6 +20,7 @@ struct UnionArgs {
 };
 
 extern "C" __global__ void union_ranks_places(UnionArgs a) {
+    depend();
     __shared__ float tile[TILE];
     u64 row = (u64)blockIdx.z * a.heads + blockIdx.y;
     u32 n = min(a.counts[row], a.k);
@@ -40,6 +41,7 @@ extern "C" __global__ void union_ranks_places(UnionArgs a) {
 }
 
 extern "C" __global__ void union_ranks(UnionArgs a) {
+    depend();
     u32 kv_len = a.seqs.get(blockIdx.y).kv_len;
     for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < kv_len; j += gridDim.x * blockDim.x) {
         u32 turn = ~0u;
