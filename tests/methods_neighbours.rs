@@ -5,6 +5,7 @@
 mod common;
 
 use common::cache::{Data, Heads, Layer, backends};
+use common::pick::{best, best_first, ends, in_turns, largest, softmax};
 use common::profile;
 use common::select::{attend, select};
 use longsight::select::{MethodSpec, Variant, noise};
@@ -21,20 +22,6 @@ fn spec(variant: Variant, budget: usize) -> MethodSpec {
         dense_below: Some(0),
         ..variant.into()
     }
-}
-
-/// The `k` best tokens, those of `forced` first, ascending.
-fn best(scores: &[f64], k: usize, forced: impl Fn(usize) -> bool) -> Vec<u32> {
-    let score = |j: &usize| if forced(*j) { f64::INFINITY } else { scores[*j] };
-    let mut order: Vec<usize> = (0..scores.len()).filter(|j| score(j) > f64::MIN).collect();
-    order.sort_by(|a, b| score(b).total_cmp(&score(a)));
-    order.truncate(k);
-    order.sort_unstable();
-    order.into_iter().map(|j| j as u32).collect()
-}
-
-fn ends(n: usize, sinks: usize, recent: usize) -> impl Fn(usize) -> bool {
-    move |j| j < sinks || j + recent >= n
 }
 
 fn heads_of(kv: usize) -> std::ops::Range<usize> {
@@ -67,20 +54,6 @@ fn partial(data: &Data, h: usize, dims: &[usize]) -> Vec<f64> {
         scale * dims.iter().map(|&i| f64::from(q[i]) * f64::from(k[i])).sum::<f64>()
     };
     (0..data.k.len()).map(logit).collect()
-}
-
-fn softmax(logits: &[f64]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::MIN, f64::max);
-    let p: Vec<f64> = logits.iter().map(|s| (s - top).exp()).collect();
-    let sum: f64 = p.iter().sum();
-    p.into_iter().map(|p| p / sum).collect()
-}
-
-/// The largest probability of some heads, token by token.
-fn largest(rows: impl Iterator<Item = Vec<f64>>) -> Vec<f64> {
-    rows.map(|r| softmax(&r))
-        .reduce(|a, b| a.iter().zip(&b).map(|(x, y)| x.max(*y)).collect())
-        .unwrap()
 }
 
 /// Runs `spec` on every backend and compares its lists.
@@ -272,32 +245,6 @@ fn filter_layers_take_the_largest_probability_of_any_head() {
     }
 }
 
-/// LessIsMore as published: sinks, recent tokens, and from what lies between the best of every head, then the second
-/// best of every head, and so on, each token once, until the budget is full.
-fn in_turns(rows: &[Vec<f64>], budget: usize, sinks: usize, recent: usize) -> Vec<u32> {
-    let n = rows[0].len();
-    let mut list: Vec<usize> = (0..n).filter(|j| ends(n, sinks, recent)(*j)).collect();
-    let rankings: Vec<Vec<usize>> = rows
-        .iter()
-        .map(|r| {
-            let between: Vec<usize> = (sinks..n - recent).collect();
-            best_first(&between.iter().map(|j| r[*j]).collect::<Vec<_>>())
-                .into_iter()
-                .map(|i| between[i])
-                .collect()
-        })
-        .collect();
-    for rank in 0..n {
-        for j in rankings.iter().filter_map(|r| r.get(rank)) {
-            if list.len() < budget && !list.contains(j) {
-                list.push(*j);
-            }
-        }
-    }
-    list.sort_unstable();
-    list.into_iter().map(|j| j as u32).collect()
-}
-
 #[test]
 fn a_union_of_rankings_goes_through_the_heads_in_turn() {
     let union = Some(longsight::backend::HeadPool::Union);
@@ -358,12 +305,6 @@ fn a_list_ends_with_its_share_of_the_mass() {
         }
         assert!(lengths[0] < lengths[2] && lengths[3] == 80, "{lengths:?}");
     }
-}
-
-fn best_first(scores: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    order
 }
 
 #[test]

@@ -82,7 +82,10 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
 }
 
 fn describe(l: &LayerPlan) -> String {
-    let tokens = tokens(&l.budget);
+    let tokens = match l.reuse {
+        1 => tokens(&l.budget),
+        steps => format!("{}, chosen every {steps} steps", tokens(&l.budget)),
+    };
     let forced = format!("with {} sinks and {} recent", l.keep.sinks, l.keep.recent);
     let until = l.budget.dense_until();
     match &l.role {

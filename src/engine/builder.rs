@@ -233,9 +233,11 @@ impl<'a> EngineBuilder<'a> {
             Some(b) => b,
             None => open(&self.device)?,
         };
-        let config = checkpoint.config().clone();
         let fingerprint = checkpoint.fingerprint();
-        let (limits, n_pages) = self.limits(&config)?;
+        let (limits, n_pages) = self.limits(checkpoint.config())?;
+        let mut checkpoint = checkpoint;
+        checkpoint.settle(limits.context);
+        let config = checkpoint.config().clone();
         let model = config.plan_shape(&fingerprint);
         let plan_of = |spec: &MethodSpec| spec.plan(&model, limits.context);
         let plan = match &self.method {

@@ -276,6 +276,7 @@ impl Decoder {
                 inv_freq: &w.inv_freq,
                 heads_per_freq: heads / c.n_kv_heads,
                 norm: norm.map(|weight| QkNorm { weight, eps }),
+                factor: c.rope_factor(),
                 out,
                 rows,
                 heads,

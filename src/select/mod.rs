@@ -29,6 +29,7 @@ mod selector;
 mod sorted;
 mod sparda;
 mod tiles;
+mod union;
 mod window;
 
 pub use anchors::{AnchorScorer, Anchors};

@@ -1,12 +1,13 @@
 //! The selector trait and the steps that all selectors share.
 
+use super::union::unite;
 use super::{
-    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, Keep, KeyProfile,
+    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, KeyProfile,
     LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
     Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
-    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores, UnionRanks,
+    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
 };
 use std::sync::Arc;
 
@@ -263,7 +264,7 @@ pub(super) fn pool_and_pick_among(
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
     if plan.pool == HeadPool::Union {
-        unite(cx, plan, out)?;
+        unite(cx, plan, score_target(cx, plan)?, out)?;
     } else if plan.correct && plan.pool == HeadPool::None {
         // Forcing tokens writes to the scores; the logits are needed once more.
         let n = cx.seqs.n * cx.shape.heads * s.stride;
@@ -296,33 +297,6 @@ pub(super) fn pool_and_pick_among(
         trim(Trim::Together { tokens, at_least })?;
     }
     take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
-}
-
-/// Scores by the union of the heads' rankings: each head ranks all tokens, which are named rank by rank, head by head.
-/// Sinks and recent tokens lead every ranking, so those behind them are ranked among themselves.
-fn unite(cx: &LayerContext<'_>, plan: &LayerPlan, out: &Selection) -> Result<(), SelectError> {
-    let bad = || SelectError::BadPlan {
-        method: "pool".into(),
-        reason: "rankings without a buffer for the lists of all heads".into(),
-    };
-    let (indices, counts) = cx.scratch.head_lists.as_ref().ok_or_else(bad)?;
-    let (b, seqs, heads, stride) = (cx.backend, cx.seqs, cx.shape.heads, cx.scratch.stride);
-    let (scores, Keep { sinks, recent }) = (score_target(cx, plan)?, plan.keep);
-    b.force(&Force { scores, seqs, rows_per_seq: heads, stride, sinks, recent, among: None })?;
-    b.top_k(&TopK {
-        scores,
-        seqs,
-        rows_per_seq: heads,
-        stride,
-        unit: 1,
-        k: out.k,
-        share: plan.budget.share.unwrap_or(Share::ALL),
-        among: None,
-        indices,
-        counts,
-    })?;
-    let listed = Among { indices, counts, k: out.k };
-    Ok(b.union_ranks(&UnionRanks { scores, seqs, heads, stride, listed, out: &cx.scratch.scores })?)
 }
 
 /// Puts sinks and recent tokens first.

@@ -24,7 +24,7 @@ struct RopeArgs {
     head_dim: u32,
     heads_per_freq: u32,
     eps: f32,
-    pad: u32,
+    factor: f32,
 }
 
 /// Threads for a row of `cols` at 8 elements each: whole warps, 32 to 256.
@@ -101,7 +101,7 @@ impl CudaBackend {
             head_dim: word(OP, "head_dim", p.head_dim)?,
             heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
             eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
-            pad: 0,
+            factor: p.factor,
         };
         let shape = Shape::new([(p.rows * p.heads).div_ceil(WARPS), 1, 1], WARPS * 32);
         self.launch(OP, &format!("rope_{}", p.x.dtype()), shape, Args::new().with(args))
