@@ -25,7 +25,7 @@ pub enum Progress {
 }
 
 enum MethodChoice {
-    Spec(MethodSpec),
+    Spec(Box<MethodSpec>),
     Plan(Plan),
 }
 
@@ -74,7 +74,7 @@ impl Engine {
             backend: None,
             dtype: None,
             kv_dtype: None,
-            method: MethodChoice::Spec(MethodSpec::default()),
+            method: MethodChoice::Spec(Box::default()),
             custom: None,
             context: None,
             sequences: 1,
@@ -131,7 +131,7 @@ impl<'a> EngineBuilder<'a> {
     }
     /// Method by name and options. Default: SparCas on sorted keys.
     pub fn method(mut self, spec: MethodSpec) -> Self {
-        self.method = MethodChoice::Spec(spec);
+        self.method = MethodChoice::Spec(Box::new(spec));
         self
     }
     /// Method as a finished plan.

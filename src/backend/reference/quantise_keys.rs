@@ -48,7 +48,7 @@ pub(super) fn dequantised(s: &QuantisedSlice<'_>, dev: &dyn Backend) -> Result<V
         SliceBits::Eight => data[i],
         SliceBits::Four => {
             let byte = data[i / 2] as i32;
-            f64::from(if i % 2 == 0 { byte << 28 >> 28 } else { byte >> 4 })
+            f64::from(if i.is_multiple_of(2) { byte << 28 >> 28 } else { byte >> 4 })
         }
     };
     let row = |i: usize| scales.get(i / s.n_dims).copied().unwrap_or_default();
