@@ -16,7 +16,7 @@ struct RopeArgs {
     u64 x_stride;
     u32 rows, heads, head_dim, heads_per_freq;
     float eps;
-    u32 pad;
+    float factor;  // of the result
 };
 
 template <class T> DEVICE void rope(const RopeArgs& a) {
@@ -45,6 +45,7 @@ template <class T> DEVICE void rope(const RopeArgs& a) {
         }
         float sn, cs;
         sincosf(t * freq[p], &sn, &cs);
+        sn *= a.factor, cs *= a.factor;
         out[2 * p] = from_f32<T>(x0 * cs - x1 * sn);
         out[2 * p + 1] = from_f32<T>(x1 * cs + x0 * sn);
     }

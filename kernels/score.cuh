@@ -12,6 +12,8 @@
 #define INT8 1u
 #define SLICE 2u
 #define GATHER 3u
+#define SLICE8 4u
+#define SLICE4 5u
 #define POOL_NONE 0u
 #define POOL_SUM 1u
 #define POOL_MAX 2u
@@ -20,8 +22,8 @@ struct ScoreArgs {
     const void* q;
     Seqs seqs;
     Pool pool;
-    const void* data;       // int8 copy or compact slice
-    const float* row_scale; // int8 scales
+    const void* data;       // int8 copy, compact or quantised slice
+    const float* row_scale; // scales of either
     const u32* dims;        // slice or gather: [slots, kv_heads, n]
     float* scores;
     u64 stride;
@@ -43,7 +45,7 @@ DEVICE void load_query(const ScoreArgs& a, const Seq& seq, u32 kvh, u32 head0, u
                        float* c) {
     u32 d = a.pool.head_dim, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     u64 src = ((u64)seq.q_start * a.heads + head0) * d;
-    bool listed = a.source == SLICE || a.source == GATHER;
+    bool listed = a.source >= SLICE;
     const u32* dims = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * a.n;
     for (u32 h = warp; h < g; h += blockDim.x >> 5) {
         float all = 0.0f, chosen = 0.0f;
@@ -85,6 +87,14 @@ DEVICE Raw8<K> load_chunk(const ScoreArgs& a, u64 base, u32 row, u32 c, const u3
         for (int i = 0; i < 8; i++) ((K*)&r)[i] = k[a.pool.k_at(row, dims[c + i])];
         return r;
     }
+    if (SOURCE == SLICE4) {
+        // Eight numbers a word, in two's complement.
+        u32 word = *(const u32*)((const i8*)a.data + base + c / 2);
+        Raw8<K> r;
+#pragma unroll
+        for (int i = 0; i < 8; i++) ((i8*)&r)[i] = (i8)((int)(word << (28 - 4 * i)) >> 28);
+        return r;
+    }
     return load8((const K*)a.data + base + c);
 }
 
@@ -98,6 +108,8 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
     u32 g = a.heads / parts, head0 = blockIdx.y * g, n = a.n, count = keys.count();
     u32 kvh = head0 / (a.heads / a.pool.kv_heads);
     const u32 block = blockDim.x / 4 * ROWS, step = gridDim.x * block;
+    constexpr bool SLOTTED = SOURCE == SLICE || SOURCE == SLICE8 || SOURCE == SLICE4;
+    constexpr bool SCALED = SOURCE == INT8 || SOURCE == SLICE8 || SOURCE == SLICE4;
     if (blockIdx.x * block >= count) return;
     if (SOURCE == GATHER) {
         const u32* list = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * n;
@@ -125,11 +137,12 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
             // Rows past the end repeat the last one; their scores are not written.
             u32 t = keys.token(min(t0 + first_row + 8 * r, count - 1));
             t = keys.cached(t) ? t : 0;
-            row[r] = SOURCE == SLICE ? 0 : a.pool.row(seq, kvh, t);
-            base[r] = SOURCE == SLICE
+            row[r] = SLOTTED ? 0 : a.pool.row(seq, kvh, t);
+            base[r] = SLOTTED
                 ? (((u64)seq.slot * a.pool.kv_heads + kvh) * a.capacity + t) * a.width
                 : (u64)row[r] * a.width;
-            if (SOURCE == INT8 && r == sub) row_scale = a.row_scale[row[r]];
+            if (SCALED && r == sub)
+                row_scale = a.row_scale[SLOTTED ? ((u64)seq.slot * a.pool.kv_heads + kvh) * a.capacity + t : row[r]];
         }
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
@@ -180,7 +193,7 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
             }
             u32 t = t0 + first_row + 8 * sub;
             if (sub >= ROWS || t >= count) continue;
-            if (SOURCE == INT8) mine *= row_scale;
+            if (SCALED) mine *= row_scale;
             if (!(fabsf(mine) < POS_INF) || !keys.cached(keys.token(t))) mine = NEG_INF;  // never taken by top_k
             best = fmaxf(best, mine);
             if (a.pool_mode == POOL_NONE) a.scores[(out_row + h) * a.stride + t] = mine;

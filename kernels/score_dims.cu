@@ -22,7 +22,7 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_all(const Scor
 
 // One instance per group size class: G accumulators a row.
 #define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
-    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 8 : 4) score_dims_##NAME##_g##G(ScoreArgs a) {  \
+    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 6 : 4) score_dims_##NAME##_g##G(ScoreArgs a) {  \
         depend();                                                                                     \
         score_all<K, SOURCE, G, ROWS>(a);                                                             \
     }
@@ -40,3 +40,5 @@ SOURCES(f32)
 SOURCES(f16)
 SOURCES(bf16)
 GROUPS(i8, int8, INT8)
+GROUPS(i8, slice8, SLICE8)
+GROUPS(i8, slice4, SLICE4)

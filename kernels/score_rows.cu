@@ -23,7 +23,7 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_listed(const S
 }
 
 #define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
-    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 8 : 4) score_rows_##NAME##_g##G(ScoreArgs a) {  \
+    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 6 : 4) score_rows_##NAME##_g##G(ScoreArgs a) {  \
         depend();                                                                                 \
         score_listed<K, SOURCE, G, ROWS>(a);                                                      \
     }

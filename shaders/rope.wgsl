@@ -11,6 +11,8 @@ struct Params {
     x_stride: u32,
     x_offset: u32,
     eps: f32,
+    // Of the result.
+    factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -120,6 +122,7 @@ fn main(
         let angle = position * inv_freq[(head / p.heads_per_freq) * half + pair];
         var turn = cos_sin(abs(angle));
         turn.y = select(turn.y, -turn.y, angle < 0.0);
+        turn *= p.factor;
         out[dst + 2u * pair] = v.x * turn.x - v.y * turn.y;
         out[dst + 2u * pair + 1u] = v.y * turn.x + v.x * turn.y;
     }

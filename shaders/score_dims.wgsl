@@ -18,14 +18,28 @@ struct Params {
 
 @group(0) @binding(6) var<storage, read> key_scale: array<f32>;
 
+// Eight numbers of 4 bits.
+fn eight_of(word: u32) -> Eight {
+    var v: Eight;
+    for (var j = 0u; j < 4u; j += 1u) {
+        v.a[j] = f32(bitcast<i32>(word << (28u - 4u * j)) >> 28u);
+        v.b[j] = f32(bitcast<i32>(word << (12u - 4u * j)) >> 28u);
+    }
+    return v;
+}
+
 // Eight key values from dimension `i` on (a multiple of 8); `base` is the offset of the token's tile (K pages)
 // or of its row (copies).
 fn key8(base: u32, row: u32, slot_head: u32, i: u32) -> Eight {
-    if SOURCE == 1u {
+    if SOURCE == 1u || SOURCE == 4u {
         let at = (base + i) / 8u;
         let both = keys[at / 2u];
         let words = select(both.xy, both.zw, (at & 1u) == 1u);
         return Eight(vec4<f32>(unpack4xI8(words.x)), vec4<f32>(unpack4xI8(words.y)));
+    }
+    if SOURCE == 5u {
+        let word = (base + i) / 8u;
+        return eight_of(keys[word / 4u][word % 4u]);
     }
     if SOURCE == 3u {
         return gathered8(base, row, slot_head, i);
@@ -69,7 +83,7 @@ fn main(
         var base = tile * PAGE * HEAD_DIM;
         if SOURCE == 1u {
             base = (tile * PAGE + lane) * p.int8_dims;
-        } else if SOURCE == 2u {
+        } else if SOURCE == 2u || SOURCE >= 4u {
             base = (slot_head * p.capacity + min(first + lane, kv_len - 1u)) * N;
         }
         var acc = array<f32, 16>();
@@ -90,6 +104,8 @@ fn main(
         var scale = 1.0;
         if SOURCE == 1u {
             scale = key_scale[tile * PAGE + lane];
+        } else if SOURCE >= 4u {
+            scale = key_scale[slot_head * p.capacity + min(first + lane, kv_len - 1u)];
         }
         let t = first + lane;
         if t < kv_len {

@@ -2,7 +2,8 @@
 // the keys they meet. `Params` is declared by the op; `n` and `head_dim` are N and HEAD_DIM, for loops that are not
 // to be unrolled.
 
-// 0 leading dimensions of the K tiles, 1 int8 copy, 2 compact slice, 3 listed dimensions of the K tiles.
+// 0 leading dimensions of the K tiles, 1 int8 copy, 2 compact slice, 3 listed dimensions of the K tiles, 4 and 5 the
+// slice in 8 and in 4 bits.
 override SOURCE: u32 = 0u;
 // 0 sum over the group, 1 maximum, 2 one row per query head.
 override POOL: u32 = 2u;

@@ -110,16 +110,22 @@ fn a_budget_of_the_whole_text_gives_the_tokens_of_dense() {
 #[test]
 fn a_fork_decodes_like_its_origin() {
     let model = Model::deep(3);
+    let own = METHODS.iter().map(|m| (m.name, sparse(m.variant, 80)));
+    let small = [4, 8].map(|bits| {
+        let slice_bits = Some(bits);
+        ("labels", MethodSpec { slice_bits, ..sparse(Variant::DoubleSparsity, 80) })
+    });
+    let specs: Vec<_> = own.chain(small).collect();
     for dev in backends() {
-        for m in METHODS {
-            let mut engine = model.engine(&dev, &sparse(m.variant, 80));
+        for (name, spec) in &specs {
+            let mut engine = model.engine(&dev, spec);
             let origin = engine.open_sequence().unwrap();
             // Ends inside a page, which both then write.
             let logits = read(&mut engine, origin, &prompt(4, 100));
             let fork = engine.fork(origin).unwrap();
             let want = continued(&mut engine, origin, logits.clone(), 12);
             let got = continued(&mut engine, fork, logits, 12);
-            assert_eq!(got.0, want.0, "{} on {}", m.name, dev.name());
+            assert_eq!(got.0, want.0, "{} on {}", name, dev.name());
             assert_eq!(engine.cached(fork).unwrap(), 112);
         }
     }

@@ -5,6 +5,7 @@
 mod common;
 
 use common::cache::{Data, Heads, Layer, backends};
+use common::pick::{best, best_first, ends, in_turns, largest, softmax};
 use common::profile;
 use common::select::{attend, select};
 use longsight::select::{MethodSpec, Variant, noise};
@@ -21,20 +22,6 @@ fn spec(variant: Variant, budget: usize) -> MethodSpec {
         dense_below: Some(0),
         ..variant.into()
     }
-}
-
-/// The `k` best tokens, those of `forced` first, ascending.
-fn best(scores: &[f64], k: usize, forced: impl Fn(usize) -> bool) -> Vec<u32> {
-    let score = |j: &usize| if forced(*j) { f64::INFINITY } else { scores[*j] };
-    let mut order: Vec<usize> = (0..scores.len()).filter(|j| score(j) > f64::MIN).collect();
-    order.sort_by(|a, b| score(b).total_cmp(&score(a)));
-    order.truncate(k);
-    order.sort_unstable();
-    order.into_iter().map(|j| j as u32).collect()
-}
-
-fn ends(n: usize, sinks: usize, recent: usize) -> impl Fn(usize) -> bool {
-    move |j| j < sinks || j + recent >= n
 }
 
 fn heads_of(kv: usize) -> std::ops::Range<usize> {
@@ -67,20 +54,6 @@ fn partial(data: &Data, h: usize, dims: &[usize]) -> Vec<f64> {
         scale * dims.iter().map(|&i| f64::from(q[i]) * f64::from(k[i])).sum::<f64>()
     };
     (0..data.k.len()).map(logit).collect()
-}
-
-fn softmax(logits: &[f64]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::MIN, f64::max);
-    let p: Vec<f64> = logits.iter().map(|s| (s - top).exp()).collect();
-    let sum: f64 = p.iter().sum();
-    p.into_iter().map(|p| p / sum).collect()
-}
-
-/// The largest probability of some heads, token by token.
-fn largest(rows: impl Iterator<Item = Vec<f64>>) -> Vec<f64> {
-    rows.map(|r| softmax(&r))
-        .reduce(|a, b| a.iter().zip(&b).map(|(x, y)| x.max(*y)).collect())
-        .unwrap()
 }
 
 /// Runs `spec` on every backend and compares its lists.
@@ -195,6 +168,41 @@ fn double_sparsity_scores_the_dimensions_of_the_profile() {
     }
 }
 
+/// The chosen dimensions of a key as small integers with one scale, and the dimensions that are.
+fn labels(data: &Data, j: usize, kv: usize, dims: &[usize], most: f32) -> Vec<f64> {
+    let key: Vec<f32> = dims.iter().map(|i| key(data, j, kv)[*i]).collect();
+    let scale = key.iter().fold(0.0, |m: f32, x| m.max(x.abs())) / most;
+    key.iter().map(|x| f64::from((x / scale).round_ties_even()) * f64::from(scale)).collect()
+}
+
+#[test]
+fn double_sparsity_scores_small_integers_where_asked_to() {
+    let known = profile::random(1, HEADS.kv, HEADS.dim);
+    for (n, (bits, most)) in LENGTHS.into_iter().flat_map(|n| [(n, (4, 7.0)), (n, (8, 127.0))]) {
+        let data = Data::random(n as u64, HEADS, n);
+        let list = |kv: usize, small: bool| {
+            let of_head = &known.importance(0)[kv * HEADS.dim..][..HEADS.dim];
+            let dims = dimensions(&of_head.iter().map(|x| f64::from(*x)).collect::<Vec<_>>());
+            let mut changed = data.clone();
+            for j in (0..n).filter(|_| small) {
+                let numbers = labels(&data, j, kv, &dims, most);
+                for (i, x) in dims.iter().zip(numbers) {
+                    changed.k[j][kv * HEADS.dim + i] = x as f32;
+                }
+            }
+            let scores = largest(heads_of(kv).map(|h| partial(&changed, h, &dims)));
+            best(&scores, 60, ends(n, 4, 32))
+        };
+        let slice_bits = Some(bits);
+        let spec = MethodSpec { slice_bits, ..spec(Variant::DoubleSparsity, 60) };
+        let want = [list(0, true), list(1, true)];
+        if bits == 4 && n > 100 {
+            assert_ne!(want, [list(0, false), list(1, false)], "{n} tokens");
+        }
+        expect(&data, &spec, &want);
+    }
+}
+
 /// Exact where all components are scored: the directions are orthonormal.
 #[test]
 fn loki_scores_the_leading_components_of_the_profile() {
@@ -237,6 +245,30 @@ fn filter_layers_take_the_largest_probability_of_any_head() {
     }
 }
 
+#[test]
+fn a_union_of_rankings_goes_through_the_heads_in_turn() {
+    let union = Some(longsight::backend::HeadPool::Union);
+    for n in LENGTHS {
+        let mut data = Data::random(n as u64, HEADS, n);
+        // Heads are unlike in sharpness, which is where ranks and probabilities differ.
+        for (h, q) in data.q.chunks_exact_mut(HEADS.dim).enumerate() {
+            q.iter_mut().for_each(|q| *q *= (1 + h) as f32);
+        }
+        let exact: Vec<_> = (0..HEADS.query).map(|h| data.logits(h)).collect();
+        let lessismore = MethodSpec { pool: union, ..spec(Variant::Lessismore, 48) };
+        let want = in_turns(&exact, 48, 4, 8);
+        assert_ne!(want, best(&largest(exact.iter().cloned()), 48, ends(n, 4, 8)));
+        expect(&data, &lessismore, &[want]);
+        // Any scorer of an anchor: the leading dimensions of the keys.
+        let scorer = Some(longsight::select::AnchorScorer::Sorted);
+        let kascade = MethodSpec { pool: union, scorer, ..spec(Variant::Kascade, 40) };
+        let dims: Vec<usize> = (0..HEADS.dim / 4).collect();
+        let partial: Vec<_> = (0..HEADS.query).map(|h| partial(&data, h, &dims)).collect();
+        let kascade = MethodSpec { dims: None, ..kascade };
+        expect(&data, &kascade, &[in_turns(&partial, 40, 0, 1)]);
+    }
+}
+
 /// Scores of SparCas on the leading dimensions, per KV head.
 fn sorted_scores(data: &Data) -> Vec<Vec<f64>> {
     let dims: Vec<usize> = (0..DIMS).collect();
@@ -273,12 +305,6 @@ fn a_list_ends_with_its_share_of_the_mass() {
         }
         assert!(lengths[0] < lengths[2] && lengths[3] == 80, "{lengths:?}");
     }
-}
-
-fn best_first(scores: &[f64]) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..scores.len()).collect();
-    order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-    order
 }
 
 #[test]

@@ -169,6 +169,7 @@ fn rotate(l: &Layer, data: &Data, position: u32) {
         inv_freq: &inv_freq,
         heads_per_freq: HEADS.group(),
         norm: None,
+        factor: 1.0,
         out: &l.q,
         rows: 1,
         heads: HEADS.query,

@@ -5,23 +5,29 @@ mod common;
 use common::cache::backends;
 use common::model::{nmse, prompt};
 use common::tiny::Tiny;
-use longsight::backend::DType;
+use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, EngineError, WantLogits};
 use longsight::model::{Arch, LayerWeight, Quant, RopeScaling, Scales, Weight};
 use longsight::select::Variant;
 use serde_json::{Value, json};
 use std::path::Path;
+use std::sync::Arc;
 
 /// As MiniCPM4.1 has them: 12, 1.4 / sqrt(layers), 1 / 16.
 const SCALES: Scales = Scales { embedding: 12.0, residual: 0.99, logits: 0.0625 };
 
-fn logits(dir: &Path, device: &std::sync::Arc<dyn longsight::backend::Backend>) -> Vec<f32> {
+fn logits(dir: &Path, device: &Arc<dyn Backend>) -> Vec<f32> {
+    logits_within(dir, device, 128)
+}
+
+/// Of a prompt, by an engine for texts of up to `context` tokens.
+fn logits_within(dir: &Path, device: &Arc<dyn Backend>, context: usize) -> Vec<f32> {
     let mut engine = Engine::builder()
         .model(dir.display().to_string())
         .backend(device.clone())
         .dtype(DType::F32)
         .method(Variant::Dense.into())
-        .context(128)
+        .context(context)
         .calibrate(false)
         .build()
         .unwrap();
@@ -67,6 +73,52 @@ fn scales_may_as_well_be_in_the_weights() {
     }
 }
 
+/// LongRoPE by what it is made of: other frequencies, and queries and keys that are larger by a factor, which may as well
+/// be in the weights. The context of the engine decides between the frequencies, not the length of a prompt.
+#[test]
+fn long_contexts_have_frequencies_and_a_factor_of_their_own() {
+    const ORIGINAL: usize = 64;
+    let dir = tempfile::tempdir().unwrap();
+    let short: Vec<f32> = (0..8).map(|i| 1.0 + i as f32 / 8.0).collect();
+    let long: Vec<f32> = (0..8).map(|i| 1.0 + i as f32 * 2.0).collect();
+    let mut tiny = Tiny::new(Arch::MiniCpm, false, 7);
+    tiny.config.scales = SCALES;
+    let max = tiny.config.max_context;
+    let factor = (1.0 + (max as f64 / ORIGINAL as f64).ln() / (ORIGINAL as f64).ln()).sqrt();
+    assert!(factor > 1.2, "{factor}");
+    let plain = |name: &str, factors: &[f32]| {
+        let mut plain = Tiny { config: tiny.config.clone(), weights: tiny.weights.clone() };
+        plain.config.rope_scaling = RopeScaling::Factors(factors.to_vec());
+        for (weight, values) in &mut plain.weights {
+            if matches!(weight, Weight::Layer(_, LayerWeight::Q | LayerWeight::K)) {
+                values.iter_mut().for_each(|v| *v = (f64::from(*v) * factor) as f32);
+            }
+        }
+        plain.write_hf(&dir.path().join(name), Quant::F32, 1);
+        dir.path().join(name)
+    };
+    let (plain_short, plain_long) = (plain("short", &short), plain("long", &long));
+    tiny.config.rope_scaling = RopeScaling::Long {
+        short,
+        long,
+        original_max_position: ORIGINAL,
+        attention_factor: factor,
+        beyond: false,
+    };
+    let (hf, gguf) = (dir.path().join("hf"), dir.path().join("tiny.gguf"));
+    tiny.write_hf(&hf, Quant::F32, 1);
+    tiny.write_gguf(&gguf, Quant::F32);
+    for dev in backends() {
+        let of = |path: &Path, context| logits_within(path, &dev, context);
+        let [within, beyond] = [of(&plain_short, ORIGINAL), of(&plain_long, ORIGINAL + 1)];
+        assert!(nmse(&within, &beyond) > 1e-2, "{}: the frequencies are alike", dev.name());
+        for path in [&hf, &gguf] {
+            let far = [nmse(&of(path, ORIGINAL), &within), nmse(&of(path, ORIGINAL + 1), &beyond)];
+            assert!(far.iter().all(|f| *f < 1e-10), "{path:?} on {}: {far:?}", dev.name());
+        }
+    }
+}
+
 #[test]
 fn configurations_that_cannot_be_computed_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -86,8 +138,14 @@ fn configurations_that_cannot_be_computed_are_refused() {
             other => panic!("{:?}", other.map(|_| "built")),
         }
     };
-    let long = refused(&|c| c["max_position_embeddings"] = json!(100_000));
-    assert!(long.contains("beyond its original context"), "{long}");
+    // Written for its original context: no factors for a longer one.
+    let long = refused(&|c| {
+        c["max_position_embeddings"] = json!(100_000);
+        c["rope_scaling"]["long_factor"] = Value::Null;
+    });
+    assert!(long.contains("no long_factor"), "{long}");
+    let wild = refused(&|c| c["rope_scaling"]["attention_factor"] = json!(-1.0));
+    assert!(wild.contains("longrope scaling makes no sense"), "{wild}");
     let missing = refused(&|c| c["rope_scaling"]["short_factor"] = Value::Null);
     assert!(missing.contains("short_factor"), "{missing}");
     let few = refused(&|c| c["rope_scaling"]["short_factor"] = json!([1.0, 2.0]));

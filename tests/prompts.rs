@@ -54,7 +54,7 @@ fn tiles_of_one_row_are_decode_steps() {
     let model = Model::deep(LAYERS);
     for dev in backends() {
         let exact = read(&model, &dev, &dense(), 64);
-        for m in METHODS.iter().filter(|m| m.options.contains(&"tile")) {
+        for m in METHODS.iter().filter(|m| m.variant.takes("tile")) {
             let spec = small(m.variant);
             let want = decoded(&model, &dev, &spec);
             let got = read(&model, &dev, &MethodSpec { tile: Some(1), ..spec }, 64);

@@ -161,6 +161,9 @@ pub trait Backend: Send + Sync {
     /// Queries and keys on directions of their own; see [`Project`].
     fn project(&self, p: &Project<'_>) -> Result<()>;
 
+    /// Chosen key dimensions in few bits; see [`QuantiseKeys`].
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()>;
+
     /// Partial logits on few key dimensions; see [`ScoreDims`].
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()>;
     /// Partial logits of listed tokens; see [`ScoreRows`].
@@ -175,6 +178,11 @@ pub trait Backend: Send + Sync {
     fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()>;
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
+
+    /// Orders tokens by the turns of the heads' rankings; see [`UnionRanks`].
+    fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()>;
+    /// Lists that several steps attend with; see [`HoldLists`].
+    fn hold_lists(&self, p: &HoldLists<'_>) -> Result<()>;
 
     /// Logits against summaries of runs of keys; see [`ScoreSummaries`].
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()>;

@@ -121,6 +121,12 @@ impl AttentionBench {
         if self.steps == 0 {
             return bad("give at least one step (--steps 1)");
         }
+        if self.depth <= self.steps + rig::WARM_UP {
+            return bad(format!(
+                "{} steps do not fit {} tokens: give fewer --steps",
+                self.steps, self.depth
+            ));
+        }
         Ok(())
     }
 

@@ -1,11 +1,10 @@
 //! Which method, with which options.
 
 use super::args::read_plan;
-use crate::backend::{DimMetric, HeadPool};
 use crate::engine::EngineBuilder;
-use crate::select::{AnchorScorer, Anchors, METHODS, MethodSpec, Variant, parse_name};
-use anyhow::{Result, bail};
-use clap::Args;
+use crate::select::{METHODS, MethodSpec, OPTIONS, OptionInfo};
+use anyhow::{Result, anyhow, bail};
+use clap::{Arg, ArgMatches, Args, Command, FromArgMatches};
 use std::path::PathBuf;
 
 fn method_help() -> String {
@@ -14,30 +13,9 @@ fn method_help() -> String {
 }
 
 /// Arguments that a finished plan leaves nothing to decide for.
-const PLANNED: [&str; 22] = [
-    "method",
-    "budget",
-    "dims",
-    "update",
-    "metric",
-    "beta",
-    "unit",
-    "pool",
-    "sinks",
-    "recent",
-    "dense_layers",
-    "dense_below",
-    "percent",
-    "budget_min",
-    "anchors",
-    "candidates",
-    "tile",
-    "prompt_dense",
-    "mass",
-    "floor",
-    "correct",
-    "scorer",
-];
+fn planned() -> impl Iterator<Item = &'static str> {
+    std::iter::once("method").chain(OPTIONS.iter().map(|o| o.name))
+}
 
 /// Which tokens are attended to.
 #[derive(Args, Clone, Debug)]
@@ -47,89 +25,69 @@ pub struct MethodArgs {
     #[arg(long, default_value = "sparcas", long_help = method_help())]
     pub method: MethodSpec,
     /// A plan file instead of --method and its options (see `longsight plan --save`)
-    #[arg(long, value_name = "FILE", conflicts_with_all = PLANNED)]
+    #[arg(long, value_name = "FILE", conflicts_with_all = planned())]
     pub plan: Option<PathBuf>,
     #[command(flatten)]
     pub options: MethodOptions,
 }
 
-/// Options on top of a method's defaults.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct MethodOptions {
-    /// Tokens attended to per KV head [default: context / 32, 512 to 2048]
-    #[arg(long, value_name = "TOKENS")]
-    pub budget: Option<usize>,
-    /// Key dimensions scored [default: a quarter of the head dimension; 32 for the query-chosen profiles]
-    #[arg(long, value_name = "DIMS")]
-    pub dims: Option<usize>,
-    /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
-    #[arg(long, value_name = "STEPS")]
-    pub update: Option<u32>,
-    /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
-    #[arg(long, value_parser = parse_name::<DimMetric>, value_name = "METRIC")]
-    pub metric: Option<DimMetric>,
-    #[command(flatten)]
-    pub others: OtherOptions,
+/// Options of which `longsight eval` takes several values each.
+pub const SWEPT: [&str; 4] = ["budget", "dims", "update", "metric"];
+
+/// Options on top of a method's defaults, by name: all of them, or those that are not [`SWEPT`].
+#[derive(Clone, Debug, Default)]
+pub struct Options<const ALL: bool>(Vec<(&'static str, String)>);
+
+pub type MethodOptions = Options<true>;
+pub type OtherOptions = Options<false>;
+
+impl<const ALL: bool> Options<ALL> {
+    fn known() -> impl Iterator<Item = &'static OptionInfo> {
+        OPTIONS.iter().filter(|o| ALL || !SWEPT.contains(&o.name))
+    }
 }
 
-/// Options of which `longsight eval`, too, takes one value each.
-#[derive(Args, Clone, Debug, Default)]
-#[command(next_help_heading = "Sparse attention")]
-pub struct OtherOptions {
-    /// Choose dimensions anew when coverage falls below this share of a fresh choice
-    #[arg(long, value_name = "SHARE")]
-    pub beta: Option<f32>,
-    /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
-    #[arg(long, value_name = "DIMS")]
-    pub unit: Option<usize>,
-    /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none; one for all heads:
-    /// all-softmax, any-softmax
-    #[arg(long, value_parser = parse_name::<HeadPool>, value_name = "POOL")]
-    pub pool: Option<HeadPool>,
-    /// First tokens that are always attended to
-    #[arg(long, value_name = "TOKENS")]
-    pub sinks: Option<usize>,
-    /// Last tokens that are always attended to
-    #[arg(long, value_name = "TOKENS")]
-    pub recent: Option<usize>,
-    /// Leading layers that stay dense [default: 2]
-    #[arg(long, value_name = "LAYERS")]
-    pub dense_layers: Option<usize>,
-    /// Stay dense up to this many tokens [default: 2048; sparcas-paper: 0]
-    #[arg(long, value_name = "TOKENS")]
-    pub dense_below: Option<usize>,
-    /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
-    #[arg(long, value_name = "PERCENT")]
-    pub percent: Option<f32>,
-    /// Least tokens of such a share [default: 128]
-    #[arg(long, value_name = "TOKENS")]
-    pub budget_min: Option<usize>,
-    /// Layers whose choice the layers after them reuse: how many, or which (0+2+8) [default: one in seven]
-    #[arg(long, value_name = "LAYERS")]
-    pub anchors: Option<Anchors>,
-    /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
-    #[arg(long, value_name = "TOKENS")]
-    pub candidates: Option<usize>,
-    /// Let the prompt, too, be read sparsely: so many of its tokens share a choice (kascade, oracle and window: 32 as
-    /// published by Kascade; other methods: 1) [default: 0, prompts are read densely]
-    #[arg(long, value_name = "TOKENS")]
-    pub tile: Option<usize>,
-    /// Leading layers that read the prompt densely all the same [default: 0]
-    #[arg(long, value_name = "LAYERS")]
-    pub prompt_dense: Option<usize>,
-    /// End a list where its tokens hold this share of the estimated softmax mass (top-p), at the budget at the latest
-    #[arg(long, value_name = "SHARE")]
-    pub mass: Option<f32>,
-    /// Let the KV heads of a layer share their budgets by the scores; each is sure of this share of its own
-    #[arg(long, value_name = "SHARE", conflicts_with = "mass")]
-    pub floor: Option<f32>,
-    /// Let the mean of all values stand for the tokens left out: true or false [default: sparq: true; else false]
-    #[arg(long, value_name = "BOOL")]
-    pub correct: Option<bool>,
-    /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
-    #[arg(long, value_parser = parse_name::<AnchorScorer>, value_name = "SCORER")]
-    pub scorer: Option<AnchorScorer>,
+impl OtherOptions {
+    /// With values of others.
+    pub fn and(&self, others: impl IntoIterator<Item = (&'static str, String)>) -> MethodOptions {
+        Options(others.into_iter().chain(self.0.iter().cloned()).collect())
+    }
+}
+
+fn arg(o: &'static OptionInfo) -> Arg {
+    let read = |s: &str| MethodSpec::default().set(o.name, s).map(|()| s.to_owned());
+    let arg = Arg::new(o.name)
+        .long(o.name)
+        .value_name(o.value)
+        .value_parser(read)
+        .help_heading("Sparse attention")
+        .help(o.help.trim());
+    if o.name == "floor" { arg.conflicts_with("mass") } else { arg }
+}
+
+impl<const ALL: bool> Args for Options<ALL> {
+    fn augment_args(command: Command) -> Command {
+        command.args(Self::known().map(arg))
+    }
+
+    fn augment_args_for_update(command: Command) -> Command {
+        Self::augment_args(command)
+    }
+}
+
+impl<const ALL: bool> FromArgMatches for Options<ALL> {
+    fn from_arg_matches(matches: &ArgMatches) -> std::result::Result<Self, clap::Error> {
+        let given = |o: &OptionInfo| Some((o.name, matches.get_one::<String>(o.name)?.clone()));
+        Ok(Options(Self::known().filter_map(given).collect()))
+    }
+
+    fn update_from_arg_matches(
+        &mut self,
+        matches: &ArgMatches,
+    ) -> std::result::Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 /// Refuses an option that none of the methods, called `names`, reads.
@@ -146,39 +104,18 @@ impl MethodOptions {
     /// # Errors
     /// An option that none of the methods reads.
     pub fn apply(&self, methods: &[MethodSpec]) -> Result<Vec<MethodSpec>> {
-        let given = self.on(Variant::Dense.into());
-        for option in given.given() {
+        for (option, _) in &self.0 {
             let names: Vec<_> = methods.iter().map(MethodSpec::name).collect();
             read_by_one(option, methods, &names)?;
         }
-        Ok(methods.iter().map(|m| self.on(m.clone()).with_read_options_only()).collect())
-    }
-
-    /// `spec` with all of these options on top.
-    fn on(&self, mut spec: MethodSpec) -> MethodSpec {
-        let o = &self.others;
-        spec.budget = self.budget.or(spec.budget);
-        spec.dims = self.dims.or(spec.dims);
-        spec.update = self.update.or(spec.update);
-        spec.metric = self.metric.or(spec.metric);
-        spec.beta = o.beta.or(spec.beta);
-        spec.unit = o.unit.or(spec.unit);
-        spec.pool = o.pool.or(spec.pool);
-        spec.sinks = o.sinks.or(spec.sinks);
-        spec.recent = o.recent.or(spec.recent);
-        spec.dense_layers = o.dense_layers.or(spec.dense_layers);
-        spec.dense_below = o.dense_below.or(spec.dense_below);
-        spec.percent = o.percent.or(spec.percent);
-        spec.budget_min = o.budget_min.or(spec.budget_min);
-        spec.anchors = o.anchors.clone().or(spec.anchors);
-        spec.candidates = o.candidates.or(spec.candidates);
-        spec.tile = o.tile.or(spec.tile);
-        spec.prompt_dense = o.prompt_dense.or(spec.prompt_dense);
-        spec.mass = o.mass.or(spec.mass);
-        spec.floor = o.floor.or(spec.floor);
-        spec.correct = o.correct.or(spec.correct);
-        spec.scorer = o.scorer.or(spec.scorer);
-        spec
+        let with = |m: &MethodSpec| {
+            let (mut m, variant) = (m.clone(), m.variant);
+            for (option, value) in self.0.iter().filter(|(o, _)| variant.takes(o)) {
+                m.set(option, value).map_err(|e| anyhow!("--{option} {value}: {e}"))?;
+            }
+            Ok(m.with_read_options_only())
+        };
+        methods.iter().map(with).collect()
     }
 }
 

@@ -82,7 +82,10 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
 }
 
 fn describe(l: &LayerPlan) -> String {
-    let tokens = tokens(&l.budget);
+    let tokens = match l.reuse {
+        1 => tokens(&l.budget),
+        steps => format!("{}, chosen every {steps} steps", tokens(&l.budget)),
+    };
     let forced = format!("with {} sinks and {} recent", l.keep.sinks, l.keep.recent);
     let until = l.budget.dense_until();
     match &l.role {
@@ -155,7 +158,12 @@ fn scores(scorer: &Scorer) -> String {
             )
         }
         Scorer::Random { seed } => format!("random scores of seed {seed}"),
-        Scorer::Static { dims } => format!("{dims} dimensions chosen offline, compact slice"),
+        Scorer::Static { dims, bits: 16 } => {
+            format!("{dims} dimensions chosen offline, compact slice")
+        }
+        Scorer::Static { dims, bits } => {
+            format!("{dims} dimensions chosen offline, slice of {bits} bits")
+        }
         Scorer::Components { dims } => format!("{dims} leading principal components, own slice"),
         Scorer::Dims { dims, metric, unit, refresh, slice } => {
             let when = match refresh {

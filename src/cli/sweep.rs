@@ -1,6 +1,6 @@
 //! Methods of one evaluation: every method under every combination of option values.
 
-use super::method_args::{MethodOptions, OtherOptions, read_by_one};
+use super::method_args::{OtherOptions, SWEPT, read_by_one};
 use crate::backend::DimMetric;
 use crate::select::{MethodSpec, parse_name};
 use anyhow::Result;
@@ -45,23 +45,12 @@ impl Sweep {
     /// # Errors
     /// A name that is no method, or options that it does not know.
     pub fn specs(&self, methods: &[String]) -> Result<Vec<(String, MethodSpec)>> {
-        let lists = [
-            ("budget", strings(&self.budget)),
-            ("dims", strings(&self.dims)),
-            ("update", strings(&self.update)),
-            ("metric", self.metric.clone()),
-        ];
+        let (budget, dims) = (strings(&self.budget), strings(&self.dims));
+        let values = [budget, dims, strings(&self.update), self.metric.clone()];
+        let lists: Vec<_> = SWEPT.into_iter().zip(values).collect();
         // A single value goes to all methods without a mention.
-        fn single<T: Clone>(values: &[T]) -> Option<T> {
-            values.first().filter(|_| values.len() == 1).cloned()
-        }
-        let options = MethodOptions {
-            budget: single(&self.budget),
-            dims: single(&self.dims),
-            update: single(&self.update),
-            metric: single(&self.metric).and_then(|name| parse_name(&name).ok()),
-            others: self.others.clone(),
-        };
+        let single = lists.iter().filter(|(_, v)| v.len() == 1);
+        let options = self.others.and(single.map(|(key, v)| (*key, v[0].clone())));
         let (mut names, mut bases) = (Vec::new(), Vec::new());
         for method in methods {
             let base = method.parse::<MethodSpec>()?;

@@ -25,7 +25,7 @@ pub enum Progress {
 }
 
 enum MethodChoice {
-    Spec(MethodSpec),
+    Spec(Box<MethodSpec>),
     Plan(Plan),
 }
 
@@ -74,7 +74,7 @@ impl Engine {
             backend: None,
             dtype: None,
             kv_dtype: None,
-            method: MethodChoice::Spec(MethodSpec::default()),
+            method: MethodChoice::Spec(Box::default()),
             custom: None,
             context: None,
             sequences: 1,
@@ -132,7 +132,7 @@ impl<'a> EngineBuilder<'a> {
     }
     /// Method by name and options. Default: SparCas on sorted keys.
     pub fn method(mut self, spec: MethodSpec) -> Self {
-        self.method = MethodChoice::Spec(spec);
+        self.method = MethodChoice::Spec(Box::new(spec));
         self
     }
     /// Method as a finished plan.
@@ -244,9 +244,11 @@ impl<'a> EngineBuilder<'a> {
             Some(b) => b,
             None => open(&self.device)?,
         };
-        let config = checkpoint.config().clone();
         let fingerprint = checkpoint.fingerprint();
-        let (limits, n_pages) = self.limits(&config, &*backend)?;
+        let (limits, n_pages) = self.limits(checkpoint.config(), &*backend)?;
+        let mut checkpoint = checkpoint;
+        checkpoint.settle(limits.context);
+        let config = checkpoint.config().clone();
         let model = config.plan_shape(&fingerprint);
         let plan_of = |spec: &MethodSpec| spec.plan(&model, limits.context);
         let plan = match &self.method {

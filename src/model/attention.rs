@@ -3,11 +3,14 @@
 use super::attend::{Dense, Partials};
 use super::audit::{LayerAudit, audit};
 use super::lists::{LayerLists, layer_lists};
+use super::paces::{Paces, pace};
 use super::prefill::{Tiles, for_prompts, prefill, room, tilings};
 use super::probe::Probe;
-use super::step::{GroupSeqs, Step, Tiling};
+use super::step::{Cut, GroupSeqs, Step, StepSeq, Tiling};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, Result, Tensor};
+use crate::backend::{
+    Backend, DType, HeadPool, KeyStats, KvAppend, KvSummaries, Result, Seqs, Tensor,
+};
 use crate::kv::KvCache;
 use crate::select::{
     Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection,
@@ -17,7 +20,7 @@ use crate::select::{
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
 pub struct Attention {
     plan: Plan,
-    thresholds: Vec<usize>,
+    paces: Paces,
     tilings: Vec<Tiling>,
     selectors: Vec<Option<Box<dyn Selector>>>,
     lists: Vec<Option<LayerLists>>,
@@ -54,7 +57,10 @@ impl Attention {
         let not_dense = || plan.layers.iter().filter(|p| p.role != Role::Dense);
         let stride = shape.capacity.next_multiple_of(64);
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
-        let per_head = not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
+        let united = not_dense().filter(|p| p.pool == HeadPool::Union && p.selects());
+        let united = united.map(|p| p.budget.tokens).max();
+        let per_head = united.is_some()
+            || not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
         // What a sequence or a tile needs for its scores; scores of tiles by their rows need none per head.
         let by_head = not_dense().any(|p| p.tile.is_some() && p.selects() && !p.scores_tiles());
         let head_rows = if per_head && by_head { shape.heads } else { 0 };
@@ -77,20 +83,24 @@ impl Attention {
                 let scores =
                     |n: usize, rows: usize| b.alloc(DType::F32, n * rows * stride, "token scores");
                 let per_head_of = if by_head { shape.at_once } else { shape.slots };
+                let head_lists = |k: usize| -> Result<(Tensor, Tensor)> {
+                    let n = per_head_of * shape.heads;
+                    let words = |n| b.alloc(DType::U32, n, "token lists of all heads");
+                    Ok((words(n * k)?, words(n)?))
+                };
                 Ok(Scratch {
                     scores: scores(shape.at_once, rows)?,
                     head_scores: per_head.then(|| scores(per_head_of, shape.heads)).transpose()?,
+                    head_lists: united.map(head_lists).transpose()?,
                     stride,
                 })
             })
             .transpose()?;
-        let mut thresholds: Vec<usize> = not_dense().map(|p| p.budget.dense_until()).collect();
-        thresholds.sort_unstable();
-        thresholds.dedup();
+        let paces = Paces::new(&plan, shape.slots);
         let tilings = tilings(&plan);
         Ok(Attention {
             plan,
-            thresholds,
+            paces,
             tilings,
             selectors,
             lists,
@@ -116,9 +126,9 @@ impl Attention {
         Some((&*lists.attend, lists.head_map.as_ref()))
     }
 
-    /// Distinct lengths up to which layers stay dense.
-    pub fn thresholds(&self) -> &[usize] {
-        &self.thresholds
+    /// Which sequences of the step that is about to run choose tokens, for each pace of the layers.
+    pub(crate) fn cuts(&mut self, seqs: &[StepSeq<'_>]) -> Vec<Cut> {
+        self.paces.cut(seqs)
     }
 
     /// How layers cut the rows of prompts that they read sparsely.
@@ -138,6 +148,7 @@ impl Attention {
 
     /// Forgets private state of a slot.
     pub fn reset(&mut self, b: &dyn Backend, slot: usize) -> std::result::Result<(), SelectError> {
+        self.paces.reset(slot);
         self.selectors.iter_mut().flatten().try_for_each(|s| s.reset(b, slot))
     }
 
@@ -149,6 +160,8 @@ impl Attention {
         to: usize,
         tokens: usize,
     ) -> std::result::Result<(), SelectError> {
+        self.paces.fork(from, to);
+        self.lists.iter().flatten().try_for_each(|l| l.fork(b, from, to))?;
         self.selectors.iter_mut().flatten().try_for_each(|s| s.fork(b, from, to, tokens))
     }
 
@@ -222,8 +235,8 @@ impl Attention {
         prefill(&dense, &cx, p, tiles, selector, &mut self.partials, ws)
             .map_err(|e| e.of_method(&self.plan.method))?;
 
-        let threshold = p.budget.dense_until();
-        let split = step.split(threshold).ok_or_else(|| missing("split of the step"))?;
+        let pace = pace(p);
+        let split = step.split(pace).ok_or_else(|| missing("split of the step"))?;
         let densely = if p.sparse() { split.dense } else { step.decode };
         dense.decode(densely, &mut self.partials, &ws.attn, &ws.lse)?;
         if split.sparse.n == 0 {
@@ -231,7 +244,8 @@ impl Attention {
         }
         let group = GroupSeqs::new(step, split.sparse);
         let cx = LayerContext { seqs: group.seqs(), ..cx };
-        choose(&cx, p, lists, self.selectors[l].as_deref_mut(), &ws.q)
+        let fresh = GroupSeqs::new(step, split.fresh);
+        choose(&cx, fresh.seqs(), p, lists, self.selectors[l].as_deref_mut(), &ws.q)
             .map_err(|e| e.of_method(&self.plan.method))?;
         if !p.sparse() {
             return Ok(());
@@ -240,7 +254,7 @@ impl Attention {
         dense.listed(&group, &lists.attend, map, &mut self.partials, &ws.attn, &ws.lse)?;
         correct(&cx, p, &lists.attend, &ws.attn)?;
         if self.audit_layers.contains(&l) {
-            let members = step.sparse_members(threshold);
+            let members = step.sparse_members(pace);
             let exact_out =
                 self.audit_out.at_least(b, cx.seqs.rows * shape.heads * shape.head_dim)?;
             let exact_lse = self.audit_lse.at_least(b, cx.seqs.rows * shape.heads)?;
@@ -257,20 +271,25 @@ impl Attention {
     }
 }
 
-/// Records what fills the layer's lists: its own choice, and what it hands down; or its choice among an anchor's
-/// candidates; nothing where the anchor's lists are taken as they are.
+/// Records what fills the layer's lists: its own choice for the sequences in `fresh`, and what it hands down, and what
+/// the others hold; or its choice among an anchor's candidates; nothing where the anchor's lists are taken as they are.
 fn choose(
     cx: &LayerContext<'_>,
+    fresh: Seqs<'_>,
     plan: &LayerPlan,
     lists: &LayerLists,
     selector: Option<&mut (dyn Selector + 'static)>,
     q: &Tensor,
 ) -> std::result::Result<(), SelectError> {
     if let Some(selector) = selector {
-        selector.select(cx, q, &lists.attend)?;
-        if let Some(candidates) = &lists.candidates {
-            hand_down(cx, candidates)?;
+        if fresh.n > 0 {
+            let cx = LayerContext { seqs: fresh, ..*cx };
+            selector.select(&cx, q, lists.chosen())?;
+            if let Some(candidates) = lists.handed_down() {
+                hand_down(&cx, candidates)?;
+            }
         }
+        lists.hold(cx, fresh.n)?;
     } else if let Some(handed) = &lists.handed {
         let candidates = handed.arrange(cx.backend, cx.seqs)?;
         refine(cx, plan, &handed.refine, q, candidates, &lists.attend)?;

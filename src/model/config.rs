@@ -48,6 +48,24 @@ pub enum RopeScaling {
     },
     /// One divisor per rotary pair (`rope_freqs.weight` of GGUF files), length `head_dim / 2`.
     Factors(Vec<f32>),
+    /// LongRoPE beyond its original context: one divisor per rotary pair for texts within it, one for longer ones.
+    ///
+    /// The reference implementation changes the frequencies with the length of each call, which no cache of rotated
+    /// keys can follow, and which lets a sequence's answer depend on its batch. Here the longest text that an engine
+    /// may hold decides once, for all its sequences ([`ModelConfig::settle`]).
+    Long {
+        /// Divisors within the original context, length `head_dim / 2`.
+        short: Vec<f32>,
+        /// Divisors beyond it, length `head_dim / 2`.
+        long: Vec<f32>,
+        /// Tokens of the original context.
+        original_max_position: usize,
+        /// Factor of every rotated query and key, whatever the length is.
+        attention_factor: f64,
+        /// The long divisors hold.
+        #[serde(skip)]
+        beyond: bool,
+    },
 }
 
 /// Factors of the residual stream (muP): with an embedding `e`, branches `f` and a head `W`,
@@ -234,6 +252,21 @@ impl ModelConfig {
         (self.n_layers * layer + embed) as u64
     }
 
+    /// Settles what depends on the longest text that will be read: the divisors of [`RopeScaling::Long`].
+    pub(crate) fn settle(&mut self, context: usize) {
+        if let RopeScaling::Long { original_max_position, beyond, .. } = &mut self.rope_scaling {
+            *beyond = context > *original_max_position;
+        }
+    }
+
+    /// Factor of every rotated query and key.
+    pub(super) fn rope_factor(&self) -> f32 {
+        match self.rope_scaling {
+            RopeScaling::Long { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        }
+    }
+
     /// Rotary frequencies, one per pair: `inv_freq[i]` radians per position for the dimensions
     /// `i` and `i + head_dim / 2`. Length `head_dim / 2`.
     ///
@@ -248,6 +281,10 @@ impl ModelConfig {
             RopeScaling::None => plain.collect(),
             RopeScaling::Linear { factor } => plain.map(|f| f / *factor as f32).collect(),
             RopeScaling::Factors(factors) => plain.zip(factors).map(|(f, d)| f / d).collect(),
+            RopeScaling::Long { short, long, beyond, .. } => {
+                let factors = if *beyond { long } else { short };
+                plain.zip(factors).map(|(f, d)| f / d).collect()
+            }
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
@@ -293,17 +330,48 @@ impl RopeScaling {
                     && (1..=MAX_CONTEXT).contains(original_max_position);
                 (!fine).then(|| "its llama3 rotary scaling makes no sense".to_owned())
             }
-            RopeScaling::Factors(factors) => {
-                let fine =
-                    factors.len() == head_dim / 2 && factors.iter().all(|&f| sane(f64::from(f)));
-                (!fine).then(|| {
-                    format!(
-                        "its {} rotary factors do not suit a head dimension of {head_dim}",
-                        factors.len()
-                    )
-                })
+            RopeScaling::Factors(factors) => misfit(factors, head_dim),
+            RopeScaling::Long { short, long, original_max_position, attention_factor, .. } => {
+                let fine = (1e-3..=1e3).contains(attention_factor)
+                    && (1..=MAX_CONTEXT).contains(original_max_position);
+                let wrong = || (!fine).then(|| "its longrope scaling makes no sense".to_owned());
+                misfit(short, head_dim).or_else(|| misfit(long, head_dim)).or_else(wrong)
             }
         }
+    }
+}
+
+/// What is wrong with divisors of rotary frequencies.
+fn misfit(factors: &[f32], head_dim: usize) -> Option<String> {
+    let fine = factors.len() == head_dim / 2 && factors.iter().all(|f| f.is_finite() && *f > 0.0);
+    (!fine).then(|| {
+        format!("its {} rotary factors do not suit a head dimension of {head_dim}", factors.len())
+    })
+}
+
+/// LongRoPE's divisors for texts of up to `max` tokens by a model first trained on `original`: without a given factor
+/// of queries and keys that is `sqrt(1 + ln(max / original) / ln(original))`, 1 where `max` is no longer.
+pub(super) fn long_rope(
+    (short, long): (Vec<f32>, Vec<f32>),
+    (original, max): (usize, usize),
+    factor: Option<f64>,
+) -> RopeScaling {
+    let ratio = max as f64 / original as f64;
+    let by_length = || match ratio > 1.0 {
+        true => (1.0 + ratio.ln() / (original as f64).ln()).sqrt(),
+        false => 1.0,
+    };
+    let attention_factor = factor.unwrap_or_else(by_length);
+    // Within the original context the short divisors hold and lengths have no other effect.
+    if max <= original && attention_factor == 1.0 {
+        return RopeScaling::Factors(short);
+    }
+    RopeScaling::Long {
+        short,
+        long,
+        original_max_position: original,
+        attention_factor,
+        beyond: false,
     }
 }
 

@@ -1,11 +1,14 @@
 //! The configuration in a GGUF file's metadata.
 
-use super::config::{Arch, ModelConfig, RopeScaling, Scales};
+use super::config::{Arch, ModelConfig, RopeScaling, Scales, long_rope};
 use super::error::{ModelError, Result};
 use super::gguf::Gguf;
 
 /// Per-pair divisors of the rotary frequencies, in files of Llama 3.x models.
 pub(super) const ROPE_FREQS: &str = "rope_freqs.weight";
+/// The same within the original context and beyond it, in files of models with LongRoPE.
+pub(super) const ROPE_FACTORS: [&str; 2] =
+    ["rope_factors_short.weight", "rope_factors_long.weight"];
 
 /// Metadata of one architecture: keys are prefixed with its name.
 struct Keys<'a> {
@@ -61,6 +64,7 @@ impl ModelConfig {
             "mistral" => Arch::Mistral,
             "qwen2" => Arch::Qwen2,
             "qwen3" => Arch::Qwen3,
+            "minicpm" => Arch::MiniCpm,
             other => {
                 return Err(ModelError::UnknownArchitecture {
                     path: path.to_owned(),
@@ -130,7 +134,7 @@ impl ModelConfig {
             norm_eps: k.float("attention.layer_norm_rms_epsilon").ok_or_else(|| {
                 ModelError::corrupt(path, "it does not say attention.layer_norm_rms_epsilon")
             })?,
-            scales: Scales::default(),
+            scales: scales(&k, arch)?,
             tie_embeddings: !gguf.tensors().contains_key("output.weight"),
             qkv_bias: arch == Arch::Qwen2 || gguf.tensors().contains_key("blk.0.attn_q.bias"),
             qk_norm: arch == Arch::Qwen3,
@@ -143,16 +147,41 @@ impl ModelConfig {
     }
 }
 
+/// muP as converters write it: the factors of embeddings and branches, and a divisor of logits.
+fn scales(k: &Keys<'_>, arch: Arch) -> Result<Scales> {
+    if arch != Arch::MiniCpm {
+        return Ok(Scales::default());
+    }
+    let need = |key: &str| {
+        k.float(key).ok_or_else(|| {
+            // Older files leave it to the program that reads them.
+            let what = format!("it does not say {}; convert the model again", k.key(key));
+            ModelError::corrupt(k.gguf.path(), what)
+        })
+    };
+    Ok(Scales {
+        embedding: need("embedding_scale")?,
+        residual: need("residual_scale")?,
+        logits: 1.0 / need("logit_scale")?,
+    })
+}
+
+/// A tensor of divisors of rotary frequencies, where there is one.
+fn factors(k: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>> {
+    let Some(tensor) = k.gguf.tensors().get(name) else { return Ok(None) };
+    let n: usize = tensor.dims.iter().product();
+    // Longer than any head: the lie is refused before anything is allocated for it.
+    if n > 1 << 16 {
+        return Err(ModelError::corrupt(k.gguf.path(), format!("its {name} has {n} elements")));
+    }
+    let mut factors = vec![0.0; n];
+    tensor.quant.dequantize(&k.gguf.bytes()[tensor.bytes.clone()], &mut factors);
+    Ok(Some(factors))
+}
+
 fn scaling(k: &Keys<'_>) -> Result<RopeScaling> {
     let path = k.gguf.path();
-    if let Some(tensor) = k.gguf.tensors().get(ROPE_FREQS) {
-        let n: usize = tensor.dims.iter().product();
-        // Longer than any head: the lie is refused before anything is allocated for it.
-        if n > 1 << 16 {
-            return Err(ModelError::corrupt(path, format!("its {ROPE_FREQS} has {n} elements")));
-        }
-        let mut factors = vec![0.0; n];
-        tensor.quant.dequantize(&k.gguf.bytes()[tensor.bytes.clone()], &mut factors);
+    if let Some(factors) = factors(k, ROPE_FREQS)? {
         return Ok(RopeScaling::Factors(factors));
     }
     let kind = k.gguf.string(&k.key("rope.scaling.type"));
@@ -160,6 +189,17 @@ fn scaling(k: &Keys<'_>) -> Result<RopeScaling> {
         "none" => Ok(RopeScaling::None),
         "linear" => {
             Ok(RopeScaling::Linear { factor: k.float("rope.scaling.factor").unwrap_or(1.0) })
+        }
+        "longrope" => {
+            let [short, long] = ROPE_FACTORS;
+            let need = |name| {
+                let missing = || ModelError::corrupt(path, format!("it has no tensor {name}"));
+                factors(k, name)?.ok_or_else(missing)
+            };
+            let max = k.need_uint("context_length")?;
+            let original = k.uint("rope.scaling.original_context_length")?.unwrap_or(max);
+            let factor = k.float("rope.scaling.attn_factor");
+            Ok(long_rope((need(short)?, need(long)?), (original, max), factor))
         }
         other => Err(ModelError::unsupported(path, format!("rotary scaling of the kind {other}"))),
     }

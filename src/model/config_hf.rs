@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::config::{Arch, ModelConfig, RopeScaling, Scales};
+use super::config::{Arch, ModelConfig, RopeScaling, Scales, long_rope};
 use super::error::{ModelError, Result};
 
 /// A JSON object with the file that messages name.
@@ -208,7 +208,7 @@ fn rotary(f: &Fields<'_>) -> Result<(f64, RopeScaling)> {
             high_freq_factor: s.need_float("high_freq_factor")?,
             original_max_position: s.need_uint("original_max_position_embeddings")?,
         },
-        "longrope" => long_rope(f, &s)?,
+        "longrope" => long_factors(f, &s)?,
         other => {
             let what = format!("rotary scaling of the kind {other}");
             return Err(ModelError::unsupported(path, what));
@@ -217,28 +217,25 @@ fn rotary(f: &Fields<'_>) -> Result<(f64, RopeScaling)> {
     Ok((theta, scaling))
 }
 
-/// LongRoPE: a divisor for each frequency. Within the original context the short ones hold and lengths have no other
-/// effect; beyond it the reference implementation changes frequencies with the length of each call, which no cache
-/// of rotated keys can follow.
-fn long_rope(f: &Fields<'_>, s: &Fields<'_>) -> Result<RopeScaling> {
-    let original = s.uint("original_max_position_embeddings")?;
-    let most = f.uint("max_position_embeddings")?;
-    if let (Some(original), Some(most)) = (original, most)
-        && most > original
-    {
-        return Err(ModelError::unsupported(
-            f.path,
-            format!(
-                "LongRoPE beyond its original context (set max_position_embeddings to {original}, or use a checkpoint \
-                 whose original_max_position_embeddings is {most})"
-            ),
-        ));
-    }
-    let factors = s.get("short_factor").and_then(Value::as_array);
-    let factors: Option<Vec<f32>> =
-        factors.and_then(|a| a.iter().map(|v| v.as_f64().map(|v| v as f32)).collect());
-    let missing = || ModelError::corrupt(f.path, "its longrope scaling has no short_factor");
-    Ok(RopeScaling::Factors(factors.ok_or_else(missing)?))
+/// LongRoPE: a divisor for each frequency, for texts within the original context and beyond it.
+fn long_factors(f: &Fields<'_>, s: &Fields<'_>) -> Result<RopeScaling> {
+    const ORIGINAL: &str = "original_max_position_embeddings";
+    let original = s.uint(ORIGINAL)?.or(f.uint(ORIGINAL)?);
+    let max = f.uint("max_position_embeddings")?;
+    let original = original.or(max).unwrap_or(1);
+    let list = |key: &str| -> Option<Vec<f32>> {
+        let list = s.get(key)?.as_array()?;
+        list.iter().map(|v| v.as_f64().map(|v| v as f32)).collect()
+    };
+    let need = |key: &str| {
+        let missing = || ModelError::corrupt(f.path, format!("its longrope scaling has no {key}"));
+        list(key).ok_or_else(missing)
+    };
+    let (max, short) = (max.unwrap_or(original), need("short_factor")?);
+    // Models that go no further have no use for the others.
+    let long = if max > original { need("long_factor")? } else { short.clone() };
+    let factor = s.float("attention_factor")?;
+    Ok(long_rope((short, long), (original, max), factor))
 }
 
 /// muP as MiniCPM stores it: `scale_emb`, `scale_depth / sqrt(layers)`, `dim_model_base / hidden`.

@@ -178,10 +178,11 @@ impl Decoder {
         mut observer: Option<&mut Observer<'_>>,
     ) -> std::result::Result<Step, SelectError> {
         let b = self.backend.clone();
-        let (thresholds, tilings) = (attention.thresholds(), attention.tilings());
-        let buffer = self.step_buffer(thresholds.len(), tilings)?;
+        let cuts = attention.cuts(seqs);
+        let tilings = attention.tilings();
+        let buffer = self.step_buffer(cuts.len(), tilings)?;
         let capacity = self.limits.context.next_multiple_of(PAGE);
-        let step = Step::upload(&*b, &buffer, seqs, capacity, thresholds, tilings)?;
+        let step = Step::upload(&*b, &buffer, seqs, capacity, &cuts, tilings)?;
         let c = &self.config;
         b.embed(&Embed {
             tokens: step.tokens(),
@@ -225,10 +226,10 @@ impl Decoder {
         outcome.map(|()| step)
     }
 
-    fn step_buffer(&mut self, thresholds: usize, tilings: &[Tiling]) -> Result<Tensor> {
+    fn step_buffer(&mut self, paces: usize, tilings: &[Tiling]) -> Result<Tensor> {
         let l = self.limits;
         let pages = l.seqs * pages_for(l.context);
-        let words = Step::words(l.rows, l.seqs, pages, thresholds, tilings);
+        let words = Step::words(l.rows, l.seqs, pages, paces, tilings);
         if let Some(t) = self.step_words.as_ref().filter(|t| t.len() >= words) {
             return Ok(t.clone());
         }
@@ -273,6 +274,7 @@ impl Decoder {
             inv_freq: &w.inv_freq,
             heads_per_freq: heads / c.n_kv_heads,
             norm: norm.map(|weight| QkNorm { weight, eps }),
+            factor: c.rope_factor(),
             out,
             rows,
             heads,

@@ -100,6 +100,7 @@ impl Forecaster {
             inv_freq: &target.inv_freq,
             heads_per_freq: 1,
             norm: None,
+            factor: c.rope_factor(),
             out: self.of(layer),
             rows,
             heads: c.n_kv_heads,

@@ -3,8 +3,11 @@
 //! Layers whose lists nobody reuses share buffers: what one has chosen is attended to before the next one chooses.
 //! An anchor's lists have buffers of their own, so that they are there until the last layer that reuses them.
 
+use super::held::Held;
 use crate::backend::{Backend, DType, GatherRows, Result, Seqs, Tensor};
-use crate::select::{LayerPlan, LayerShape, Plan, Refine, Role, SelectError, Selection};
+use crate::select::{
+    LayerContext, LayerPlan, LayerShape, Plan, Refine, Role, SelectError, Selection,
+};
 use std::sync::Arc;
 
 /// Lists of one layer.
@@ -18,6 +21,38 @@ pub(super) struct LayerLists {
     pub candidates: Option<Arc<Selection>>,
     /// What the layer refines.
     pub handed: Option<Handed>,
+    /// What a sequence holds of `attend` and of `candidates` from step to step, where steps share a choice.
+    held: (Option<Held>, Option<Held>),
+}
+
+impl LayerLists {
+    /// Where the layer's own choice goes.
+    pub fn chosen(&self) -> &Selection {
+        self.held.0.as_ref().map_or(&self.attend, |h| &h.chosen)
+    }
+
+    /// Where what it hands down goes.
+    pub fn handed_down(&self) -> Option<&Selection> {
+        let own = self.candidates.as_deref();
+        self.held.1.as_ref().map_or(own, |h| Some(&h.chosen))
+    }
+
+    /// Records what brings the lists of all sequences of `cx` up to date, the first `fresh` of which have just chosen.
+    pub fn hold(&self, cx: &LayerContext<'_>, fresh: usize) -> Result<()> {
+        let held = [(&self.held.0, Some(&self.attend)), (&self.held.1, self.candidates.as_ref())];
+        for (held, out) in held {
+            if let (Some(held), Some(out)) = (held, out) {
+                held.hold(cx, fresh, out)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what slot `from` holds to slot `to`.
+    pub fn fork(&self, b: &dyn Backend, from: usize, to: usize) -> Result<()> {
+        let held = [&self.held.0, &self.held.1];
+        held.into_iter().flatten().try_for_each(|h| h.fork(b, from, to))
+    }
 }
 
 /// An anchor's candidates as a layer reads them.
@@ -84,6 +119,7 @@ pub(super) fn layer_lists(
     most: usize,
 ) -> std::result::Result<Vec<Option<LayerLists>>, SelectError> {
     let (mut own, mut mapped) = (Shared::default(), Shared::default());
+    let mut chosen = Shared::default();
     let mut all: Vec<Option<LayerLists>> = Vec::with_capacity(plan.layers.len());
     for (l, p) in plan.layers.iter().enumerate() {
         let users = || plan.layers.iter().filter(|u| reused(u) == Some(l));
@@ -92,14 +128,21 @@ pub(super) fn layer_lists(
         all.push(match &p.role {
             Role::Dense => None,
             Role::Select | Role::DenseAnchor => {
+                // Held lists grow by a token a step.
+                let room = |k: usize| k.saturating_add(p.reuse - 1).min(most).max(k);
                 let attend = match users().next() {
-                    Some(_) => selection(b, shape, p.budget.tokens, lists)?,
-                    None => made(p.budget.tokens)?,
+                    Some(_) => selection(b, shape, room(p.budget.tokens), lists)?,
+                    None => made(room(p.budget.tokens))?,
                 };
-                let wanted = users().filter_map(candidates).max();
-                let longer = wanted.map(|k| selection(b, shape, k.min(most), lists)).transpose()?;
+                let wanted = users().filter_map(candidates).max().map(|k| k.min(most));
+                let longer = wanted.map(|k| selection(b, shape, room(k), lists)).transpose()?;
                 let head_map = map_of(b, shape, lists, None)?;
-                Some(LayerLists { attend, head_map, candidates: longer, handed: None })
+                let mut held = |k: Option<usize>| -> Result<Option<Held>> {
+                    let Some(k) = k.filter(|_| p.reuse > 1) else { return Ok(None) };
+                    Held::new(b, shape, chosen.get(b, shape, k, lists)?).map(Some)
+                };
+                let held = (held(Some(p.budget.tokens))?, held(wanted)?);
+                Some(LayerLists { attend, head_map, candidates: longer, handed: None, held })
             }
             Role::Reuse { from, head_map, refine } => {
                 let anchor = all.get(*from).and_then(Option::as_ref);
@@ -120,12 +163,20 @@ pub(super) fn layer_lists(
                         let handed = Handed { refine: refine.clone(), from: from.clone(), mapped };
                         let head_map = map_of(b, shape, lists, None)?;
                         let attend = made(p.budget.tokens)?;
-                        LayerLists { attend, head_map, candidates: None, handed: Some(handed) }
+                        let handed = Some(handed);
+                        LayerLists {
+                            attend,
+                            head_map,
+                            candidates: None,
+                            handed,
+                            held: (None, None),
+                        }
                     }
                     _ => {
                         let attend = anchor.attend.clone();
                         let head_map = map_of(b, shape, attend.rows_per_seq, Some(head_map))?;
-                        LayerLists { attend, head_map, candidates: None, handed: None }
+                        let held = (None, None);
+                        LayerLists { attend, head_map, candidates: None, handed: None, held }
                     }
                 })
             }

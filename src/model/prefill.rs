@@ -42,7 +42,8 @@ fn tiling(p: &LayerPlan) -> Option<Tiling> {
 /// The part of a plan that prompts are read with: layers that read them densely are dense.
 pub(super) fn for_prompts(plan: &Plan) -> Plan {
     let layer = |p: &LayerPlan| match p.tile {
-        Some(_) => p.clone(),
+        // What is held is held from decode step to decode step.
+        Some(_) => LayerPlan { reuse: 1, ..p.clone() },
         None => LayerPlan::dense(),
     };
     Plan { layers: plan.layers.iter().map(layer).collect(), ..plan.clone() }

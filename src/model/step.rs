@@ -64,13 +64,33 @@ impl Group {
     }
 }
 
-/// Decode sequences split by a layer's dense threshold.
+/// When a layer is sparse, and when it chooses tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pace {
+    /// Sequences of at most so many tokens are dense.
+    pub threshold: usize,
+    /// Steps that share a choice.
+    pub reuse: usize,
+}
+
+/// The sequences of a step as layers of one pace treat them.
+#[derive(Debug, Clone)]
+pub struct Cut {
+    /// The pace.
+    pub pace: Pace,
+    /// For each sequence in the order given: it chooses in this step, if it is sparse.
+    pub fresh: Vec<bool>,
+}
+
+/// Decode sequences split by a layer's pace.
 #[derive(Debug, Clone, Copy)]
 pub struct DecodeSplit {
     /// Sequences of at most `threshold` tokens.
     pub dense: Group,
     /// Longer ones.
     pub sparse: Group,
+    /// The first of these: those that choose tokens in this step.
+    pub fresh: Group,
 }
 
 /// How a layer cuts the rows of prompts: the first `threshold` tokens of a sequence are read densely, what comes
@@ -124,7 +144,7 @@ pub struct Step {
     pub decode: Group,
     /// Batch row of each sequence's first token, in the order given.
     pub first_row: Vec<usize>,
-    splits: Vec<(usize, DecodeSplit, Vec<usize>)>,
+    splits: Vec<(Pace, DecodeSplit, Vec<usize>)>,
     tiled: Vec<(Tiling, PrefillSplit)>,
 }
 
@@ -145,25 +165,25 @@ impl Step {
         rows: usize,
         seqs: usize,
         pages: usize,
-        thresholds: usize,
+        paces: usize,
         tilings: &[Tiling],
     ) -> usize {
         let tiles: usize = tilings.iter().map(|t| seqs + t.most(rows, seqs)).sum();
-        let records = seqs * (2 + thresholds) + tiles;
-        let meta = records * META_WORDS + ALIGN * (2 + 2 * thresholds + 2 * tilings.len());
+        let records = seqs * (2 + paces) + tiles;
+        let meta = records * META_WORDS + ALIGN * (2 + 2 * paces + 2 * tilings.len());
         2 * (rows + ALIGN) + meta + pages + ALIGN
     }
 
     /// Uploads a step into `buffer` (u32, at least [`Step::words`]).
     ///
-    /// `capacity`: most tokens of a sequence, in whole pages; `thresholds`: the distinct dense thresholds of the plan's sparse layers; `tilings`: those of layers that read
-    /// prompts sparsely.
+    /// `capacity`: most tokens of a sequence, in whole pages; `cuts`: one for each pace of the plan's sparse layers;
+    /// `tilings`: those of layers that read prompts sparsely.
     pub fn upload(
         b: &dyn Backend,
         buffer: &Tensor,
         seqs: &[StepSeq<'_>],
         capacity: usize,
-        thresholds: &[usize],
+        cuts: &[Cut],
         tilings: &[Tiling],
     ) -> Result<Step> {
         let mut order: Vec<usize> = (0..seqs.len()).filter(|&i| seqs[i].decode.is_some()).collect();
@@ -199,7 +219,7 @@ impl Step {
             rows,
             seqs.len(),
             page_words,
-            thresholds.len(),
+            cuts.len(),
             tilings,
         )));
         let tokens = words.section(order.iter().flat_map(|&i| seqs[i].tokens.iter().copied()));
@@ -213,11 +233,16 @@ impl Step {
             group((start - meta_start) / META_WORDS, members)
         };
         let prefill = add(&order[n_decode..]);
-        let mut splits = Vec::with_capacity(thresholds.len());
-        for &t in thresholds {
-            let (dense, sparse): (Vec<_>, Vec<_>) =
-                order[..n_decode].iter().partition(|&&i| seqs[i].kv_len() <= t);
-            splits.push((t, DecodeSplit { dense: add(&dense), sparse: add(&sparse) }, sparse));
+        let mut splits = Vec::with_capacity(cuts.len());
+        for Cut { pace, fresh } in cuts {
+            let (dense, mut sparse): (Vec<usize>, Vec<usize>) =
+                order[..n_decode].iter().partition(|&&i| seqs[i].kv_len() <= pace.threshold);
+            // Those that choose come first, and are a group as well.
+            sparse.sort_by_key(|&i| !fresh[i]);
+            let chooses = sparse.iter().take_while(|&&i| fresh[i]).count();
+            let (dense, all) = (add(&dense), add(&sparse));
+            let fresh = group(all.first_record, &sparse[..chooses]);
+            splits.push((*pace, DecodeSplit { dense, sparse: all, fresh }, sparse));
         }
         let tiled = tilings.iter().map(|&t| {
             let (mut dense, mut tiles) = (Vec::new(), Vec::new());
@@ -274,9 +299,9 @@ impl Step {
         self.decode.rows
     }
 
-    /// The decode groups of a layer with this dense threshold.
-    pub fn split(&self, threshold: usize) -> Option<&DecodeSplit> {
-        self.splits.iter().find(|s| s.0 == threshold).map(|s| &s.1)
+    /// The decode groups of a layer with this pace.
+    pub fn split(&self, pace: Pace) -> Option<&DecodeSplit> {
+        self.splits.iter().find(|s| s.0 == pace).map(|s| &s.1)
     }
 
     /// The prefilling rows as a layer with this tiling reads them.
@@ -284,9 +309,9 @@ impl Step {
         self.tiled.iter().find(|s| s.0 == tiling).map(|s| &s.1)
     }
 
-    /// The sequences of a threshold's sparse group, as positions in the order given.
-    pub fn sparse_members(&self, threshold: usize) -> &[usize] {
-        self.splits.iter().find(|s| s.0 == threshold).map_or(&[], |s| &s.2)
+    /// The sequences of a pace's sparse group, as positions in the order given.
+    pub fn sparse_members(&self, pace: Pace) -> &[usize] {
+        self.splits.iter().find(|s| s.0 == pace).map_or(&[], |s| &s.2)
     }
 }
 

@@ -159,6 +159,12 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Settles what depends on the longest text that will be read; see [`RopeScaling::Long`](super::RopeScaling::Long).
+    /// The fingerprint stays.
+    pub(crate) fn settle(&mut self, context: usize) {
+        self.config.settle(context);
+    }
+
     /// Opens a Hugging Face folder or a `.gguf` file and checks that every tensor of the
     /// architecture is there in the shape the configuration asks for.
     ///

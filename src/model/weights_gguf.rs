@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::config::{Arch, ModelConfig};
-use super::config_gguf::ROPE_FREQS;
+use super::config_gguf::{ROPE_FACTORS, ROPE_FREQS};
 use super::error::{ModelError, Result};
 use super::gguf::Gguf;
 use super::weights::{LayerWeight, Place, Weight};
@@ -62,8 +62,8 @@ pub(super) fn places(
                 });
             }
         };
-        // Files of the llama architecture store q and k for interleaved rotary pairs.
-        let permuted = matches!(config.arch, Arch::Llama | Arch::Mistral)
+        // Files of the llama architecture and its kin store q and k for interleaved rotary pairs.
+        let permuted = matches!(config.arch, Arch::Llama | Arch::Mistral | Arch::MiniCpm)
             && matches!(
                 weight,
                 Weight::Layer(
@@ -91,8 +91,13 @@ fn refuse_leftovers(gguf: &Gguf, config: &ModelConfig, known: usize) -> Result<(
     }
     let names: std::collections::HashSet<String> =
         Weight::all(config).chain([Weight::Output]).map(name_of).collect();
-    let mut unknown: Vec<&String> =
-        gguf.tensors().keys().filter(|n| !names.contains(*n) && *n != ROPE_FREQS).collect();
+    // Divisors of frequencies are read with the configuration.
+    let read = |n: &String| {
+        names.contains(n)
+            || n == ROPE_FREQS
+            || config.arch == Arch::MiniCpm && ROPE_FACTORS.contains(&n.as_str())
+    };
+    let mut unknown: Vec<&String> = gguf.tensors().keys().filter(|n| !read(n)).collect();
     unknown.sort();
     match unknown.first() {
         None => Ok(()),

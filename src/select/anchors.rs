@@ -85,7 +85,8 @@ impl MethodSpec {
         }
         let pool = match self.variant {
             Variant::KascadePooled => HeadPool::AllSoftmax,
-            Variant::Omnikv | Variant::Lessismore => HeadPool::AnySoftmax,
+            Variant::Omnikv => HeadPool::AnySoftmax,
+            Variant::Lessismore => self.pool.unwrap_or(HeadPool::AnySoftmax),
             _ => {
                 self.pool.unwrap_or(if blocks { HeadPool::SumLogit } else { HeadPool::MeanSoftmax })
             }
@@ -112,6 +113,7 @@ impl MethodSpec {
                 recent: self.recent.unwrap_or(recent),
             },
             correct: false,
+            reuse: 1,
         };
         let tokens = anchor.budget.tokens;
         let refine = match self.variant {

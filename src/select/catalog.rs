@@ -1,4 +1,4 @@
-//! The built-in methods: names, one line each, and the options that each reads.
+//! The built-in methods: names, and one line each. `options.rs` says which options each reads.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +11,6 @@ pub struct MethodInfo {
     pub about: &'static str,
     /// The variant it makes.
     pub variant: Variant,
-    /// Options that it reads, as on the command line without dashes in front.
-    pub options: &'static [&'static str],
 }
 
 /// Base of a [`MethodSpec`].
@@ -64,17 +62,6 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// Whether the variant reads an option of [`MethodSpec`], by its name on the command line.
-    pub fn takes(self, option: &str) -> bool {
-        METHODS.iter().any(|m| m.variant == self && m.options.contains(&option))
-    }
-
-    /// Some layers reuse the tokens of others.
-    pub(super) fn anchored(self) -> bool {
-        matches!(self, Variant::Kascade | Variant::KascadePooled | Variant::Refined)
-            || self.filters().is_some()
-    }
-
     /// Layers that filter for those after them as published, of 32 (Llama 3.1 8B).
     pub(super) fn filters(self) -> Option<&'static [usize]> {
         match self {
@@ -85,252 +72,115 @@ impl Variant {
     }
 }
 
-const WINDOW: &[&str] =
-    &["budget", "sinks", "recent", "dense-layers", "dense-below", "tile", "prompt-dense"];
-/// What a hash, which no prompt is read with, can be told.
-const HASHED: &[&str] = &["budget", "sinks", "recent", "dense-layers", "dense-below"];
-const EXACT: &[&str] = &[
-    "budget",
-    "mass",
-    "floor",
-    "correct",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-layers",
-    "dense-below",
-    "tile",
-    "prompt-dense",
-];
-/// Dimensions that the method chooses by itself.
-const LEADING: &[&str] = &[
-    "budget",
-    "mass",
-    "floor",
-    "correct",
-    "dims",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-layers",
-    "dense-below",
-    "tile",
-    "prompt-dense",
-];
-/// The same, in a slice or a choice of decode steps.
-const CHOSEN_ONCE: &[&str] = &[
-    "budget",
-    "mass",
-    "floor",
-    "correct",
-    "dims",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-layers",
-    "dense-below",
-];
-const QUERY_CHOSEN: &[&str] = &[
-    "budget",
-    "mass",
-    "floor",
-    "correct",
-    "dims",
-    "update",
-    "beta",
-    "metric",
-    "unit",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-layers",
-    "dense-below",
-];
-
-const SHARED: &[&str] = &[
-    "budget",
-    "percent",
-    "budget-min",
-    "anchors",
-    "scorer",
-    "candidates",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-below",
-    "tile",
-    "prompt-dense",
-];
-const SHARED_BY_ALL: &[&str] = &[
-    "budget",
-    "percent",
-    "budget-min",
-    "anchors",
-    "scorer",
-    "candidates",
-    "sinks",
-    "recent",
-    "dense-below",
-    "tile",
-    "prompt-dense",
-];
-const REFINED: &[&str] = &[
-    "budget",
-    "dims",
-    "anchors",
-    "scorer",
-    "candidates",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-below",
-];
-const FILTERED: &[&str] =
-    &["budget", "percent", "budget-min", "anchors", "sinks", "recent", "dense-below"];
-const FILTERED_FIXED: &[&str] = &["budget", "anchors", "sinks", "recent", "dense-below"];
-const BLOCKS: &[&str] = WINDOW;
-const PAGES: &[&str] = &[
-    "budget",
-    "unit",
-    "pool",
-    "sinks",
-    "recent",
-    "dense-layers",
-    "dense-below",
-    "tile",
-    "prompt-dense",
-];
-
 /// Every built-in method.
 pub const METHODS: &[MethodInfo] = &[
     MethodInfo {
         name: "dense",
         about: "attend to every token (exact; the baseline)",
         variant: Variant::Dense,
-        options: &[],
     },
     MethodInfo {
         name: "window",
         about: "first and most recent tokens only (StreamingLLM at original positions)",
         variant: Variant::Window,
-        options: WINDOW,
     },
     MethodInfo {
         name: "random",
         about: "tokens that a hash of layer, KV head and position picks (what every scorer must beat)",
         variant: Variant::Random,
-        options: HASHED,
     },
     MethodInfo {
         name: "oracle",
         about: "top-k of the exact logits (reads every key; the bound for cheaper scorers)",
         variant: Variant::Oracle,
-        options: EXACT,
     },
     MethodInfo {
         name: "sparcas",
         about: "SparCas on energy-sorted keys: score the leading dimensions, attend to the top tokens (default)",
         variant: Variant::Sparcas,
-        options: LEADING,
     },
     MethodInfo {
         name: "sparcas-int8",
         about: "the same, scored on an int8 copy of the leading dimensions",
         variant: Variant::SparcasInt8,
-        options: LEADING,
     },
     MethodInfo {
         name: "sparcas-paper",
         about: "SparCas as published: |q| picks dimensions every 64 steps, compact slice",
         variant: Variant::SparcasPaper,
-        options: QUERY_CHOSEN,
     },
     MethodInfo {
         name: "sparcas-recommended",
         about: "query-chosen rotary pairs weighted by key deviation, adaptive refresh, compact slice",
         variant: Variant::SparcasRecommended,
-        options: QUERY_CHOSEN,
     },
     MethodInfo {
         name: "sparcas-groups",
         about: "query-chosen groups of 8 sorted dimensions, read from the keys, fresh every step",
         variant: Variant::SparcasGroups,
-        options: QUERY_CHOSEN,
     },
     MethodInfo {
         name: "sparq",
         about: "SparQ: |q| picks dimensions every step, read from the keys; the mean value stands for the tokens left \
                 out",
         variant: Variant::Sparq,
-        options: CHOSEN_ONCE,
     },
     MethodInfo {
         name: "double-sparsity",
-        about: "Double Sparsity: dimensions of the largest mean |q k|, measured once, in a 16-bit compact slice",
+        about: "Double Sparsity: dimensions of the largest mean |q k|, measured once, in a compact slice of 16, 8 or 4 bits",
         variant: Variant::DoubleSparsity,
-        options: CHOSEN_ONCE,
     },
     MethodInfo {
         name: "loki",
         about: "Loki: leading principal components of the keys, measured once, in a slice of their own",
         variant: Variant::Loki,
-        options: CHOSEN_ONCE,
     },
     MethodInfo {
         name: "kascade",
         about: "Kascade: anchor layers choose 10 % of the tokens by exact scores, the layers after them reuse the choice \
                 (a plan of `longsight calibrate` brings anchors and head maps; without one: even spacing, no map)",
         variant: Variant::Kascade,
-        options: SHARED,
     },
     MethodInfo {
         name: "kascade-pooled",
         about: "the same with one choice for all heads",
         variant: Variant::KascadePooled,
-        options: SHARED_BY_ALL,
     },
     MethodInfo {
         name: "refined",
         about: "anchors hand down four times the budget, every layer scores that again on its leading dimensions",
         variant: Variant::Refined,
-        options: REFINED,
     },
     MethodInfo {
         name: "omnikv",
         about: "OmniKV: three filter layers attend to everything and choose 10 % of the tokens, by the largest \
                 probability of any head, for the layers after them",
         variant: Variant::Omnikv,
-        options: FILTERED,
     },
     MethodInfo {
         name: "lessismore",
         about: "LessIsMore: two filter layers, sinks and a quarter of recent tokens, the rest by the largest \
-                probability of any head (as published by the best rank)",
+                probability of any head (as published by the heads' ranks in turn: pool=union)",
         variant: Variant::Lessismore,
-        options: FILTERED_FIXED,
     },
     MethodInfo {
         name: "quest",
         about: "Quest: pages of 16 tokens by the smallest and largest key of each dimension",
         variant: Variant::Quest,
-        options: PAGES,
     },
     MethodInfo {
         name: "arkvale",
         about: "ArkVale's digest: the same pages by the middle and mean distance of their keys",
         variant: Variant::Arkvale,
-        options: PAGES,
     },
     MethodInfo {
         name: "infllm2",
         about: "InfLLM-V2: blocks of 64 tokens by the probabilities of means of 32 keys",
         variant: Variant::Infllm2,
-        options: BLOCKS,
     },
     MethodInfo {
         name: "sparda",
         about: "SparDA: the same blocks, chosen by the Forecast of the layer before (needs --forecast)",
         variant: Variant::Sparda,
-        options: BLOCKS,
     },
 ];

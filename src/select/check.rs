@@ -1,7 +1,7 @@
 //! Whether a plan can run: each layer by itself, and layers that use each other's tokens.
 
 use super::{Follow, Keep, LayerPlan, ModelShape, Plan, Refine, Role, Scorer, SelectError, blocks};
-use crate::backend::{DimMetric, Refresh};
+use crate::backend::{DimMetric, HeadPool, Refresh};
 
 /// What is wrong, as the end of a sentence.
 type Checked = Result<(), String>;
@@ -51,6 +51,8 @@ impl LayerPlan {
                 .into()
         })?;
         self.check_follow()?;
+        self.check_reuse()?;
+        self.check_union()?;
         if self.summary().is_some() {
             return blocks::check(self);
         }
@@ -145,14 +147,53 @@ impl LayerPlan {
     }
 }
 
+/// Most decode steps that share a choice.
+const MAX_REUSE: usize = 1024;
+
+impl LayerPlan {
+    fn check_reuse(&self) -> Checked {
+        let steps = self.reuse;
+        ensure((1..=MAX_REUSE).contains(&steps), || {
+            format!("{steps} decode steps for a choice of tokens: give 1 to {MAX_REUSE}")
+        })?;
+        ensure(steps == 1 || !self.correct, || {
+            "the mean value needs the scores of every step; choose in every step, or leave the correction out"
+                .into()
+        })
+    }
+
+    /// What can be ranked head by head.
+    fn check_union(&self) -> Checked {
+        if self.pool != HeadPool::Union {
+            return Ok(());
+        }
+        let ranked = self.budget.follow.is_none() && !self.correct;
+        let refines = matches!(self.role, Role::Reuse { refine: Some(_), .. });
+        ensure(ranked && !refines && self.scorer != Scorer::None || self.takes_lists(), || {
+            "a union of rankings is of scores of all tokens, one by one, and has no shares of mass; take another pool"
+                .into()
+        })
+    }
+
+    /// Another layer's lists as they are.
+    fn takes_lists(&self) -> bool {
+        matches!(self.role, Role::Reuse { refine: None, .. })
+    }
+}
+
 fn check_scorer(scorer: &Scorer, head_dim: usize) -> Checked {
     if let Scorer::Sorted { dims, .. }
     | Scorer::Dims { dims, .. }
-    | Scorer::Static { dims }
+    | Scorer::Static { dims, .. }
     | Scorer::Components { dims } = scorer
     {
         ensure(*dims > 0 && *dims <= head_dim && dims.is_multiple_of(8), || {
             format!("{dims} key dimensions of {head_dim}: give a multiple of 8 up to {head_dim}")
+        })?;
+    }
+    if let Scorer::Static { bits, .. } = scorer {
+        ensure(matches!(bits, 4 | 8 | 16), || {
+            format!("a slice of {bits} bits a number: give 4, 8 or 16 (those of the cache)")
         })?;
     }
     let Scorer::Dims { unit, dims, metric, refresh, .. } = scorer else { return Ok(()) };
@@ -187,14 +228,14 @@ impl Plan {
         for (l, (layer, window)) in self.layers.iter().zip(m.windows).enumerate() {
             let checked = layer.check_alone(m.head_dim, *window);
             checked
-                .and_then(|()| self.check_reuse(l, m))
+                .and_then(|()| self.check_taken(l, m))
                 .map_err(|reason| SelectError::BadPlan { method: self.method.clone(), reason })?;
         }
         Ok(())
     }
 
     /// Layer `l` and the layer whose tokens it takes.
-    fn check_reuse(&self, l: usize, m: &ModelShape<'_>) -> Checked {
+    fn check_taken(&self, l: usize, m: &ModelShape<'_>) -> Checked {
         let layer = &self.layers[l];
         let Role::Reuse { from, head_map, refine } = &layer.role else { return Ok(()) };
         let anchor = self.layers[..l].get(*from).filter(|a| a.selects()).ok_or_else(|| {
@@ -204,6 +245,12 @@ impl Plan {
         ensure(own == theirs, || {
             format!(
                 "layer {l} is dense up to {own} tokens, layer {from}, which it reuses, up to {theirs}; give both the same"
+            )
+        })?;
+        ensure(layer.reuse == anchor.reuse, || {
+            format!(
+                "layer {l} shares choices over {} steps, layer {from}, which makes them, over {}; give both the same",
+                layer.reuse, anchor.reuse
             )
         })?;
         ensure(head_map.len() == m.kv_heads, || {

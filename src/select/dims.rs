@@ -36,10 +36,18 @@ impl DimsSelector {
     pub fn new(b: &dyn Backend, shape: &LayerShape, plan: &LayerPlan) -> Result<Self, SelectError> {
         let (n_dims, metric, unit, refresh, slice) = match plan.scorer {
             Scorer::Dims { dims, metric, unit, refresh, slice } => {
+                // Where the layer sees only some of the steps, those at which a choice of dimensions is due by their
+                // number may not be among them: count the steps since the last choice.
+                let refresh = match refresh {
+                    Refresh::Every { every, .. } if plan.reuse > 1 && every > 0 => {
+                        Refresh::Adaptive { beta: 1.0, min: every, max: every }
+                    }
+                    other => other,
+                };
                 (dims, metric, unit, refresh, slice)
             }
             // Chosen in the first decode step, which also fills the slice, and never again.
-            Scorer::Static { dims } => {
+            Scorer::Static { dims, bits: 16 } => {
                 (dims, DimMetric::AbsQ, 1, Refresh::Every { every: 0, phase: 0 }, true)
             }
             _ => {

@@ -30,6 +30,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
             recent: spec.recent.unwrap_or(local * BLOCK + 1),
         },
         correct: false,
+        reuse: 1,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What to attend to: plans as data, and the selectors that carry them out.
 //!
-//! A published method is a [`Plan`]: one [`LayerPlan`] per layer. [`Methods`](method::MethodSpec) turn names and
+//! A published method is a [`Plan`]: one [`LayerPlan`] per layer. [`MethodSpec`]s turn names and
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
@@ -13,9 +13,11 @@ mod dims;
 mod error;
 mod infllm;
 mod key_profile;
+mod labels;
 mod mean_value;
 mod method;
 mod npy;
+mod options;
 mod oracle;
 mod plan;
 mod profile;
@@ -27,6 +29,7 @@ mod selector;
 mod sorted;
 mod sparda;
 mod tiles;
+mod union;
 mod window;
 
 pub use anchors::{AnchorScorer, Anchors};
@@ -36,9 +39,10 @@ pub use components::ComponentsSelector;
 pub use dims::DimsSelector;
 pub use error::SelectError;
 pub use key_profile::KeyProfile;
+pub use labels::LabelsSelector;
 pub use mean_value::correct;
-pub use method::{MethodSpec, parse_name};
 pub use npy::read_head_maps;
+pub use options::{MethodSpec, OPTIONS, OptionInfo, parse_name};
 pub use oracle::ExactSelector;
 pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
 pub use random::{RandomSelector, noise};

@@ -65,6 +65,18 @@ pub struct LayerPlan {
     /// (SparQ).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub correct: bool,
+    /// Decode steps that share a choice of tokens; the tokens that are appended meanwhile are attended to as well.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub reuse: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_one(n: &usize) -> bool {
+    *n == 1
 }
 
 impl LayerPlan {
@@ -79,6 +91,7 @@ impl LayerPlan {
             keep: Keep { sinks: 0, recent: 1 },
             tile: None,
             correct: false,
+            reuse: 1,
         }
     }
 
@@ -133,7 +146,7 @@ impl LayerPlan {
     /// `row` = bytes of one key (or value) of one KV head: dense `2 min(n, window) row` per KV head; else the score
     /// reads and a rebuild's key read over U per KV head, and `2 T_b row` per token list (per KV head where lists
     /// are shared). A layer that refines reads the scored dimensions of its candidates. Where the mass of the scores
-    /// ends a list, this is the most that it can be.
+    /// ends a list, this is the most that it can be. Where steps share a choice: the mean over these steps.
     pub fn bytes_read(&self, n: usize, shape: &KvReads<'_>, window: Option<usize>) -> u64 {
         let KvReads { heads, kv_heads, head_dim, elem, .. } = *shape;
         let row = head_dim * elem;
@@ -146,9 +159,11 @@ impl LayerPlan {
             Role::Reuse { refine, .. } => refine.as_ref(),
             _ => None,
         };
+        // Between two choices lists grow by a token a step.
+        let grown = |tokens: usize| (tokens + (self.reuse.max(1) - 1) / 2).min(n);
         let score = match refine {
-            Some(refine) => score_bytes(&refine.scorer, n.min(refine.candidates), row, elem),
-            None => score_bytes(&self.scorer, n, row, elem),
+            Some(refine) => score_bytes(&refine.scorer, grown(refine.candidates), row, elem),
+            None => score_bytes(&self.scorer, n, row, elem) / self.reuse.max(1) as f64,
         };
         // The mean value is kept in f32.
         let mean = if self.correct { 4 * head_dim } else { 0 };
@@ -158,7 +173,9 @@ impl LayerPlan {
         }
         let per_head = self.pool == HeadPool::None && (self.selects() || refine.is_some());
         let lists = if per_head { heads } else { kv_heads };
-        score + (2 * self.budget.tokens_at(n) * row * lists) as u64
+        let tokens = self.budget.tokens_at(n);
+        let tokens = if refine.is_some() { tokens } else { grown(tokens) };
+        score + (2 * tokens * row * lists) as u64
     }
 }
 
@@ -167,7 +184,9 @@ fn score_bytes(scorer: &Scorer, n: usize, row: usize, elem: usize) -> f64 {
     match scorer {
         // The hash of a position does not depend on its key.
         Scorer::None | Scorer::Random { .. } => 0.0,
-        Scorer::Static { dims } | Scorer::Components { dims } => (n * dims * elem) as f64,
+        Scorer::Static { dims, bits: 16 } | Scorer::Components { dims } => (n * dims * elem) as f64,
+        // And the scale.
+        Scorer::Static { dims, bits } => (n * (dims * bits / 8 + 4)) as f64,
         Scorer::Exact | Scorer::Custom { .. } => (n * row) as f64,
         Scorer::Sorted { dims, int8: true } => (n * (dims + 4)) as f64,
         Scorer::Sorted { dims, int8: false } => (n * dims * elem) as f64,
@@ -334,6 +353,9 @@ mod tests {
             ..select.clone()
         };
         assert_eq!(read(&reuse(None, select.budget)), 2 * 64 * 64 * 2);
+        // A choice for five steps: a fifth of the scores, two tokens more on average.
+        let held = LayerPlan { reuse: 5, ..select.clone() };
+        assert_eq!(read(&held), 100 * 64 * 2 / 5 + 2 * 66 * 64 * 2);
         let refine = Refine { candidates: 80, scorer: Scorer::Sorted { dims: 8, int8: false } };
         assert_eq!(read(&reuse(Some(refine), select.budget)), 80 * 8 * 4 * 2 + 2 * 64 * 64 * 2);
         let share = Some(crate::backend::Share { permille: 500, at_least: 10 });

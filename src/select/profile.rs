@@ -30,6 +30,9 @@ impl MethodSpec {
             }
         };
         self.read_prompts(&mut layers);
+        if let Some(steps) = self.reuse.filter(|_| self.variant.takes("reuse")) {
+            layers.iter_mut().filter(|p| p.role != Role::Dense).for_each(|p| p.reuse = steps);
+        }
         let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
         plan.check(m)?;
         Ok(plan)
@@ -118,7 +121,10 @@ impl MethodSpec {
             budget: if scored { self.following(budget, context)? } else { budget },
             keep,
             tile: None,
-            correct: scored && self.correct.unwrap_or(self.variant == Variant::Sparq),
+            // The mean value needs the scores of every step.
+            correct: scored
+                && self.correct.unwrap_or(self.variant == Variant::Sparq && self.reuse <= Some(1)),
+            reuse: 1,
         })
     }
 
@@ -207,7 +213,10 @@ impl MethodSpec {
                 refresh: Refresh::Every { every: 1, phase: 0 },
                 slice: false,
             },
-            Variant::DoubleSparsity => Scorer::Static { dims: self.dims.unwrap_or(half) },
+            Variant::DoubleSparsity => Scorer::Static {
+                dims: self.dims.unwrap_or(half),
+                bits: self.slice_bits.unwrap_or(16),
+            },
             Variant::Loki => Scorer::Components { dims: leading },
             Variant::Random => Scorer::Random { seed: 0 },
             // No scores; methods of anchors and blocks do not come here.

@@ -33,6 +33,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
         budget: Budget::fixed(whole_blocks(tokens, page), spec.dense_below.unwrap_or(2048)),
         keep: Keep { sinks: spec.sinks.unwrap_or(sinks), recent: spec.recent.unwrap_or(recent) },
         correct: false,
+        reuse: 1,
     }
 }
 

@@ -74,6 +74,9 @@ pub enum Scorer {
     Static {
         /// Dimensions read per token.
         dims: usize,
+        /// Bits of a number in the slice: 4, 8, or 16 for those of the cache.
+        #[serde(default = "uncompressed", skip_serializing_if = "is_uncompressed")]
+        bits: usize,
     },
     /// The leading principal components of the keys, measured offline, read from a slice of their own (Loki).
     Components {
@@ -94,6 +97,15 @@ pub enum Scorer {
         /// Its name.
         name: String,
     },
+}
+
+fn uncompressed() -> usize {
+    16
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_uncompressed(bits: &usize) -> bool {
+    *bits == 16
 }
 
 /// How a budget follows the scores.

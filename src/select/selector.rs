@@ -1,8 +1,9 @@
 //! The selector trait and the steps that all selectors share.
 
+use super::union::unite;
 use super::{
-    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, KeyProfile, LayerPlan,
-    RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
+    BlockSelector, ComponentsSelector, DimsSelector, ExactSelector, Follow, KeyProfile,
+    LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
     Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
@@ -58,6 +59,8 @@ pub struct Scratch {
     pub scores: Tensor,
     /// f32 `[n, heads, stride]`, per-head logits before they are pooled.
     pub head_scores: Option<Tensor>,
+    /// u32 `[n, heads, k]` and `[n, heads]`, each head's best tokens before their rankings are united.
+    pub head_lists: Option<(Tensor, Tensor)>,
     /// At least every sequence's length; a multiple of 64.
     pub stride: usize,
 }
@@ -214,6 +217,9 @@ pub fn build(
     Ok(Some(match &plan.scorer {
         Scorer::None => Box::new(WindowSelector::new(plan)),
         Scorer::Random { .. } => Box::new(RandomSelector::new(backend, shape, plan)?),
+        Scorer::Static { bits, .. } if *bits != 16 => {
+            Box::new(LabelsSelector::new(backend, shape, plan, profile()?)?)
+        }
         Scorer::Static { .. } => {
             Box::new(DimsSelector::chosen_offline(backend, shape, plan, profile()?)?)
         }
@@ -257,7 +263,9 @@ pub(super) fn pool_and_pick_among(
     among: Option<Among<'_>>,
 ) -> Result<(), SelectError> {
     let s = cx.scratch;
-    if plan.correct && plan.pool == HeadPool::None {
+    if plan.pool == HeadPool::Union {
+        unite(cx, plan, score_target(cx, plan)?, out)?;
+    } else if plan.correct && plan.pool == HeadPool::None {
         // Forcing tokens writes to the scores; the logits are needed once more.
         let n = cx.seqs.n * cx.shape.heads * s.stride;
         let logits = score_target(cx, plan)?;
@@ -341,7 +349,7 @@ pub(super) fn take(
 
 /// The logits of every query head are kept apart until they are pooled.
 fn per_head(plan: &LayerPlan) -> bool {
-    plan.pool.softmax() || plan.correct
+    plan.pool.softmax() || plan.correct || plan.pool == HeadPool::Union
 }
 
 /// The buffer that a plan's scores are written to before they are pooled.
@@ -372,7 +380,7 @@ pub(super) fn score_and_pick(
         cache: cx.cache,
         source,
         heads: cx.shape.heads,
-        pool: if plan.correct { HeadPool::None } else { plan.pool },
+        pool: if per_head(plan) { HeadPool::None } else { plan.pool },
         scale: plan.scale,
         scores: score_target(cx, plan)?,
         stride: cx.scratch.stride,

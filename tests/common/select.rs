@@ -84,6 +84,10 @@ fn select_then(
     let scratch = Scratch {
         scores: l.alloc(DType::F32, rows * l.capacity),
         head_scores: Some(l.alloc(DType::F32, heads.query * l.capacity)),
+        head_lists: Some((
+            l.alloc(DType::U32, heads.query * plan.budget.tokens),
+            l.alloc(DType::U32, heads.query),
+        )),
         stride: l.capacity,
     };
     let k = plan.budget.tokens;

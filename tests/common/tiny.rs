@@ -130,6 +130,9 @@ impl Tiny {
         let c = &self.config;
         let Scales { embedding, residual, logits } = c.scales;
         let rotary = match &c.rope_scaling {
+            RopeScaling::Long { short, long, original_max_position, .. } => json!({
+                "rope_type": "longrope", "short_factor": short, "long_factor": long,
+                "original_max_position_embeddings": original_max_position}),
             RopeScaling::Factors(factors) => json!({"rope_type": "longrope",
                 "short_factor": factors, "long_factor": factors,
                 "original_max_position_embeddings": c.max_context}),
@@ -160,7 +163,18 @@ impl Tiny {
         let key = |k: &str| -> &'static str { format!("{arch}.{k}").leak() };
         let size = |n: usize| Meta::U32(n as u32);
         let types = (0..VOCAB).map(|i| if i < 256 { 1 } else { 3 });
-        vec![
+        let mut own = Vec::new();
+        if c.arch == Arch::MiniCpm {
+            own.push((key("embedding_scale"), Meta::F32(c.scales.embedding as f32)));
+            own.push((key("residual_scale"), Meta::F32(c.scales.residual as f32)));
+            own.push((key("logit_scale"), Meta::F32((1.0 / c.scales.logits) as f32)));
+        }
+        if let RopeScaling::Long { original_max_position, .. } = c.rope_scaling {
+            let original = size(original_max_position);
+            own.push((key("rope.scaling.type"), Meta::Str("longrope".into())));
+            own.push((key("rope.scaling.original_context_length"), original));
+        }
+        own.extend([
             ("general.architecture", Meta::Str(arch.into())),
             ("general.name", Meta::Str("tiny".into())),
             (key("block_count"), size(c.n_layers)),
@@ -181,30 +195,39 @@ impl Tiny {
             ("tokenizer.ggml.eos_token_id", Meta::U32(258)),
             ("tokenizer.ggml.add_bos_token", Meta::Bool(false)),
             ("tokenizer.chat_template", Meta::Str(TEMPLATE.into())),
-        ]
+        ]);
+        own
     }
 
     pub fn gguf_tensors(&self, dtype: Quant) -> Vec<Tensor> {
-        let interleave = matches!(self.config.arch, Arch::Llama | Arch::Mistral);
-        self.weights
-            .iter()
-            .map(|(weight, values)| {
-                let [rows, cols] = weight.expected_shape(&self.config).unwrap();
-                let rotary = matches!(weight, Weight::Layer(_, LayerWeight::Q | LayerWeight::K));
-                let values = if rotary && interleave {
-                    interleaved(values, cols, self.config.head_dim)
-                } else {
-                    values.clone()
-                };
-                let quant = if rows == 1 { Quant::F32 } else { dtype };
-                Tensor {
-                    name: gguf_name(*weight),
-                    dims: if rows == 1 { vec![cols] } else { vec![cols, rows] },
-                    quant,
-                    bytes: encode(quant, &values),
-                }
-            })
-            .collect()
+        let interleave = matches!(self.config.arch, Arch::Llama | Arch::Mistral | Arch::MiniCpm);
+        let own = self.weights.iter().map(|(weight, values)| {
+            let [rows, cols] = weight.expected_shape(&self.config).unwrap();
+            let rotary = matches!(weight, Weight::Layer(_, LayerWeight::Q | LayerWeight::K));
+            let values = if rotary && interleave {
+                interleaved(values, cols, self.config.head_dim)
+            } else {
+                values.clone()
+            };
+            let quant = if rows == 1 { Quant::F32 } else { dtype };
+            Tensor {
+                name: gguf_name(*weight),
+                dims: if rows == 1 { vec![cols] } else { vec![cols, rows] },
+                quant,
+                bytes: encode(quant, &values),
+            }
+        });
+        let factors = match &self.config.rope_scaling {
+            RopeScaling::Long { short, long, .. } => vec![("short", short), ("long", long)],
+            _ => Vec::new(),
+        };
+        let factors = factors.into_iter().map(|(name, values)| Tensor {
+            name: format!("rope_factors_{name}.weight"),
+            dims: vec![values.len()],
+            quant: Quant::F32,
+            bytes: encode(Quant::F32, values),
+        });
+        own.chain(factors).collect()
     }
 }
 

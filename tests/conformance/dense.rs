@@ -214,6 +214,8 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
         inv_freq: &inv_freq,
         heads_per_freq: per,
         norm: norm.then_some(QkNorm { weight: &weight, eps: 1e-6 }),
+        // LongRoPE's for four times the context of 32,768 tokens, in half of the cases.
+        factor: if per == 1 { 1.0645 } else { 1.0 },
         out: &out,
         rows,
         heads,

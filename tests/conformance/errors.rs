@@ -101,6 +101,7 @@ fn norm_rope_swiglu(rig: &mut Rig) -> Outcome {
         inv_freq: &weight,
         heads_per_freq: 1,
         norm: None,
+        factor: 1.0,
         out: &out,
         rows,
         heads: 1,

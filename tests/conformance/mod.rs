@@ -9,9 +9,11 @@ mod dims;
 mod errors;
 mod kv;
 mod listed;
+mod lists;
 mod memory;
 mod neighbours;
 pub mod oracle;
+mod quantised;
 #[path = "../common/readme.rs"]
 mod readme;
 pub mod report;
@@ -95,10 +97,12 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         blocks::cases(&mut c);
         attend::cases(&mut c);
         neighbours::cases(&mut c);
+        quantised::cases(&mut c);
         tiles::cases(&mut c);
         if w == DType::F32 {
             memory::cases(&mut c);
             top_k::cases(&mut c);
+            lists::cases(&mut c);
             errors::cases(&mut c);
             block_errors::cases(&mut c);
         }
@@ -112,6 +116,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
             blocks::cases(&mut c);
             attend::cases(&mut c);
             neighbours::cases(&mut c);
+            quantised::cases(&mut c);
             tiles::cases(&mut c);
             all.append(&mut c.all);
         }

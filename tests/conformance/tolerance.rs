@@ -41,6 +41,7 @@ const TABLE: &[(&str, f64, f64, f64)] = &[
     ("swiglu", F32, F16, BF16),
     // int8 scale: one f32 quotient (GPU divisions are good to 2.5 units in the last place).
     ("kv_append", 1e-12, F16, BF16),
+    ("quantise_keys", 1e-12, F16, BF16),
     ("key_stats", F32, F16, BF16),
     ("select_dims", F32, F16, BF16),
     ("score_dims", F32, F16, BF16),

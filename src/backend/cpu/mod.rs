@@ -13,6 +13,7 @@ mod expand_blocks;
 mod force;
 mod gather_rows;
 mod gemm_ceiling;
+mod hold_lists;
 pub(crate) mod host;
 mod key_stats;
 mod kv_append;
@@ -27,6 +28,7 @@ mod pool;
 mod pool_blocks;
 mod pool_scores;
 mod project;
+mod quantise_keys;
 mod rebuild_slice;
 mod rms_norm;
 mod rope;
@@ -41,6 +43,7 @@ mod swiglu;
 mod tiles;
 mod top_k;
 mod trim_scores;
+mod union_ranks;
 
 use std::sync::Arc;
 
@@ -184,6 +187,7 @@ impl Backend for CpuBackend {
         select_dims: SelectDims,
         rebuild_slice: RebuildSlice,
         project: Project,
+        quantise_keys: QuantiseKeys,
         score_dims: ScoreDims,
         score_rows: ScoreRows,
         score_tiles: ScoreTiles,
@@ -191,6 +195,8 @@ impl Backend for CpuBackend {
         force: Force,
         trim_scores: TrimScores,
         top_k: TopK,
+        union_ranks: UnionRanks,
+        hold_lists: HoldLists,
         score_summaries: ScoreSummaries,
         pool_blocks: PoolBlocks,
         expand_blocks: ExpandBlocks,

@@ -28,7 +28,8 @@ pub(super) fn run(io: &Io<'_>, p: &Rope<'_>) -> Result<()> {
             if freqs != held {
                 held = freqs;
                 for (a, f) in angles.iter_mut().zip(freqs) {
-                    *a = (t * f).sin_cos();
+                    let (sin, cos) = (t * f).sin_cos();
+                    *a = (sin * p.factor, cos * p.factor);
                 }
             }
             match norm {

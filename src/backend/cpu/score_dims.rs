@@ -7,7 +7,9 @@ use super::memory::{Io, Parts, with_float};
 use super::par;
 use super::seqs::{Sequence, sequences};
 use super::simd::{self, Lane};
-use crate::backend::{HeadPool, KvPool, LogitScale, PAGE, Result, ScoreDims, ScoreSource};
+use crate::backend::{
+    HeadPool, KvPool, LogitScale, PAGE, Result, ScoreDims, ScoreSource, SliceBits,
+};
 
 /// Tokens of one task.
 const CHUNK: usize = 4 * PAGE;
@@ -41,7 +43,7 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreDims<'_>) -> Result<()> {
     let seqs = sequences(io, &p.seqs)?;
     let scores = io.write::<f32>(p.scores)?;
 
-    let paged = !matches!(p.source, ScoreSource::Slice(_));
+    let paged = !matches!(p.source, ScoreSource::Slice(_) | ScoreSource::Quantised(_));
     let pages: Vec<&[u32]> = seqs
         .iter()
         .map(|s| if paged { s.pages(io, lists, p.cache.n_pages, 0) } else { Ok(&[][..]) })
@@ -50,6 +52,7 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreDims<'_>) -> Result<()> {
     let (n, dims) = match &p.source {
         ScoreSource::Lead { n } | ScoreSource::Int8 { n, .. } => (*n, None),
         ScoreSource::Slice(s) => (s.n_dims, Some(io.read::<u32>(s.dims)?)),
+        ScoreSource::Quantised(s) => (s.n_dims, Some(io.read::<u32>(s.dims)?)),
         ScoreSource::Gather { dims, n } => (*n, Some(io.read::<u32>(dims)?)),
     };
     if let Some(dims) = dims {
@@ -58,9 +61,12 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreDims<'_>) -> Result<()> {
             check_list(io, list.ok_or_else(|| io.bad(format!("no slot {}", s.slot)))?, d)?;
         }
     }
-    if let ScoreSource::Slice(s) = &p.source
-        && seqs.iter().any(|q| q.slot >= s.slots)
-    {
+    let slots = match &p.source {
+        ScoreSource::Slice(s) => s.slots,
+        ScoreSource::Quantised(s) => s.slots,
+        _ => usize::MAX,
+    };
+    if seqs.iter().any(|q| q.slot >= slots) {
         return Err(io.bad("a slot outside the slice"));
     }
     let call = Call { p, q, seqs: &seqs, pages: &pages, n, dims };
@@ -68,6 +74,11 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreDims<'_>) -> Result<()> {
         ScoreSource::Int8 { keys, .. } => {
             let (data, scale) = (io.read::<i8>(keys.data)?, io.read::<f32>(keys.scale)?);
             score(&call, &Int8 { data, scale, dims: keys.dims, n }, scores);
+            Ok(())
+        }
+        ScoreSource::Quantised(s) => {
+            let (data, scale) = (io.read::<i8>(s.data)?, io.read::<f32>(s.scale)?);
+            score(&call, &Quantised { data, scale, bits: s.bits, capacity: s.capacity, n }, scores);
             Ok(())
         }
         ScoreSource::Lead { .. } => with_float!(io, p.cache.k.dtype(), T => {
@@ -256,6 +267,46 @@ impl<T: Lane> Keys for Slice<'_, T> {
         let head = at.seq.slot * at.kv_heads + at.kv_head;
         let rows = strided((head * self.capacity + first) * self.n, self.n, count);
         simd::dot_rows(q, self.n, q.len() / self.n, self.n, self.data, &rows, out, stride, false);
+    }
+}
+
+/// The quantised slice of the sequence's slot: the scale of a row multiplies its sum.
+struct Quantised<'a> {
+    data: &'a [i8],
+    scale: &'a [f32],
+    bits: SliceBits,
+    capacity: usize,
+    n: usize,
+}
+
+impl Keys for Quantised<'_> {
+    fn dots(
+        &self,
+        at: &At<'_>,
+        q: &[f32],
+        first: usize,
+        count: usize,
+        out: &mut [f32],
+        stride: usize,
+    ) {
+        let (n, bytes) = (self.n, self.bits.row(self.n));
+        let row = (at.seq.slot * at.kv_heads + at.kv_head) * self.capacity + first;
+        match self.bits {
+            SliceBits::Eight => {
+                let rows = strided(row * bytes, bytes, count);
+                simd::dot_rows(q, n, q.len() / n, n, self.data, &rows, out, stride, false);
+            }
+            SliceBits::Four => {
+                let packed = &self.data[row * bytes..][..count * bytes];
+                let numbers: Vec<i8> = packed.iter().flat_map(|b| [b << 4 >> 4, b >> 4]).collect();
+                let rows = strided(0, n, count);
+                simd::dot_rows(q, n, q.len() / n, n, &numbers, &rows, out, stride, false);
+            }
+        }
+        let scale = &self.scale[row..row + count];
+        for out in out.chunks_exact_mut(stride) {
+            out.iter_mut().zip(scale).for_each(|(s, scale)| *s *= scale);
+        }
     }
 }
 

@@ -24,7 +24,7 @@ struct RopeArgs {
     head_dim: u32,
     heads_per_freq: u32,
     eps: f32,
-    pad: u32,
+    factor: f32,
 }
 
 /// Threads for a row of `cols` at 8 elements each: whole warps, 32 to `most`.
@@ -105,7 +105,7 @@ impl CudaBackend {
                 head_dim: word(OP, "head_dim", p.head_dim)?,
                 heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
                 eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
-                pad: 0,
+                factor: p.factor,
             };
             blocks = blocks.max((p.rows * p.heads).div_ceil(WARPS));
         }

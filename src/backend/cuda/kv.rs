@@ -4,7 +4,8 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    DimMetric, KeyStats, KvAppend, PAGE, Project, RebuildSlice, Refresh, Result, SelectDims,
+    DimMetric, KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Refresh, Result,
+    SelectDims, SliceBits,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -80,6 +81,25 @@ struct ProjectArgs {
     capacity: u32,
     slots: u32,
 }
+
+/// `QuantiseArgs` of `quantise_keys.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct QuantiseArgs {
+    seqs: SeqsArg,
+    pool: PoolArg,
+    data: u64,
+    scale: u64,
+    dims: u64,
+    done: u64,
+    n: u32,
+    four: u32,
+    capacity: u32,
+    slots: u32,
+}
+
+/// Blocks of a (KV head, sequence) that bring keys up to date; most steps bring one.
+const WALKERS: usize = 64;
 
 impl CudaBackend {
     pub(super) fn kv_append_op(&self, p: &KvAppend<'_>) -> Result<()> {
@@ -180,8 +200,6 @@ impl CudaBackend {
 
     pub(super) fn project_op(&self, p: &Project<'_>) -> Result<()> {
         const OP: &str = "project";
-        /// Blocks of a (KV head, sequence); most steps bring one key.
-        const WALKERS: usize = 64;
         p.check()?;
         let (kv_heads, n) = (p.cache.kv_heads, p.seqs.n);
         let args = ProjectArgs {
@@ -205,5 +223,30 @@ impl CudaBackend {
         self.launch(OP, &format!("project_keys_{}", p.cache.k.dtype()), keys, with())?;
         let mark = Shape::new([(n * kv_heads).div_ceil(128), 1, 1], 128);
         self.launch(OP, "project_mark", mark, with().with(word(OP, "sequences", n)?))
+    }
+
+    pub(super) fn quantise_keys_op(&self, p: &QuantiseKeys<'_>) -> Result<()> {
+        const OP: &str = "quantise_keys";
+        p.check()?;
+        let (kv_heads, n, s) = (p.cache.kv_heads, p.seqs.n, &p.slice);
+        let args = QuantiseArgs {
+            seqs: self.seqs(OP, &p.seqs)?,
+            pool: self.pool(OP, &p.cache)?,
+            data: self.ptr(OP, s.data)?,
+            scale: self.ptr(OP, s.scale)?,
+            dims: self.ptr(OP, s.dims)?,
+            done: self.ptr(OP, p.done)?,
+            n: word(OP, "n", s.n_dims)?,
+            four: u32::from(s.bits == SliceBits::Four),
+            capacity: word(OP, "capacity", s.capacity)?,
+            slots: word(OP, "slots", s.slots)?,
+        };
+        let walkers = p.seqs.max_kv.div_ceil(PAGE).min(WALKERS);
+        let keys = Shape::new([walkers, kv_heads, n], 256);
+        let entry = format!("quantise_keys_{}", p.cache.k.dtype());
+        self.launch(OP, &entry, keys, Args::new().with(args))?;
+        let mark = Shape::new([(n * kv_heads).div_ceil(128), 1, 1], 128);
+        let args = Args::new().with(args).with(word(OP, "sequences", n)?);
+        self.launch(OP, "quantise_mark", mark, args)
     }
 }

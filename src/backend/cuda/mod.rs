@@ -18,6 +18,7 @@ mod hopper;
 mod kv;
 mod launch;
 mod linear;
+mod lists;
 mod memory;
 mod nvrtc;
 mod parts;
@@ -27,10 +28,10 @@ mod tiles;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvPool, KvSummaries, Linear, MeanValue,
-    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
-    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, TrimScores,
-    check_copy, check_host,
+    ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvPool, KvSummaries, Linear,
+    MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm,
+    Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK,
+    TrimScores, UnionRanks, check_copy, check_host,
 };
 use blas::Blas;
 use cudarc::driver::{CudaContext, CudaStream, result};
@@ -310,6 +311,9 @@ impl Backend for CudaBackend {
     fn project(&self, p: &Project<'_>) -> Result<()> {
         self.project_op(p)
     }
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()> {
+        self.quantise_keys_op(p)
+    }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         self.score_dims_op(p)
     }
@@ -330,6 +334,12 @@ impl Backend for CudaBackend {
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         self.top_k_op(p)
+    }
+    fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()> {
+        self.union_ranks_op(p)
+    }
+    fn hold_lists(&self, p: &HoldLists<'_>) -> Result<()> {
+        self.hold_lists_op(p)
     }
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()> {
         self.score_summaries_op(p)

@@ -5,7 +5,7 @@ use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
     Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
-    ScoreSource, TopK, Trim, TrimScores,
+    ScoreSource, SliceBits, TopK, Trim, TrimScores,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -109,6 +109,15 @@ impl CudaBackend {
                 args.source = 2;
                 (s.n_dims, s.n_dims, format!("{kv}_slice"))
             }
+            ScoreSource::Quantised(s) => {
+                args.data = self.ptr(OP, s.data)?;
+                args.row_scale = self.ptr(OP, s.scale)?;
+                args.dims = self.ptr(OP, s.dims)?;
+                args.capacity = word(OP, "capacity", s.capacity)?;
+                let four = s.bits == SliceBits::Four;
+                args.source = if four { 5 } else { 4 };
+                (s.n_dims, s.bits.row(s.n_dims), if four { "slice4" } else { "slice8" }.to_string())
+            }
             ScoreSource::Gather { dims, n } => {
                 args.dims = self.ptr(OP, dims)?;
                 args.source = 3;
@@ -117,7 +126,8 @@ impl CudaBackend {
         };
         args.n = word(OP, "n", n)?;
         args.width = word(OP, "row width", width)?;
-        if args.source != 1 && !self.attends(act, kv) {
+        let integers = matches!(args.source, 1 | 4 | 5);
+        if !integers && !self.attends(act, kv) {
             return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
         }
         let kv_heads = p.cache.kv_heads;

@@ -176,6 +176,8 @@ pub struct Rope<'a> {
     pub heads_per_freq: usize,
     /// Norm applied to each head first.
     pub norm: Option<QkNorm<'a>>,
+    /// Factor of the result (LongRoPE's attention factor); 1 for none.
+    pub factor: f32,
     /// act `[rows, heads, head_dim]`, not `x`.
     pub out: &'a Tensor,
     /// Rows of the batch.

@@ -8,29 +8,35 @@ mod attend;
 mod blocks;
 mod dense;
 mod dims;
+mod hold_lists;
 mod kv;
 mod mean_value;
 mod pool_scores;
 mod project;
+mod quantise_keys;
 mod score;
 mod score_rows;
 mod score_tiles;
 mod trim_scores;
+mod union_ranks;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
 pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
+pub use hold_lists::{HELD_WORDS, HoldLists};
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };
 pub use mean_value::MeanValue;
 pub use pool_scores::PoolScores;
 pub use project::Project;
+pub use quantise_keys::{QuantiseKeys, QuantisedSlice, SliceBits};
 pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
 pub use score_tiles::ScoreTiles;
 pub use trim_scores::{Trim, TrimScores};
+pub use union_ranks::UnionRanks;
 
 use super::{BackendError, DType, Result, Tensor};
 

@@ -29,7 +29,7 @@ pub struct PoolScores<'a> {
     pub kv_heads: usize,
     /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
     pub stride: usize,
-    /// Any but `None`.
+    /// Any but `None` and `Union`.
     pub pool: HeadPool,
     /// u32 `[n, rows]`: how many scores a row holds, where they are those of listed tokens
     /// ([`ScoreRows`](super::ScoreRows)).
@@ -41,7 +41,9 @@ impl PoolScores<'_> {
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
-        ensure(OP, self.pool != HeadPool::None, || "there is nothing to pool".into())?;
+        ensure(OP, !matches!(self.pool, HeadPool::None | HeadPool::Union), || {
+            format!("{:?} pools no logits", self.pool)
+        })?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)
         })?;

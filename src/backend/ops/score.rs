@@ -1,7 +1,9 @@
 //! Scoring tokens on key dimensions, and exact top-k.
 
 use super::kv::{check_dims, check_int8};
-use super::{CompactSlice, Int8Keys, KvPool, Named, Seqs, apart, ensure, float, holds, is};
+use super::{
+    CompactSlice, Int8Keys, KvPool, Named, QuantisedSlice, Seqs, apart, ensure, float, holds, is,
+};
 use crate::backend::{DType, MAX_GROUP, PAGE, Result, Tensor};
 
 /// Where [`ScoreDims`] reads the chosen dimensions of the keys.
@@ -21,6 +23,8 @@ pub enum ScoreSource<'a> {
     },
     /// The compact slice of the sequence's slot.
     Slice(CompactSlice<'a>),
+    /// The quantised slice of the sequence's slot.
+    Quantised(QuantisedSlice<'a>),
     /// Listed dimensions, read from the K tiles themselves (query-chosen groups, U = 1).
     Gather {
         /// u32 `[slots, kv_heads, n]`.
@@ -46,6 +50,9 @@ pub enum HeadPool {
     AllSoftmax,
     /// One selection for all heads: the largest probability of any query head, softmax per query head.
     AnySoftmax,
+    /// One selection for all heads: the query heads' rankings of raw logits in turn, each token once
+    /// ([`UnionRanks`](super::UnionRanks)).
+    Union,
     /// One selection per query head.
     None,
 }
@@ -58,12 +65,18 @@ impl HeadPool {
 
     /// Pooled by [`PoolScores`], after a softmax per query head.
     pub const fn softmax(self) -> bool {
-        matches!(self, HeadPool::MaxSoftmax | HeadPool::MeanSoftmax) || self.shared()
+        matches!(
+            self,
+            HeadPool::MaxSoftmax
+                | HeadPool::MeanSoftmax
+                | HeadPool::AllSoftmax
+                | HeadPool::AnySoftmax
+        )
     }
 
     /// One selection for all heads.
     pub const fn shared(self) -> bool {
-        matches!(self, HeadPool::AllSoftmax | HeadPool::AnySoftmax)
+        matches!(self, HeadPool::AllSoftmax | HeadPool::AnySoftmax | HeadPool::Union)
     }
 
     /// Heads are pooled by the largest of them, else by their sum.
@@ -75,7 +88,7 @@ impl HeadPool {
     pub const fn lists(self, heads: usize, kv_heads: usize) -> usize {
         match self {
             HeadPool::None => heads,
-            HeadPool::AllSoftmax | HeadPool::AnySoftmax => 1,
+            _ if self.shared() => 1,
             _ => kv_heads,
         }
     }
@@ -146,6 +159,12 @@ impl ScoreDims<'_> {
                 s.check(OP, &self.cache)?;
                 ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
                 apart(OP, &out, &[("slice", s.data), ("dims", s.dims)])?;
+            }
+            ScoreSource::Quantised(s) => {
+                s.check(OP, &self.cache)?;
+                ensure(OP, self.seqs.max_kv <= s.capacity, || "slice too small".into())?;
+                let ins = [("slice", s.data), ("slice scales", s.scale), ("dims", s.dims)];
+                apart(OP, &out, &ins)?;
             }
             ScoreSource::Gather { dims, n } => {
                 is(OP, "dims", dims, DType::U32)?;
@@ -234,6 +253,11 @@ impl Among<'_> {
         stride: usize,
     ) -> Result<()> {
         ensure(op, stride >= self.k, || format!("stride {stride} for lists of {}", self.k))?;
+        self.check_room(op, n, rows)
+    }
+
+    /// As [`Among::check`], whatever the scores are.
+    pub(crate) fn check_room(&self, op: &'static str, n: usize, rows: usize) -> Result<()> {
         is(op, "listed indices", self.indices, DType::U32)?;
         is(op, "listed counts", self.counts, DType::U32)?;
         ensure(op, self.k > 0, || "lists without room".into())?;

@@ -55,6 +55,7 @@ impl ScoreRows<'_> {
         match &self.source {
             ScoreSource::Lead { n } | ScoreSource::Int8 { n, .. } => (*n, None),
             ScoreSource::Slice(s) => (s.n_dims, Some(s.dims)),
+            ScoreSource::Quantised(s) => (s.n_dims, Some(s.dims)),
             ScoreSource::Gather { dims, n } => (*n, Some(dims)),
         }
     }

@@ -79,6 +79,8 @@ pub fn rope<'a>(p: &Rope<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
             for i in 0..d / 2 {
                 let f = freq[h / p.heads_per_freq * (d / 2) + i] as f32;
                 let (sin, cos) = f64::from(positions[r] as f32 * f).sin_cos();
+                let factor = f64::from(p.factor);
+                let (sin, cos) = (sin * factor, cos * factor);
                 let (a, b) = (v[2 * i], v[2 * i + 1]);
                 v[2 * i] = a * cos - b * sin;
                 v[2 * i + 1] = b * cos + a * sin;

@@ -1,5 +1,6 @@
 //! Scoring, pooling, forcing, top-k.
 
+use super::quantise_keys::dequantised;
 use super::{Cell, Layout, Output, Seq, floats, words};
 use crate::backend::{
     Backend, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreSource, TopK,
@@ -23,6 +24,7 @@ pub fn score_dims<'a>(p: &ScoreDims<'a>, dev: &dyn Backend) -> Result<Vec<Output
     let (n, lists) = match &p.source {
         ScoreSource::Lead { n } | ScoreSource::Int8 { n, .. } => leading(*n),
         ScoreSource::Slice(s) => (s.n_dims, Some(words(dev, s.dims)?)),
+        ScoreSource::Quantised(s) => (s.n_dims, Some(words(dev, s.dims)?)),
         ScoreSource::Gather { dims, n } => (*n, Some(words(dev, dims)?)),
     };
     let source = match &p.source {
@@ -34,6 +36,9 @@ pub fn score_dims<'a>(p: &ScoreDims<'a>, dev: &dyn Backend) -> Result<Vec<Output
             scale: floats(dev, keys.scale)?,
             dims: keys.dims,
         },
+        ScoreSource::Quantised(s) => {
+            Source::Slice { data: dequantised(s, dev)?, capacity: s.capacity }
+        }
         ScoreSource::Slice(s) => Source::Slice { data: floats(dev, s.data)?, capacity: s.capacity },
     };
     let group = p.heads / at.kv_heads;

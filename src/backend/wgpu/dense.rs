@@ -164,6 +164,7 @@ pub fn rope(gpu: &Gpu, p: &Rope<'_>) -> Result<()> {
             word(OP, p.x_stride)?,
             word(OP, loose_offset(p.x))?,
             p.norm.as_ref().map_or(0, |n| n.eps.to_bits()),
+            p.factor.to_bits(),
         ],
         grid: flat_grid(OP, p.rows * p.heads)?,
     })

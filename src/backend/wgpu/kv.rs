@@ -3,7 +3,12 @@
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, loose_offset, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
-use crate::backend::{KeyStats, KvAppend, PAGE, Project, RebuildSlice, Result};
+use crate::backend::{
+    KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Result, SliceBits,
+};
+
+/// Workgroups of a (KV head, sequence) that bring keys up to date; most steps bring one.
+const WALKERS: usize = 64;
 
 pub fn kv_append(gpu: &Gpu, p: &KvAppend<'_>) -> Result<()> {
     const OP: &str = "kv_append";
@@ -110,8 +115,6 @@ pub fn rebuild_slice(gpu: &Gpu, p: &RebuildSlice<'_>) -> Result<()> {
 
 pub fn project(gpu: &Gpu, p: &Project<'_>) -> Result<()> {
     const OP: &str = "project";
-    /// Workgroups of a (KV head, sequence); most steps bring one key.
-    const WALKERS: usize = 64;
     p.check()?;
     acts_are_f32(OP, &[p.q])?;
     let (pool, n) = (&p.cache, p.seqs.n);
@@ -146,6 +149,47 @@ pub fn project(gpu: &Gpu, p: &Project<'_>) -> Result<()> {
     })?;
     gpu.dispatch(&Dispatch {
         kernel: &pipelines::PROJECT_MARK,
+        constants: &constants,
+        binds: &[meta, done],
+        params: &params,
+        grid: grid(OP, [(n * pool.kv_heads).div_ceil(64), 1, 1])?,
+    })
+}
+
+pub fn quantise_keys(gpu: &Gpu, p: &QuantiseKeys<'_>) -> Result<()> {
+    const OP: &str = "quantise_keys";
+    p.check()?;
+    let (pool, s, n) = (&p.cache, &p.slice, p.seqs.n);
+    let params = [
+        word(OP, pool.kv_heads)?,
+        word(OP, pool.head_dim)?,
+        word(OP, pool.lead)?,
+        word(OP, pool.n_pages)?,
+        word(OP, s.n_dims)?,
+        if s.bits == SliceBits::Four { 8 } else { 4 },
+        word(OP, s.capacity)?,
+        word(OP, s.slots)?,
+        word(OP, n)?,
+    ];
+    let constants = [("DTYPE", dtype_code(pool.k.dtype()))];
+    let (meta, done) = (Bind::Tensor(p.seqs.meta), Bind::Tensor(p.done));
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::QUANTISE_KEYS,
+        constants: &constants,
+        binds: &[
+            meta,
+            Bind::Tensor(p.seqs.pages),
+            Bind::Tensor(pool.k),
+            Bind::Tensor(s.dims),
+            Bind::Tensor(s.data),
+            Bind::Tensor(s.scale),
+            done,
+        ],
+        params: &params,
+        grid: grid(OP, [p.seqs.max_kv.div_ceil(PAGE).min(WALKERS), pool.kv_heads, n])?,
+    })?;
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::QUANTISE_MARK,
         constants: &constants,
         binds: &[meta, done],
         params: &params,

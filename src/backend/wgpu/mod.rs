@@ -8,15 +8,17 @@ mod blocks;
 mod dense;
 mod encoder;
 mod kv;
+mod lists;
 mod memory;
 mod pipelines;
 mod score;
 
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, KeyStats, KvAppend, KvPool, KvSummaries, Linear, MeanValue,
-    Merge, PoolBlocks, PoolScores, Project, RebuildSlice, Result, RmsNorm, Rope, ScoreDims,
-    ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores,
+    ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvPool, KvSummaries, Linear,
+    MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm,
+    Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK,
+    Topology, TrimScores, UnionRanks,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -241,6 +243,9 @@ impl Backend for WgpuBackend {
         kv::project(&self.gpu, p)
     }
 
+    fn quantise_keys(&self, p: &QuantiseKeys<'_>) -> Result<()> {
+        kv::quantise_keys(&self.gpu, p)
+    }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
         score::score_dims(&self.gpu, p)
     }
@@ -261,6 +266,13 @@ impl Backend for WgpuBackend {
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
         score::top_k(&self.gpu, p)
+    }
+
+    fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()> {
+        lists::union_ranks(&self.gpu, p)
+    }
+    fn hold_lists(&self, p: &HoldLists<'_>) -> Result<()> {
+        lists::hold_lists(&self.gpu, p)
     }
 
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()> {

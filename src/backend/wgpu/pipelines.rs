@@ -42,6 +42,7 @@ const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stat
 const KV_SUMMARIES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_summaries.wgsl")];
 const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
 const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
+const QUANTISE_KEYS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/quantise_keys.wgsl")];
 const SCORE_DIMS_SRC: &[&str] =
     &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
 const SCORE_ROWS_SRC: &[&str] =
@@ -52,6 +53,8 @@ const SCORE_SUMMARIES_SRC: &[&str] =
     &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
 const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_blocks.wgsl")];
 const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
+const UNION_RANKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/union_ranks.wgsl")];
+const HOLD_LISTS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/hold_lists.wgsl")];
 const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
 const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
 const ATTEND_DENSE_SRC: &[&str] = &[
@@ -142,6 +145,14 @@ pub static PROJECT_KEYS: Kernel = kernel(
     &[(1, Read), (2, Read), (4, Read), (5, Read), (7, Write), (8, Write)],
 );
 pub static PROJECT_MARK: Kernel = kernel("project", "mark", PROJECT_SRC, &[(1, Read), (8, Write)]);
+pub static QUANTISE_KEYS: Kernel = kernel(
+    "quantise_keys",
+    "main",
+    QUANTISE_KEYS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write), (6, Write), (7, Write)],
+);
+pub static QUANTISE_MARK: Kernel =
+    kernel("quantise_keys", "mark", QUANTISE_KEYS_SRC, &[(1, Read), (7, Write)]);
 pub static SCORE_DIMS: Kernel = kernel(
     "score_dims",
     "main",
@@ -187,6 +198,24 @@ pub static EXPAND_BLOCKS: Kernel = kernel(
     "main",
     EXPAND_BLOCKS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)],
+);
+pub static UNION_RANKS_PLACES: Kernel = kernel(
+    "union_ranks",
+    "places",
+    UNION_RANKS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)],
+);
+pub static UNION_RANKS: Kernel = kernel(
+    "union_ranks",
+    "main",
+    UNION_RANKS_SRC,
+    &[(1, Read), (3, Read), (4, Read), (5, Write), (6, Write)],
+);
+pub static HOLD_LISTS: Kernel = kernel(
+    "hold_lists",
+    "main",
+    HOLD_LISTS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write), (6, Write), (7, Write)],
 );
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =

@@ -6,7 +6,8 @@ use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
     BackendError, DimMetric, Force, HeadPool, KvPool, LogitScale, PAGE, PoolScores, Refresh,
-    Result, ScoreDims, ScoreRows, ScoreSource, ScoreTiles, SelectDims, TopK, Trim, TrimScores,
+    Result, ScoreDims, ScoreRows, ScoreSource, ScoreTiles, SelectDims, SliceBits, TopK, Trim,
+    TrimScores,
 };
 
 /// f32 values of the query tile of `score_dims`: 14 KiB, which leaves room in 16 KiB for the rest.
@@ -74,12 +75,18 @@ pub fn score_dims(gpu: &Gpu, p: &ScoreDims<'_>) -> Result<()> {
             (1, *n, Bind::Tensor(keys.data), none, Bind::Tensor(keys.scale))
         }
         ScoreSource::Slice(s) => (2, s.n_dims, Bind::Tensor(s.data), Bind::Tensor(s.dims), none),
+        ScoreSource::Quantised(s) => {
+            let source = if s.bits == SliceBits::Four { 5 } else { 4 };
+            let (data, scales) = (Bind::Tensor(s.data), Bind::Tensor(s.scale));
+            (source, s.n_dims, data, Bind::Tensor(s.dims), scales)
+        }
         ScoreSource::Gather { dims, n } => (3, *n, k, Bind::Tensor(dims), none),
     };
     let (slots, int8_dims, capacity) = match &p.source {
         ScoreSource::Lead { .. } => (0, 0, 0),
         ScoreSource::Int8 { keys, .. } => (0, keys.dims, 0),
         ScoreSource::Slice(s) => (s.slots, 0, s.capacity),
+        ScoreSource::Quantised(s) => (s.slots, 0, s.capacity),
         ScoreSource::Gather { dims, n } => (dims.len() / (n * cache.kv_heads).max(1), 0, 0),
     };
     let group = p.heads / cache.kv_heads;

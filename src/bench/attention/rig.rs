@@ -20,7 +20,7 @@ const MEMORY_SHARE: f64 = 0.8;
 /// Rows that are appended at a time.
 const CHUNK: usize = 4096;
 /// Steps before the clock starts: kernels compile, methods choose, a graph is made.
-const WARM_UP: usize = 4;
+pub(super) const WARM_UP: usize = 4;
 
 /// The model whose attention is measured, as plans see it.
 pub(super) fn model_shape<'a>(o: &AttentionBench, windows: &'a [Option<usize>]) -> ModelShape<'a> {
@@ -159,25 +159,32 @@ impl<'a> Rig<'a> {
         };
         let mut attention =
             Attention::new(b, plan.clone(), shape(0), Given { custom: None, profile: None })?;
-        let thresholds = attention.thresholds().to_vec();
         let pages = self.batch * pages_for(o.depth);
-        let words = Step::words(self.batch, self.batch, pages, thresholds.len(), &[]);
-        let buffer = b.alloc(DType::U32, words, "step")?;
+        let mut buffer: Option<Tensor> = None;
         let mut samples = Vec::with_capacity(o.steps);
-        for i in 0..WARM_UP + o.steps {
+        let steps = WARM_UP + o.steps;
+        for i in 0..steps {
+            // The sequences grow to their depth.
+            let cached = o.depth - steps + i;
             let seqs: Vec<StepSeq<'_>> = self
                 .tables
                 .iter()
                 .enumerate()
                 .map(|(slot, table)| StepSeq {
                     tokens: &[0],
-                    cached: o.depth - 1,
+                    cached,
                     pages: table.pages(),
                     slot,
                     decode: Some(i),
                 })
                 .collect();
-            let step = Step::upload(b, &buffer, &seqs, o.depth, &thresholds, &[])?;
+            let cuts = attention.cuts(&seqs);
+            let words = Step::words(self.batch, self.batch, pages, cuts.len(), &[]);
+            let buffer = match &buffer {
+                Some(b) => b,
+                None => buffer.insert(b.alloc(DType::U32, words, "step")?),
+            };
+            let step = Step::upload(b, buffer, &seqs, o.depth, &cuts, &[])?;
             let mut outcome = Ok(());
             let ms = b.time(&mut || {
                 b.replayable(&mut || {

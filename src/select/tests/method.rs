@@ -1,8 +1,8 @@
 //! Names, options and the plans that come of them.
 
 use super::*;
-use crate::backend::Refresh;
-use crate::select::{KvReads, ModelShape, Plan, Role, Scorer};
+use crate::backend::{DimMetric, Refresh};
+use crate::select::{KvReads, ModelShape, OPTIONS, Plan, Role, Scorer};
 
 /// 4 query heads over 2 of 64 dimensions.
 fn model(windows: &[Option<usize>]) -> ModelShape<'_> {
@@ -74,7 +74,13 @@ fn methods_read_the_options_they_list() {
         ("floor", "0.5"),
         ("correct", "true"),
         ("scorer", "sorted"),
+        ("slice-bits", "4"),
+        ("reuse", "3"),
     ];
+    let known: Vec<_> = values.iter().map(|v| v.0).collect();
+    for o in OPTIONS {
+        assert!(known.contains(&o.name), "give {} a value", o.name);
+    }
     for m in METHODS {
         for (key, value) in values {
             let value = match (key, m.variant) {
@@ -88,9 +94,9 @@ fn methods_read_the_options_they_list() {
                 spec.tile = Some(1);
             }
             let base = spec.plan(&model(&[None; 6]), 8192).unwrap();
-            assert!(spec.set(key, value), "{key}={value}");
+            spec.set(key, value).unwrap_or_else(|e| panic!("{key}={value}: {e}"));
             let changed = spec.plan(&model(&[None; 6]), 8192).unwrap() != base;
-            assert_eq!(changed, m.options.contains(&key), "{} {key}", m.name);
+            assert_eq!(changed, m.variant.takes(key), "{} {key}", m.name);
         }
     }
 }
@@ -131,6 +137,23 @@ fn bytes_follow_the_formula_of_the_spec() {
         let mb = p.bytes_read(32768, &shape) as f64 / 1e6;
         assert!((mb - 898.0).abs() < 2.0, "{variant:?}: {mb}");
     }
+    // 4 bits: a quarter of the 16-bit slice, and a scale a token.
+    let bits = |bits| {
+        let spec: MethodSpec = format!("double-sparsity:slice-bits={bits}").parse().unwrap();
+        let spec = MethodSpec { budget: Some(1024), dims: Some(32), ..spec };
+        let p = spec.plan(&ModelShape { head_dim: 128, ..model(&[None; 32]) }, 32768).unwrap();
+        p.layers[31].bytes_read(32768, &shape, None)
+    };
+    let attended = 2 * 1024 * 256 * 8;
+    let scored: Vec<u64> = [4, 8, 16].map(|b| (bits(b) - attended) / 8 / 32768).into();
+    assert_eq!(scored, [20, 36, 64]);
+    assert!(
+        "double-sparsity:slice-bits=5"
+            .parse::<MethodSpec>()
+            .unwrap()
+            .plan(&model(&[None; 6]), 8192)
+            .is_err()
+    );
     let dense = Plan::dense(32).bytes_read(32768, &shape) as f64 / 1e6;
     assert!((dense - 4295.0).abs() < 1.0, "{dense}");
 }
