@@ -1,7 +1,7 @@
 // Decode attention on tensor cores, shared by attend_dense (all keys of a range) and attend_rows (listed keys).
 //
-// Work. A pair is a sequence and the query heads that read the same keys: with `splits` planes, block (split, head
-// group, sequence) reads its part of a pair. With one plane the rounds of all pairs, laid end to end, are cut into
+// Work. A pair is a sequence and the query heads that read the same keys. With `splits` planes, block pair * splits +
+// split reads that part of a pair. With one plane the rounds of all pairs, laid end to end, are cut into
 // equal shares, one a block, so that ragged batches and any number of pairs fill the device: a block may end one pair
 // and begin the next, and a pair that several blocks share is merged by the last of them to finish, in block order.
 //
@@ -210,7 +210,8 @@ template <int D> struct Parts {
 template <class T, int D>
 DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const Share& share, u32 pair, u32 start,
                  u32 rounds, const Found<D>& f) {
-    const u32 MOST = 512;  // parts whose weights are kept
+    const u32 MOST = 512;  // most parts of a pair, as many as blocks (parts.rs)
+    static_assert(MOST * 16 * sizeof(float) <= (DecodeShape<D>::tile + DecodeShape<D>::warps * DecodeShape<D>::ring) * 2, "room");
     const int AHEAD = 8;
     extern __shared__ uint4 shared4[];
     float(*weights)[16] = (float(*)[16])shared4;  // over what was found, once that has been left
@@ -242,7 +243,7 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
         for (u32 i = lane; i < n; i += 32) {
             float2 x = load_l2(parts.heads + part(i) * 16 + h);
             float w = exp2_fast(x.x - shift);
-            if (i < MOST) weights[i][h] = w;
+            weights[i][h] = w;
             sum += w * x.y;
         }
         sum = warp_sum(sum);
@@ -252,7 +253,7 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
     u64 first = (u64)seq.q_start * a.heads + heads.head0;
     for (u32 i = threadIdx.x; i < g * D / 4; i += blockDim.x) {
         u32 h = i * 4 / D;
-        float top = top_of[h], shift = top == NEG_INF ? 0.0f : top, sum = sum_of[h];
+        float top = top_of[h], sum = sum_of[h];
         float acc[4] = {};
         for (u32 p0 = 0; p0 < n; p0 += AHEAD) {
             float4 x[AHEAD];
@@ -261,8 +262,7 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
             for (int j = 0; j < AHEAD; j++) {
                 u32 p = min(p0 + j, n - 1);
                 x[j] = load_l2((const float4*)(parts.values + (u64)part(p) * 16 * D) + i);
-                w[j] = p < MOST ? weights[p][h] : exp2_fast(load_l2(parts.heads + part(p) * 16 + h).x - shift);
-                if (p0 + j >= n) w[j] = 0.0f;
+                w[j] = p0 + j < n ? weights[p][h] : 0.0f;
             }
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {

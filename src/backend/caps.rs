@@ -37,6 +37,8 @@ pub struct Capabilities {
     pub storage: Vec<DType>,
     /// Dtype of activations for weights of the given dtype: f32, or the weight's own.
     pub activations_follow_weights: bool,
+    /// Rows of a prompt from which on larger steps are no faster.
+    pub prompt_rows: usize,
 }
 
 impl Capabilities {

@@ -144,6 +144,7 @@ pub trait Backend: Send + Sync {
     /// `linear` without bias into `swiglu.x`, and `swiglu` on it, in one launch where the backend can: what lies in
     /// `swiglu.x` afterwards is unspecified.
     fn linear_gated(&self, linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()> {
+        ops::check_gated(linear, swiglu)?;
         self.linear(linear)?;
         self.swiglu(swiglu)
     }

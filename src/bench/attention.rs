@@ -7,6 +7,8 @@
 
 mod check;
 mod rig;
+#[cfg(test)]
+mod tests;
 
 use super::kernels::Check;
 use super::{Environment, Result, Summary, bad};
@@ -51,8 +53,8 @@ pub struct AttentionRow {
     pub batch: usize,
     /// Milliseconds of a step's attention over its layers: the mean layer. A sample is a step.
     pub ms: Summary,
-    /// Dense attention's mean layer over this one's.
-    pub x_dense: f64,
+    /// Dense attention's mean layer over this one's, where dense attention was measured.
+    pub x_dense: Option<f64>,
     /// Bytes of the KV cache that the mean layer must read.
     pub bytes: u64,
     /// bytes / mean.
@@ -118,8 +120,8 @@ impl AttentionBench {
         if !self.dtype.is_float() {
             return bad(format!("the KV cache holds floats, not {}", self.dtype));
         }
-        if self.steps == 0 {
-            return bad("give at least one step (--steps 1)");
+        if self.steps == 0 || self.steps > 1 << 16 {
+            return bad("give 1 to 65536 steps (--steps)");
         }
         if self.depth <= self.steps + rig::WARM_UP {
             return bad(format!(
@@ -163,7 +165,7 @@ impl AttentionBench {
                 }
             };
             let mut dense = None;
-            for (name, plan) in &plans {
+            for (at, (name, plan)) in plans.iter().enumerate() {
                 progress(&format!("{name}, batch {batch}"), done, all);
                 done += 1;
                 let (ms, check) = match rig.measure(plan) {
@@ -175,11 +177,13 @@ impl AttentionBench {
                 };
                 let bytes = rig.bytes(plan) / self.layers as u64;
                 let gb_s = bytes as f64 / 1e6 / ms.mean;
-                let first = *dense.get_or_insert(ms.mean);
+                if at == 0 {
+                    dense = Some(ms.mean);
+                }
                 report.rows.push(AttentionRow {
                     method: name.clone(),
                     batch,
-                    x_dense: first / ms.mean,
+                    x_dense: dense.map(|d| d / ms.mean),
                     ms,
                     bytes,
                     gb_s,

@@ -3,7 +3,7 @@
 use super::ui;
 use crate::backend::DType;
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
-use crate::model::{Checkpoint, Tokenizer, resolve};
+use crate::model::{Checkpoint, Tokenizer};
 use crate::select::{Plan, Variant};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
@@ -66,10 +66,9 @@ impl SizeArgs {
     /// A model that cannot be found, fetched or read.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
         let progress = std::cell::RefCell::new(ui::build_progress());
-        let path = resolve(&self.model, &|done, all| {
+        Ok(Checkpoint::named(&self.model, &|done, all| {
             (progress.borrow_mut())(Progress::Fetch(done, all));
-        })?;
-        Ok(Checkpoint::open(&path)?)
+        })?)
     }
 }
 

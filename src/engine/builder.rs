@@ -6,8 +6,8 @@ use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape};
 use crate::model::{
-    Attention, ChatTemplate, Checkpoint, Decoder, Forecast, KeyOrder, ModelError, RANDOM,
-    Tokenizer, cache_dir, resolve,
+    Attention, ChatTemplate, Checkpoint, Decoder, Forecast, KeyOrder, ModelError, Tokenizer,
+    cache_dir,
 };
 use crate::select::{Given, KeyProfile, MethodSpec, Plan, SelectError, SelectorFactory};
 use std::path::PathBuf;
@@ -217,20 +217,12 @@ impl<'a> EngineBuilder<'a> {
     /// # Errors
     /// Any [`EngineError`]; nothing is left behind.
     pub fn build(mut self) -> Result<Engine, EngineError> {
-        let checkpoint = match (self.checkpoint.take(), self.model.strip_prefix(RANDOM)) {
-            (Some(open), _) => open,
-            (None, Some(shape)) => {
-                let checkpoint = Checkpoint::random(shape)?;
-                // Any token will do, and there is no order of random keys to find.
-                self.model = "tiny".into();
-                self.calibrate = false;
-                if self.tokenizer.is_none() {
-                    self.tokenizer = Some(Tokenizer::from_folder(&self.fetch()?)?);
-                }
-                checkpoint
-            }
-            (None, None) => Checkpoint::open(&self.fetch()?)?,
+        let checkpoint = match self.checkpoint.take() {
+            Some(open) => open,
+            None => self.open_checkpoint()?,
         };
+        // Random keys have no order to find.
+        self.calibrate &= !checkpoint.is_random();
         let tokenizer = match self.tokenizer.take() {
             Some(there) => there,
             None => Tokenizer::for_checkpoint(&checkpoint)?,
@@ -363,8 +355,9 @@ impl<'a> EngineBuilder<'a> {
         })
     }
 
-    fn fetch(&mut self) -> Result<PathBuf, EngineError> {
+    fn open_checkpoint(&mut self) -> Result<Checkpoint, EngineError> {
         let progress = std::cell::RefCell::new(&mut self.progress);
-        Ok(resolve(&self.model, &|done, all| (progress.borrow_mut())(Progress::Fetch(done, all)))?)
+        let on = |done, all| (progress.borrow_mut())(Progress::Fetch(done, all));
+        Ok(Checkpoint::named(&self.model, &on)?)
     }
 }

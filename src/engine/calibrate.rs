@@ -4,8 +4,8 @@ use super::EngineError;
 use crate::backend::{DType, PAGE};
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{
-    Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, Observer, OrderSource, StepSeq,
-    Tokenizer, pair_energies,
+    Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, Observer, OrderSource, RopeScaling,
+    StepSeq, Tokenizer, pair_energies,
 };
 use crate::select::{Given, Plan};
 use sha2::{Digest, Sha256};
@@ -26,6 +26,7 @@ pub fn order_source(c: &ModelConfig, fingerprint: &str) -> OrderSource {
         version: VERSION,
         text: hash[..8].iter().map(|b| format!("{b:02x}")).collect(),
         tokens: TOKENS.min(c.max_context),
+        beyond: matches!(c.rope_scaling, RopeScaling::Long { beyond: true, .. }),
     }
 }
 

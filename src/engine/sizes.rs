@@ -18,7 +18,7 @@ impl EngineBuilder<'_> {
             return Err(EngineError::BadContext { context, most: c.max_context });
         }
         let seqs = self.sequences;
-        let chunk = self.chunk.unwrap_or(if b.name() == "cuda" { 4096 } else { 512 });
+        let chunk = self.chunk.unwrap_or(b.caps().prompt_rows);
         if seqs == 0 || chunk == 0 || self.kv_tokens == Some(0) {
             return Err(EngineError::BadOption(
                 "give at least one sequence, one token a step and one token of KV cache".into(),

@@ -127,8 +127,13 @@ impl Attention {
     }
 
     /// Which sequences of the step that is about to run choose tokens, for each pace of the layers.
-    pub(crate) fn cuts(&mut self, seqs: &[StepSeq<'_>]) -> Vec<Cut> {
+    pub(crate) fn cuts(&self, seqs: &[StepSeq<'_>]) -> Vec<Cut> {
         self.paces.cut(seqs)
+    }
+
+    /// The step of these cuts has run.
+    pub(crate) fn ran(&mut self, seqs: &[StepSeq<'_>], cuts: &[Cut]) {
+        self.paces.ran(seqs, cuts);
     }
 
     /// How layers cut the rows of prompts that they read sparsely.

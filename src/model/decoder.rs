@@ -214,16 +214,18 @@ impl Decoder {
             Ok(())
         };
         // Prompts bring other shapes with every chunk; decode steps repeat.
-        if step.prefill.n > 0 {
-            layers()?;
-            return Ok(step);
-        }
         let mut outcome = Ok(());
-        b.replayable(&mut || {
+        if step.prefill.n > 0 {
             outcome = layers();
-            outcome.is_ok()
-        })?;
-        outcome.map(|()| step)
+        } else {
+            b.replayable(&mut || {
+                outcome = layers();
+                outcome.is_ok()
+            })?;
+        }
+        outcome?;
+        attention.ran(seqs, &cuts);
+        Ok(step)
     }
 
     fn step_buffer(&mut self, paces: usize, tilings: &[Tiling]) -> Result<Tensor> {

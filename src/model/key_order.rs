@@ -21,6 +21,9 @@ pub struct OrderSource {
     pub text: String,
     /// Tokens read at most.
     pub tokens: usize,
+    /// With the rotary divisors for texts beyond the original context.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub beyond: bool,
 }
 
 /// For every layer and KV head the checkpoint's pair numbers in storage order.

@@ -27,26 +27,33 @@ impl Paces {
         Paces { chosen_at: vec![vec![None; slots]; all.len()], all }
     }
 
-    /// Who chooses in a step of these sequences, which then has happened.
-    pub fn cut(&mut self, seqs: &[StepSeq<'_>]) -> Vec<Cut> {
-        let each = self.all.iter().zip(&mut self.chosen_at);
+    /// Who chooses in a step of these sequences; [`Paces::ran`] once it has run.
+    pub fn cut(&self, seqs: &[StepSeq<'_>]) -> Vec<Cut> {
+        let each = self.all.iter().zip(&self.chosen_at);
         let cut = each.map(|(&pace, chosen_at)| {
-            let mut chooses = |s: &StepSeq<'_>| {
+            let chooses = |s: &StepSeq<'_>| {
                 let tokens = s.kv_len();
                 if s.decode.is_none() || tokens <= pace.threshold {
                     return false;
                 }
-                let Some(last) = chosen_at.get_mut(s.slot) else { return true };
+                let last = chosen_at.get(s.slot).copied().flatten();
                 let since = last.and_then(|at| tokens.checked_sub(at)).filter(|&n| n > 0);
-                let fresh = since.is_none_or(|n| n >= pace.reuse);
-                if fresh {
-                    *last = Some(tokens);
-                }
-                fresh
+                since.is_none_or(|n| n >= pace.reuse)
             };
-            Cut { pace, fresh: seqs.iter().map(&mut chooses).collect() }
+            Cut { pace, fresh: seqs.iter().map(chooses).collect() }
         });
         cut.collect()
+    }
+
+    /// The step of these cuts has run. A step that failed is not told of: its sequences choose again.
+    pub fn ran(&mut self, seqs: &[StepSeq<'_>], cuts: &[Cut]) {
+        for (chosen_at, cut) in self.chosen_at.iter_mut().zip(cuts) {
+            for (s, _) in seqs.iter().zip(&cut.fresh).filter(|(_, fresh)| **fresh) {
+                if let Some(at) = chosen_at.get_mut(s.slot) {
+                    *at = Some(s.kv_len());
+                }
+            }
+        }
     }
 
     /// The sequence in `slot` is another one.
@@ -84,8 +91,14 @@ mod tests {
             slot,
             decode: Some(0),
         };
-        let cut = p.cut(&seqs.iter().map(seq).collect::<Vec<_>>());
-        assert_eq!(cut.len(), 1);
+        let seqs: Vec<_> = seqs.iter().map(seq).collect();
+        let cut = p.cut(&seqs);
+        assert_eq!(
+            (&cut, cut.len()),
+            (&p.cut(&seqs), 1),
+            "a step that did not run changes nothing"
+        );
+        p.ran(&seqs, &cut);
         cut[0].fresh.clone()
     }
 

@@ -74,7 +74,7 @@ pub struct Pace {
 }
 
 /// The sequences of a step as layers of one pace treat them.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cut {
     /// The pace.
     pub pace: Pace,

@@ -230,6 +230,22 @@ impl Checkpoint {
         Ok(Self { path, config, files: Files::Random(RandomWeights::new()), places })
     }
 
+    /// The model called `name`: [`resolve`](super::resolve)d and opened, or `random:<shape>`.
+    ///
+    /// # Errors
+    /// As [`resolve`](super::resolve), [`Checkpoint::open`] and [`Checkpoint::random`].
+    pub fn named(name: &str, progress: super::fetch::Progress<'_>) -> Result<Self> {
+        match name.strip_prefix(random::RANDOM) {
+            Some(shape) => Self::random(shape),
+            None => Self::open(&super::resolve(name, progress)?),
+        }
+    }
+
+    /// Its weights are random.
+    pub fn is_random(&self) -> bool {
+        matches!(self.files, Files::Random(_))
+    }
+
     /// What the model looks like.
     pub fn config(&self) -> &ModelConfig {
         &self.config

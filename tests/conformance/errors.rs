@@ -8,6 +8,7 @@ use longsight::backend::*;
 pub fn cases(c: &mut Cases) {
     c.add("embed", "bad_arguments", |rig, _| embed_gather(rig));
     c.add("linear", "bad_arguments", |rig, _| linear(rig));
+    c.add("linear_gated", "bad_arguments", |rig, _| linear_gated(rig));
     c.add("rms_norm", "bad_arguments", |rig, _| norm_rope_swiglu(rig));
     c.add("kv_append", "bad_arguments", |rig, _| kv(rig));
     c.add("score_dims", "bad_arguments", |rig, _| score(rig));
@@ -45,6 +46,27 @@ fn embed_gather(rig: &mut Rig) -> Outcome {
     rig.refuses("sizes that wrap", dev.gather_rows(&GatherRows { x_rows: WRAPS, ..p() }))?;
     rig.refuses("short out", dev.gather_rows(&GatherRows { out: &short(&out), ..p() }))?;
     rig.refuses("rows as f32", dev.gather_rows(&GatherRows { rows: &out, ..p() }))
+}
+
+fn linear_gated(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let (rows, inputs, ffn) = (2, 64, 16);
+    let x = rig.zeros(DType::F32, rows * inputs)?;
+    let w = rig.zeros(DType::F32, 2 * ffn * inputs)?;
+    let y = rig.output(DType::F32, rows * 2 * ffn)?;
+    let other = rig.output(DType::F32, rows * 2 * ffn)?;
+    let out = rig.output(DType::F32, rows * ffn)?;
+    let bias = rig.zeros(DType::F32, 2 * ffn)?;
+    let (bias, outputs, accumulate) = (Some(&bias), 2 * ffn, false);
+    let l = || Linear { x: &x, w: &w, bias: None, y: &y, rows, inputs, outputs, accumulate };
+    let s = || SwiGlu { x: &y, out: &out, rows, ffn };
+    rig.refuses("a bias", dev.linear_gated(&Linear { bias, ..l() }, &s()))?;
+    rig.refuses("a sum", dev.linear_gated(&Linear { accumulate: true, ..l() }, &s()))?;
+    rig.refuses("another tensor", dev.linear_gated(&l(), &SwiGlu { x: &other, ..s() }))?;
+    rig.refuses("fewer rows", dev.linear_gated(&l(), &SwiGlu { rows: 1, ..s() }))?;
+    rig.refuses("a narrower width", dev.linear_gated(&l(), &SwiGlu { ffn: 8, ..s() }))?;
+    rig.refuses("out is x", dev.linear_gated(&l(), &SwiGlu { out: &x, ..s() }))?;
+    rig.refuses("out in w", dev.linear_gated(&l(), &SwiGlu { out: &w.slice(0, 32), ..s() }))
 }
 
 fn linear(rig: &mut Rig) -> Outcome {

@@ -47,6 +47,7 @@ impl Oracle {
             max_binding: 1 << 40,
             storage,
             activations_follow_weights,
+            prompt_rows: 512,
         };
         Oracle { caps, fault, calls: AtomicU32::new(0) }
     }

@@ -79,6 +79,7 @@ impl CpuBackend {
             max_binding: isize::MAX as u64,
             storage: vec![DType::F32, DType::F16, DType::BF16],
             activations_follow_weights: false,
+            prompt_rows: 512,
         };
         CpuBackend { caps, stream: Arc::default() }
     }

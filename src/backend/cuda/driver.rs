@@ -56,6 +56,8 @@ pub(super) struct Limits {
     pub sms: usize,
     /// Most shared memory of one block in bytes, after opting in.
     pub shared: usize,
+    /// Shared memory of a multiprocessor in bytes.
+    pub shared_each: usize,
     /// Most blocks of a cluster; 1 where the embedded kernels were compiled without clusters.
     pub cluster: usize,
     /// Hopper's own matrix instructions are there and `LONGSIGHT_CUDA_WGMMA` is not `off`.
@@ -105,12 +107,15 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
         max_binding: memory,
         storage: vec![DType::F32, DType::F16, DType::BF16],
         activations_follow_weights: true,
+        prompt_rows: 4096,
     };
     let limits = Limits {
         cc,
         sms: get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as usize,
         shared: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?.max(0)
             as usize,
+        shared_each: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?
+            .max(0) as usize,
         // Newer architectures run the machine-independent code for 8.0, which knows no clusters.
         cluster: if cc == (9, 0) { 8 } else { 1 },
         wgmma: cc == (9, 0) && !std::env::var("LONGSIGHT_CUDA_WGMMA").is_ok_and(|v| v == "off"),

@@ -8,6 +8,7 @@ use crate::backend::{DType, KvPool, PAGE, Result};
 use bytemuck::{Pod, Zeroable};
 use cudarc::driver::sys;
 use std::panic::catch_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Head sizes with such kernels.
 const DIMS: [usize; 2] = [64, 128];
@@ -88,7 +89,11 @@ fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
     let (cut, step) = ([PANEL, PAGE as u32], [1u32; 2]);
     let dtype = if cache.k.dtype() == DType::BF16 { BF16 } else { F16 };
     let mut made = sys::CUtensorMap { opaque: [0; 16] };
-    // Without the function in the driver cudarc panics; the kernels then copy by themselves.
+    // Without the function in the driver cudarc panics, once; the kernels then copy by themselves.
+    static MISSING: AtomicBool = AtomicBool::new(false);
+    if MISSING.load(Ordering::Relaxed) {
+        return None;
+    }
     let done = catch_unwind(move || {
         // SAFETY: all arrays outlive the call and hold as many numbers as a map of rank 2 takes; the pool's memory is
         // only described here.
@@ -110,6 +115,7 @@ fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
         };
         said.result().ok().map(|()| TensorMap { words: made.opaque })
     });
+    MISSING.store(done.is_err(), Ordering::Relaxed);
     done.ok().flatten()
 }
 
@@ -191,7 +197,14 @@ fn shape(limits: &Limits, items: usize, shared: usize) -> Shape {
 mod tests {
     use super::*;
 
-    const H100: Limits = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8, wgmma: true };
+    const H100: Limits = Limits {
+        cc: (9, 0),
+        sms: 132,
+        shared: 232_448,
+        shared_each: 233_472,
+        cluster: 8,
+        wgmma: true,
+    };
     const LLAMA: (DType, DType, usize, f32) = (DType::BF16, DType::BF16, 128, 0.088);
 
     #[test]

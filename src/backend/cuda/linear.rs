@@ -5,6 +5,7 @@ use super::args::word;
 use super::blas::Product;
 use super::launch::{Args, Shape};
 use super::replay::Node;
+use crate::backend::ops::check_gated;
 use crate::backend::{DType, Linear, Result, SwiGlu};
 use bytemuck::{Pod, Zeroable};
 
@@ -36,15 +37,13 @@ impl CudaBackend {
     /// Few rows in 16 bits: `swiglu` is part of the product.
     pub(super) fn linear_gated_op(&self, p: &Linear<'_>, s: &SwiGlu<'_>) -> Result<()> {
         const OP: &str = "linear_gated";
+        check_gated(p, s)?;
         let dtype = p.x.dtype();
         let alike = p.w.dtype() == dtype && s.out.dtype() == dtype && dtype != DType::F32;
-        let plain = p.bias.is_none() && !p.accumulate && p.outputs == 2 * s.ffn;
-        if !(alike && plain && p.rows == s.rows && (1..=FEW).contains(&p.rows)) {
+        if !alike || !(1..=FEW).contains(&p.rows) {
             self.linear_op(p)?;
             return self.swiglu_op(s);
         }
-        p.check()?;
-        s.check()?;
         let args = LinearArgs {
             x: self.ptr(OP, p.x)?,
             w: self.ptr(OP, p.w)?,

@@ -1,10 +1,11 @@
-//! How many blocks share the keys of one (sequence, KV head) pair in decode attention.
+//! How many blocks a decode attention is shared out to.
 
 use super::driver::Limits;
 
-/// Shared memory of a multiprocessor that blocks can have, and what each takes besides its own.
-const SHARED_MEMORY: usize = 228 << 10;
+/// Shared memory that a block takes besides its own.
 const RESERVED: usize = 1 << 10;
+/// Most blocks (`MOST` of `decode.cuh`: parts of a pair whose weights fit).
+const MOST_BLOCKS: usize = 512;
 /// Most blocks on a multiprocessor that registers allow (`__launch_bounds__` of the kernels).
 const RESIDENT: usize = 3;
 /// Keys of a plane below which another one does not pay, and most planes.
@@ -21,10 +22,10 @@ pub(super) fn blocks(
     round: usize,
     listed: bool,
 ) -> usize {
-    let resident = (SHARED_MEMORY / (shared + RESERVED)).clamp(1, RESIDENT);
+    let resident = (l.shared_each / (shared + RESERVED)).clamp(1, RESIDENT);
     let per_pair = keys.div_ceil(round).max(1);
     let rounds = pairs * if listed { per_pair.div_ceil(2) } else { per_pair };
-    rounds.clamp(1, l.sms * resident)
+    rounds.clamp(1, (l.sms * resident).min(MOST_BLOCKS))
 }
 
 /// Planes of results that the caller merges, for kernels that do not share keys out.
@@ -39,7 +40,19 @@ mod tests {
 
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {
-        let l = Limits { cc: (9, 0), sms: 132, shared: 232_448, cluster: 8, wgmma: true };
+        let l = Limits {
+            cc: (9, 0),
+            sms: 132,
+            shared: 232_448,
+            shared_each: 233_472,
+            cluster: 8,
+            wgmma: true,
+        };
+        // 164 KiB a multiprocessor hold two such blocks, 100 KiB one.
+        let of = |sms, shared_each| {
+            blocks(&Limits { sms, shared_each, ..l }, 74_000, (8, 131_072), 64, true)
+        };
+        assert_eq!((of(108, 164 << 10), of(84, 100 << 10), of(1000, 228 << 10)), (216, 84, 512));
         assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, false), 396);
         assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, true), 396);
         assert_eq!(blocks(&l, 74_000, (1, 327), 64, false), 6);

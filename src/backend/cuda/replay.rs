@@ -94,6 +94,7 @@ struct Known {
     hash: u64,
     nodes: Vec<Node>,
     graph: Option<Graph>,
+    tried: bool,
     /// Number of the recording that last asked for it.
     used: u64,
 }
@@ -212,13 +213,15 @@ impl Replays {
                 stream.synchronize().said("waiting for the device")?;
                 known.swap_remove(oldest);
             }
-            known.push(Known { hash, nodes: nodes.to_vec(), graph: None, used: now });
+            known.push(Known { hash, nodes: nodes.to_vec(), graph: None, tried: false, used: now });
             drop(known);
             return run_all(runner, nodes, stream);
         };
         k.used = now;
-        if k.graph.is_none() {
-            k.graph = self.captured(runner, nodes)?;
+        if !k.tried {
+            // What cannot be made a graph of still runs kernel by kernel, and says there what is wrong.
+            k.tried = true;
+            k.graph = self.captured(runner, nodes).ok().flatten();
         }
         let Some(graph) = &k.graph else { return run_all(runner, nodes, stream) };
         stream.context().bind_to_thread().said("binding the context")?;

@@ -145,6 +145,24 @@ impl Linear<'_> {
     }
 }
 
+/// What [`Backend::linear_gated`](crate::backend::Backend::linear_gated) takes: a product without bias whose result is
+/// what `swiglu` reads, and an output apart from all that the product reads.
+pub(crate) fn check_gated(linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()> {
+    const OP: &str = "linear_gated";
+    linear.check()?;
+    swiglu.check()?;
+    ensure(OP, linear.bias.is_none() && !linear.accumulate, || {
+        "neither a bias nor a sum is taken".into()
+    })?;
+    let one = linear.y.same_buffer(swiglu.x) && linear.y.byte_offset() == swiglu.x.byte_offset();
+    ensure(OP, one && linear.y.dtype() == swiglu.x.dtype(), || {
+        "y of the product is not x of swiglu".into()
+    })?;
+    let sizes = [(linear.rows, linear.outputs), (swiglu.rows, 2 * swiglu.ffn)];
+    ensure(OP, sizes[0] == sizes[1], || format!("rows and widths {sizes:?} differ"))?;
+    apart(OP, &[("out", swiglu.out)], &[("x", linear.x), ("w", linear.w)])
+}
+
 /// RMS norm of each head's vector before the rotation (Qwen3).
 #[derive(Debug)]
 pub struct QkNorm<'a> {

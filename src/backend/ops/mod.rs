@@ -22,6 +22,7 @@ mod union_ranks;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
+pub(crate) use dense::check_gated;
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
 pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
 pub use hold_lists::{HELD_WORDS, HoldLists};

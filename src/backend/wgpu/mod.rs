@@ -140,6 +140,7 @@ fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
         max_binding: adapter.limits().max_storage_buffer_binding_size,
         storage: vec![DType::F32, DType::F16, DType::BF16],
         activations_follow_weights: false,
+        prompt_rows: 512,
     }
 }
 

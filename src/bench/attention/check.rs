@@ -103,6 +103,9 @@ fn tokens(
         None => vec![kv_head],
     };
     let read = |list: usize| {
+        if list >= chosen.rows_per_seq {
+            return Ok(Vec::new()); // a list that is not there is empty
+        }
         let row = sequence * chosen.rows_per_seq + list;
         let count = part_words(rig.b, &chosen.counts, row, 1)?[0] as usize;
         part_words(rig.b, &chosen.indices, row * chosen.k, count.min(chosen.k))

@@ -9,7 +9,7 @@ use crate::bench::random::{Random, Values};
 use crate::engine::EngineError;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{Attention, Checkpoint, GroupSeqs, ModelConfig, Step, StepSeq, Workspace};
-use crate::select::{Given, KvReads, LayerShape, ModelShape, Plan, SelectError};
+use crate::select::{Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError};
 
 type Outcome<T> = std::result::Result<T, SelectError>;
 
@@ -84,24 +84,20 @@ impl<'a> Rig<'a> {
         }
         let mut rig = Rig { b, o, batch, cache, tables, ws };
         for pool in 0..pools {
-            rig.fill(pool)?;
-            // Other keys in every pool.
-            for t in [&rig.ws.k, &rig.ws.qkv] {
-                random.fill(b, t, Values::Normal)?;
-            }
+            rig.fill(pool, &mut random)?;
         }
         rig.cache = rig.cache.in_turn(o.layers);
         Ok(rig)
     }
 
-    fn append(&self, layer: usize, seqs: Seqs<'_>) -> Result<()> {
-        let (b, o, ws, cache) = (self.b, self.o, &self.ws, self.cache.pool(layer));
-        let v_start = (o.heads + o.kv_heads) * o.head_dim;
+    fn append(&self, layer: usize, values: &Tensor, seqs: Seqs<'_>) -> Result<()> {
+        let (b, o, cache) = (self.b, self.o, self.cache.pool(layer));
+        let stride = o.kv_heads * o.head_dim;
         b.kv_append(&KvAppend {
-            k: &ws.k,
-            k_stride: o.kv_heads * o.head_dim,
-            v: &ws.qkv.slice(v_start, ws.qkv.len() - v_start),
-            v_stride: (o.heads + 2 * o.kv_heads) * o.head_dim,
+            k: &self.ws.k,
+            k_stride: stride,
+            v: values,
+            v_stride: stride,
             seqs,
             cache,
             int8: self.cache.int8(layer),
@@ -121,7 +117,8 @@ impl<'a> Rig<'a> {
     }
 
     /// Appends random rows to every sequence, up to the depth.
-    fn fill(&mut self, pool: usize) -> Result<()> {
+    fn fill(&mut self, pool: usize, random: &mut Random) -> Result<()> {
+        let values = self.b.alloc(self.ws.k.dtype(), self.ws.k.len(), "values")?;
         let tokens = vec![0; CHUNK];
         let depth = self.o.depth;
         let pages = pages_for(depth);
@@ -135,9 +132,12 @@ impl<'a> Rig<'a> {
                     slot,
                     decode: None,
                 };
+                for t in [&self.ws.k, &values] {
+                    random.fill(self.b, t, Values::Normal)?;
+                }
                 let step = Step::upload(self.b, &buffer, &[seq], depth, &[], &[])?;
                 let group = GroupSeqs::new(&step, step.all);
-                self.append(pool, group.seqs())?;
+                self.append(pool, &values, group.seqs())?;
             }
         }
         self.b.sync()
@@ -157,8 +157,17 @@ impl<'a> Rig<'a> {
             rows: self.batch,
             capacity: o.depth.next_multiple_of(PAGE),
         };
-        let mut attention =
-            Attention::new(b, plan.clone(), shape(0), Given { custom: None, profile: None })?;
+        if plan.layers.iter().any(|p| p.correct) {
+            let what = "a result that is not mixed with the mean value (--correct false)";
+            return Err(SelectError::MissingSummary { method: plan.method.clone(), what });
+        }
+        let profile = KeyProfile::neutral(o.layers, o.kv_heads, o.head_dim);
+        let mut attention = Attention::new(
+            b,
+            plan.clone(),
+            shape(0),
+            Given { custom: None, profile: Some(&profile) },
+        )?;
         let pages = self.batch * pages_for(o.depth);
         let mut buffer: Option<Tensor> = None;
         let mut samples = Vec::with_capacity(o.steps);
@@ -195,6 +204,7 @@ impl<'a> Rig<'a> {
                 })
             })?;
             outcome?;
+            attention.ran(&seqs, &cuts);
             if i >= WARM_UP {
                 samples.push(ms / o.layers as f64);
             }

@@ -97,6 +97,9 @@ pub fn run(a: AttentionArgs) -> Result<ExitCode> {
     bar.finish_and_clear();
     let report = report?;
     a.report.finish(file, &report, || table(&report))?;
+    if report.rows.is_empty() {
+        bail!("nothing was measured: {}", report.notes.join("; "));
+    }
     let wrong: Vec<String> = report
         .failures()
         .map(|r| format!("{} at batch {}: NMSE {:.2e}", r.method, r.batch, r.check.value))
@@ -119,7 +122,7 @@ fn table(r: &AttentionReport) -> String {
             ui::bytes(row.bytes),
             format!("{:.4}", row.ms.mean),
             format!("{:.4}", row.ms.sd),
-            format!("{:.2}", row.x_dense),
+            row.x_dense.map_or_else(|| "-".into(), |x| format!("{x:.2}")),
             format!("{:.1}", row.gb_s),
             percent(row.share),
             format!("NMSE {:.1e} {}", c.value, if c.passed { "ok" } else { "WRONG" }),
