@@ -217,48 +217,56 @@ impl Run<'_, '_> {
         self.done += 1;
     }
 
+    /// Dense prompts, and those of plans that read prompts sparsely (`--tile`).
     fn prefill(&mut self, base: SeqId, depth: usize, n: usize) -> Result<()> {
         let test = name("pp", n, depth);
-        let mut speeds = Vec::with_capacity(self.o.repeats);
+        let mut contenders = vec![(dense_name(), self.plan(&Variant::Dense.into(), depth + n)?)];
+        let tiled = |p: &Plan| p.layers.iter().any(|l| l.tile.is_some());
+        contenders.extend(self.sparse(depth + n)?.into_iter().filter(|(_, plan)| tiled(plan)));
+        self.all += self.o.repeats * (contenders.len() - 1);
+        let mut speeds = vec![Vec::with_capacity(self.o.repeats); contenders.len()];
         // One repetition more, not counted: it allocates and warms caches.
         for i in 0..=self.o.repeats {
-            if i > 0 {
-                self.measuring(&test);
-            }
-            let seq = self.engine.fork(base)?;
-            let start = Instant::now();
-            let tokens = &self.text[depth..depth + n];
-            self.engine.prefill(seq, tokens, WantLogits::Last, |_, _| (), |_| true)?;
-            let seconds = start.elapsed().as_secs_f64();
-            self.engine.close(seq);
-            if i > 0 {
-                speeds.push(n as f64 / seconds);
+            for ((method, plan), speeds) in contenders.iter().zip(&mut speeds) {
+                if i > 0 {
+                    self.measuring(&format!("{test} {method}"));
+                }
+                self.engine.set_plan(plan.clone())?;
+                let seq = self.engine.fork(base)?;
+                let start = Instant::now();
+                let tokens = &self.text[depth..depth + n];
+                self.engine.prefill(seq, tokens, WantLogits::Last, |_, _| (), |_| true)?;
+                let seconds = start.elapsed().as_secs_f64();
+                self.engine.close(seq);
+                if i > 0 {
+                    speeds.push(n as f64 / seconds);
+                }
             }
         }
-        self.rows.push(Row {
-            test,
-            phase: "prefill",
-            tokens: n,
-            depth,
-            method: dense_name(),
-            budget: None,
-            tokens_per_second: Summary::of(speeds),
-            x_dense: None,
-            traffic: None,
-            plan: None,
-        });
+        let mut dense_speed = None;
+        for ((method, plan), speeds) in contenders.into_iter().zip(speeds) {
+            let speed = Summary::of(speeds);
+            let sparse = dense_speed.is_some();
+            let dense = *dense_speed.get_or_insert(speed.mean);
+            self.rows.push(Row {
+                test: test.clone(),
+                phase: "prefill",
+                tokens: n,
+                depth,
+                method,
+                budget: sparse.then(|| most_tokens(&plan, depth + n)).flatten(),
+                x_dense: sparse.then_some(speed.mean / dense),
+                tokens_per_second: speed,
+                traffic: None,
+                plan: sparse.then_some(plan),
+            });
+        }
         Ok(())
     }
 
-    /// Dense first, then every method and budget that does not attend to everything at this depth.
-    fn contenders(&mut self, test: &str, depth: usize, n: usize) -> Result<Vec<Contender>> {
-        let tokens = depth + self.o.warmup + n;
-        let mut all = vec![Contender {
-            name: dense_name(),
-            budget: None,
-            plan: self.plan(&Variant::Dense.into(), tokens)?,
-        }];
-        let (mut sparse, mut left_out) = (Vec::new(), Vec::new());
+    /// Every method with every budget, and the plans, for sequences of `tokens` tokens.
+    fn sparse(&self, tokens: usize) -> Result<Vec<(String, Plan)>> {
+        let mut sparse = Vec::new();
         for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
             let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
                 [] => vec![spec.budget],
@@ -270,10 +278,22 @@ impl Run<'_, '_> {
             }
         }
         sparse.extend(self.o.plans.iter().cloned());
-        for (name, plan) in sparse {
+        Ok(sparse)
+    }
+
+    /// Dense first, then every method and budget that does not attend to everything at this depth.
+    fn contenders(&mut self, test: &str, depth: usize, n: usize) -> Result<Vec<Contender>> {
+        let tokens = depth + self.o.warmup + n;
+        let mut all = vec![Contender {
+            name: dense_name(),
+            budget: None,
+            plan: self.plan(&Variant::Dense.into(), tokens)?,
+        }];
+        let mut left_out = Vec::new();
+        for (name, plan) in self.sparse(tokens)? {
             let layers = plan.layers.iter().filter(|l| l.sparse());
-            let dense_until = layers.clone().map(|l| l.budget.dense_until()).min();
-            let budget = layers.map(|l| l.budget.tokens_at(tokens)).max();
+            let dense_until = layers.map(|l| l.budget.dense_until()).min();
+            let budget = most_tokens(&plan, tokens);
             match dense_until {
                 Some(until) if tokens > until => all.push(Contender { name, budget, plan }),
                 until => {
@@ -350,6 +370,11 @@ impl Run<'_, '_> {
         self.engine.close(seq);
         Ok(seconds)
     }
+}
+
+/// Most tokens that a sparse layer attends to.
+fn most_tokens(plan: &Plan, tokens: usize) -> Option<usize> {
+    plan.layers.iter().filter(|l| l.sparse()).map(|l| l.budget.tokens_at(tokens)).max()
 }
 
 /// Name of the baseline.
