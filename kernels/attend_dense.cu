@@ -157,15 +157,15 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
     generic<A, T>(a, seq, kvh, n, split, vec, keys);
 }
 
-#define MMA(T, D)                                                                              \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)                \
-        attend_decode_##T##_d##D(AttendArgs a) {                                               \
-        depend();                                                                              \
-        decode<T, D>(a, DensePairs{a});                                                                 \
-    }                                                                                          \
+#define MMA(T, D)                                                                               \
+    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)                 \
+        attend_decode_##T##_d##D(AttendArgs a) {                                                \
+        depend();                                                                               \
+        decode<T, D>(a, DensePairs{a});                                                         \
+    }                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
-        depend();                                                                              \
-        dense_prefill<T, D>(a);                                                                \
+        depend();                                                                               \
+        dense_prefill<T, D>(a);                                                                 \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
@@ -175,12 +175,12 @@ MMA_ALL(bf16)
 struct Maps {
     TensorMap of[2];
 };
-#define HOPPER(T, D)                                                                              \
-    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D(         \
-        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,                  \
-        const __grid_constant__ Maps maps) {                                                      \
-        depend();                                                                                 \
-        attend_wgmma<T, D, RunTiles>(a, all, maps.of);                                            \
+#define HOPPER(T, D)                                                                      \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D( \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,          \
+        const __grid_constant__ Maps maps) {                                              \
+        depend();                                                                         \
+        attend_wgmma<T, D, RunTiles>(a, all, maps.of);                                    \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)
@@ -188,10 +188,10 @@ HOPPER(bf16, 64)
 HOPPER(bf16, 128)
 #endif
 
-#define GENERIC(A, T)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128, 4) attend_dense_##A##_##T(AttendArgs a) {   \
-        depend();                                                                              \
-        dense_generic<A, T>(a);                                                                \
+#define GENERIC(A, T)                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, 4) attend_dense_##A##_##T(AttendArgs a) { \
+        depend();                                                                               \
+        dense_generic<A, T>(a);                                                                 \
     }
 GENERIC(f32, f32)
 GENERIC(f32, f16)

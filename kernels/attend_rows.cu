@@ -175,26 +175,26 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
     generic<A, T>(a, seq, kvh, min(VECTORS, vectors - v0), split, vec, keys);
 }
 
-#define MMA(T, D)                                                                              \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)                \
-        attend_rows_##T##_d##D(AttendArgs a) {                                                 \
-        depend();                                                                              \
-        decode<T, D>(a, ListPairs(a));                                                                  \
-    }                                                                                          \
-    extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) {   \
-        depend();                                                                              \
-        rows_prefill<T, D>(a);                                                                 \
+#define MMA(T, D)                                                                            \
+    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, 3)              \
+        attend_rows_##T##_d##D(AttendArgs a) {                                               \
+        depend();                                                                            \
+        decode<T, D>(a, ListPairs(a));                                                       \
+    }                                                                                        \
+    extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) { \
+        depend();                                                                            \
+        rows_prefill<T, D>(a);                                                               \
     }
 #define MMA_ALL(T) MMA(T, 64) MMA(T, 96) MMA(T, 128) MMA(T, 256)
 MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #if WGMMA
-#define HOPPER(T, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(384, 1) attend_tile_wgmma_##T##_d##D(          \
-        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {              \
-        depend();                                                                               \
-        attend_wgmma<T, D, ListTiles>(a, all, nullptr);                                                \
+#define HOPPER(T, D)                                                                   \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_tile_wgmma_##T##_d##D( \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all) {     \
+        depend();                                                                      \
+        attend_wgmma<T, D, ListTiles>(a, all, nullptr);                                \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)
@@ -202,10 +202,10 @@ HOPPER(bf16, 64)
 HOPPER(bf16, 128)
 #endif
 
-#define GENERIC(A, T)                                                                          \
-    extern "C" __global__ void __launch_bounds__(128) attend_rows_##A##_##T(AttendArgs a) {    \
-        depend();                                                                              \
-        rows_generic<A, T>(a);                                                                 \
+#define GENERIC(A, T)                                                                       \
+    extern "C" __global__ void __launch_bounds__(128) attend_rows_##A##_##T(AttendArgs a) { \
+        depend();                                                                           \
+        rows_generic<A, T>(a);                                                              \
     }
 GENERIC(f32, f32)
 GENERIC(f32, f16)

@@ -211,7 +211,8 @@ template <class T, int D>
 DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const Share& share, u32 pair, u32 start,
                  u32 rounds, const Found<D>& f) {
     const u32 MOST = 512;  // most parts of a pair, as many as blocks (parts.rs)
-    static_assert(MOST * 16 * sizeof(float) <= (DecodeShape<D>::tile + DecodeShape<D>::warps * DecodeShape<D>::ring) * 2, "room");
+    const u32 room = (DecodeShape<D>::tile + DecodeShape<D>::warps * DecodeShape<D>::ring) * sizeof(T);
+    static_assert(MOST * 16 * sizeof(float) <= room, "the weights lie over the rings");
     const int AHEAD = 8;
     extern __shared__ uint4 shared4[];
     float(*weights)[16] = (float(*)[16])shared4;  // over what was found, once that has been left

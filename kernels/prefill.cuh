@@ -2,7 +2,7 @@
 //
 // A CTA = (64 query vectors, heads that share keys, sequence x split) where the vectors are (row, head) pairs, rows
 // slowest, so that a K/V tile in shared memory serves all heads of the group; 4 warps of 16 vectors, tiles of 64 keys
-// in two stages by cp.async.
+// (32 above 128 dimensions) in two stages by cp.async.
 //
 // A source of keys has entries [begin, end) in tiles of KEYS. `prepare(tile)` is called by all threads, with a barrier
 // between it and the first use of the tile; `locate(tile).row(key)` is the cache row of a key, ~0 where there is none;

@@ -28,9 +28,9 @@ DEVICE void rms_norm(const float* x, const float* weight, T* out, u32 cols, floa
     for (u32 c = mine + step; c < cols; c += step) read_part(row + c, cols - c, v), put(c, v);
 }
 
-#define KERNEL(T)                                                                                 \
+#define KERNEL(T)                                                                                  \
     extern "C" __global__ void rms_norm_##T(const float* x, const float* weight, T* out, u32 cols, \
-                                            float eps) {                                          \
+                                            float eps) {                                           \
         depend();                                                                                  \
         rms_norm<T>(x, weight, out, cols, eps);                                                    \
     }

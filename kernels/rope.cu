@@ -3,7 +3,8 @@
 //   a = t * inv_freq[h / heads_per_freq, p]
 //   out[2p] = x[2p] cos a - x[2p+1] sin a,  out[2p+1] = x[2p+1] cos a + x[2p] sin a
 //
-// Plan: one warp per (row, head), a pair a lane; up to two embeddings at once, one per y of the grid. The angle is taken in f32 with full range reduction.
+// Plan: one warp per (row, head), a pair a lane; up to two embeddings at once, one per y of the grid. The angle is
+// taken in f32 with full range reduction.
 // Bytes: 2 * rows * heads * head_dim * act.
 #include "common.cuh"
 

@@ -20,20 +20,23 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_all(const Scor
     score<K, SOURCE, G, ROWS>(a, seq, a.pool.kv_heads, Tokens{seq.kv_len});
 }
 
+// Blocks that a multiprocessor is to hold: as many as there are registers for without spilling.
+#define RESIDENT(SOURCE, G) (G > 1 ? 4 : SOURCE == INT8 || SOURCE == SLICE8 ? 8 : SOURCE == GATHER ? 5 : 6)
+
 // One instance per group size class: G accumulators a row.
-#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
-    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 6 : 4) score_dims_##NAME##_g##G(ScoreArgs a) {  \
-        depend();                                                                                     \
-        score_all<K, SOURCE, G, ROWS>(a);                                                             \
+#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, RESIDENT(SOURCE, G)) score_dims_##NAME##_g##G(ScoreArgs a) { \
+        depend();                                                                                                  \
+        score_all<K, SOURCE, G, ROWS>(a);                                                                          \
     }
-#define GROUPS(K, NAME, SOURCE)        \
-    KERNEL(K, NAME, SOURCE, 1, 4)      \
-    KERNEL(K, NAME, SOURCE, 4, 4)      \
-    KERNEL(K, NAME, SOURCE, 8, 4)      \
+#define GROUPS(K, NAME, SOURCE)   \
+    KERNEL(K, NAME, SOURCE, 1, 4) \
+    KERNEL(K, NAME, SOURCE, 4, 4) \
+    KERNEL(K, NAME, SOURCE, 8, 4) \
     KERNEL(K, NAME, SOURCE, 16, 2)
-#define SOURCES(K)                     \
-    GROUPS(K, K##_lead, LEAD)          \
-    GROUPS(K, K##_slice, SLICE)        \
+#define SOURCES(K)              \
+    GROUPS(K, K##_lead, LEAD)   \
+    GROUPS(K, K##_slice, SLICE) \
     GROUPS(K, K##_gather, GATHER)
 
 SOURCES(f32)

@@ -22,18 +22,18 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_listed(const S
     score<K, SOURCE, G, ROWS>(a, seq, parts, Listed{a.indices + list * a.list_len, n, seq.kv_len});
 }
 
-#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                          \
-    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 6 : 4) score_rows_##NAME##_g##G(ScoreArgs a) {  \
-        depend();                                                                                 \
-        score_listed<K, SOURCE, G, ROWS>(a);                                                      \
+#define KERNEL(K, NAME, SOURCE, G, ROWS)                                                                      \
+    extern "C" __global__ void __launch_bounds__(128, G == 1 ? 5 : 4) score_rows_##NAME##_g##G(ScoreArgs a) { \
+        depend();                                                                                             \
+        score_listed<K, SOURCE, G, ROWS>(a);                                                                  \
     }
-#define GROUPS(K, NAME, SOURCE)        \
-    KERNEL(K, NAME, SOURCE, 1, 4)      \
-    KERNEL(K, NAME, SOURCE, 4, 4)      \
-    KERNEL(K, NAME, SOURCE, 8, 4)      \
+#define GROUPS(K, NAME, SOURCE)   \
+    KERNEL(K, NAME, SOURCE, 1, 4) \
+    KERNEL(K, NAME, SOURCE, 4, 4) \
+    KERNEL(K, NAME, SOURCE, 8, 4) \
     KERNEL(K, NAME, SOURCE, 16, 2)
-#define SOURCES(K)                     \
-    GROUPS(K, K##_lead, LEAD)          \
+#define SOURCES(K)            \
+    GROUPS(K, K##_lead, LEAD) \
     GROUPS(K, K##_gather, GATHER)
 
 SOURCES(f32)

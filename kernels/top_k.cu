@@ -317,10 +317,10 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     if (rank == 0 && t == 0) a.counts[r] = min(k, s.total);
 }
 
-#define KERNEL(NAME, CLUSTER, CACHED)                                                               \
-    extern "C" __global__ void __launch_bounds__(1024) NAME(TopKArgs a) {                               \
-        depend();                                                                                   \
-        top_k<CLUSTER, CACHED>(a);                                                                  \
+#define KERNEL(NAME, CLUSTER, CACHED)                                     \
+    extern "C" __global__ void __launch_bounds__(1024) NAME(TopKArgs a) { \
+        depend();                                                         \
+        top_k<CLUSTER, CACHED>(a);                                        \
     }
 KERNEL(top_k_cached, false, true)
 KERNEL(top_k_streamed, false, false)

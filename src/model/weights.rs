@@ -13,6 +13,7 @@ use super::gguf::Gguf;
 use super::mapped::Mapped;
 use super::quant::Quant;
 use super::random::{self, RandomWeights};
+use super::weights_gguf::interleaved_row;
 use super::{weights_gguf, weights_hf};
 
 /// A weight of the whole model.
@@ -387,14 +388,6 @@ impl Checkpoint {
         };
         &file[place.bytes.clone()]
     }
-}
-
-/// Row of the interleaved order (pairs `2i, 2i + 1`) that holds row `r` of the half-split order
-/// (pairs `i, i + head_dim / 2`), head by head.
-pub(super) fn interleaved_row(r: usize, head_dim: usize) -> usize {
-    let (head, within) = (r / head_dim, r % head_dim);
-    let half = head_dim / 2;
-    head * head_dim + 2 * (within % half) + within / half
 }
 
 /// Lower-case hex of bytes.

@@ -107,3 +107,11 @@ fn refuse_leftovers(gguf: &Gguf, config: &ModelConfig, known: usize) -> Result<(
         )),
     }
 }
+
+/// Row of the interleaved order (pairs `2i, 2i + 1`) that holds row `r` of the half-split order
+/// (pairs `i, i + head_dim / 2`), head by head.
+pub(super) fn interleaved_row(r: usize, head_dim: usize) -> usize {
+    let (head, within) = (r / head_dim, r % head_dim);
+    let half = head_dim / 2;
+    head * head_dim + 2 * (within % half) + within / half
+}

@@ -24,7 +24,7 @@ fn bench(methods: Vec<MethodSpec>) -> AttentionBench {
 #[test]
 fn every_method_is_measured_against_the_reference() {
     let spec = |variant: Variant| MethodSpec {
-        budget: Some(64),
+        budget: Some(96),
         dense_below: Some(0),
         dense_layers: Some(0),
         ..variant.into()
