@@ -12,6 +12,13 @@
 #pragma once
 #include "flash.cuh"
 
+// Blocks that a multiprocessor holds, as far as registers go: shared memory leaves older GPUs two.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define DECODE_BLOCKS 2
+#else
+#define DECODE_BLOCKS 3
+#endif
+
 template <int D> struct DecodeShape {
     static const int warps = D > 128 ? 2 : 4;
     static const int stages = D <= 64 ? 4 : 2;

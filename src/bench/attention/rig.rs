@@ -158,8 +158,10 @@ impl<'a> Rig<'a> {
             capacity: o.depth.next_multiple_of(PAGE),
         };
         if plan.layers.iter().any(|p| p.correct) {
-            let what = "a result that is not mixed with the mean value (--correct false)";
-            return Err(SelectError::MissingSummary { method: plan.method.clone(), what });
+            return Err(SelectError::BadPlan {
+                method: plan.method.clone(),
+                reason: "the result is compared with attention alone; give --correct false".into(),
+            });
         }
         let profile = KeyProfile::neutral(o.layers, o.kv_heads, o.head_dim);
         let mut attention = Attention::new(
