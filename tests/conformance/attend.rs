@@ -45,8 +45,7 @@ pub fn cases(c: &mut Cases) {
         heads(128, 1, 16, 128),
         heads(96, 2, 3, 96),
         heads(80, 1, 4, 16),
-        heads(256, 1, 16, 256),
-        heads(256, 2, 2, 64),
+        heads(256, 1, 16, 64),
     ];
     for h in set {
         for (mix, seqs) in PREFILL.iter().chain(DECODE) {

@@ -223,13 +223,14 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
     };
     let outs = reference::rope(&p, &*rig.dev)?;
     rig.check(t.act, &outs, &|dev| dev.rope(&p))?;
-    // Together with one of another width: the last head of every row, without the norm.
+    // Together with one of another width, without the norm.
     let last = rig.output(t.act, rows * d)?;
-    let from = (heads - 1) * d;
-    let tail = x.slice(from, x.len() - from);
-    let freqs = inv_freq.slice((groups - 1) * d / 2, d / 2);
+    let values = rig.normal(rows * d, 1.0);
+    let tail = rig.input(t.act, &values)?;
+    let freqs = rig.input(DType::F32, &freq[..d / 2])?;
     let one = Rope {
         x: &tail,
+        x_stride: d,
         inv_freq: &freqs,
         heads_per_freq: 1,
         norm: None,
