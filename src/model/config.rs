@@ -52,7 +52,7 @@ pub enum RopeScaling {
     ///
     /// The reference implementation changes the frequencies with the length of each call, which no cache of rotated
     /// keys can follow, and which lets a sequence's answer depend on its batch. Here the longest text that an engine
-    /// may hold decides once, for all its sequences ([`ModelConfig::settle`]).
+    /// may hold decides once, for all its sequences (`ModelConfig::settle`).
     Long {
         /// Divisors within the original context, length `head_dim / 2`.
         short: Vec<f32>,

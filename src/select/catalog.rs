@@ -13,7 +13,7 @@ pub struct MethodInfo {
     pub variant: Variant,
 }
 
-/// Base of a [`MethodSpec`].
+/// Base of a [`MethodSpec`](super::MethodSpec).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Variant {

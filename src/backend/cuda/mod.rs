@@ -1,11 +1,14 @@
 //! NVIDIA GPUs through the driver API: compute capability 8.0 and newer.
 //!
 //! One stream; kernels come from `kernels/<op>.cu`, embedded as machine code or compiled at first use
-//! ([`nvrtc`]). Everything that varies inside a step is read from device memory by the kernels; grids are
-//! sized from the bounds in the parameter structs. Environment variables: `LONGSIGHT_CUBLAS=off` keeps
-//! cuBLASLt out, `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel ([`replay`]), `LONGSIGHT_CUDA_OVERLAP=off` places no
-//! block of a kernel before the kernel before has ended, `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of
-//! older GPUs ([`hopper`]), `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
+//! (`nvrtc.rs`). Everything that varies inside a step is read from device memory by the kernels; grids are
+//! sized from the bounds in the parameter structs. Environment variables:
+//!
+//! * `LONGSIGHT_CUBLAS=off` keeps cuBLASLt out;
+//! * `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel (`replay.rs`);
+//! * `LONGSIGHT_CUDA_OVERLAP=off` places no block of a kernel before the kernel before has ended (`launch.rs`);
+//! * `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of older GPUs (`hopper.rs`);
+//! * `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
 mod attend;

@@ -58,12 +58,12 @@ pub enum HeadPool {
 }
 
 impl HeadPool {
-    /// Can be pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`] after it.
+    /// Can be pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`](super::PoolScores) after it.
     pub const fn in_score(self) -> bool {
         matches!(self, HeadPool::SumLogit | HeadPool::MaxLogit)
     }
 
-    /// Pooled by [`PoolScores`], after a softmax per query head.
+    /// Pooled by [`PoolScores`](super::PoolScores), after a softmax per query head.
     pub const fn softmax(self) -> bool {
         matches!(
             self,
