@@ -2,7 +2,8 @@
 
 use super::{PageAllocator, PageError, PageTable};
 use crate::backend::{
-    Backend, DType, Int8Keys, KvPool, PAGE, Result, Summaries, SummaryKind, Tensor, key_stats_len,
+    Backend, CompactSlice, DType, Int8Keys, KeyStats, KvAppend, KvPool, KvSummaries, PAGE, Result,
+    Seqs, Summaries, SummaryKind, Tensor, key_stats_len,
 };
 
 /// Sizes of a cache.
@@ -159,6 +160,42 @@ impl KvCache {
     /// Layer `l`'s running sums of the values, likewise; the first `head_dim` of a head are the sums themselves.
     pub fn value_stats(&self, l: usize) -> Option<&Tensor> {
         self.layers[l].value_stats.as_ref()
+    }
+
+    /// Writes a step's keys and values into layer `l`, and what the cache keeps of them besides: `k` and `v` are tensors
+    /// with the elements between their rows, `slice` a compact slice that a method keeps.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub(crate) fn append(
+        &self,
+        b: &dyn Backend,
+        l: usize,
+        seqs: Seqs<'_>,
+        [k, v]: [(&Tensor, usize); 2],
+        slice: Option<CompactSlice<'_>>,
+    ) -> Result<()> {
+        let (cache, slots) = (self.pool(l), self.shape.slots);
+        b.kv_append(&KvAppend {
+            k: k.0,
+            k_stride: k.1,
+            v: v.0,
+            v_stride: v.1,
+            seqs,
+            cache,
+            int8: self.int8(l),
+            slice,
+        })?;
+        if let Some(stats) = self.stats(l) {
+            b.key_stats(&KeyStats { seqs, cache, stats, slots })?;
+        }
+        if let Some(stats) = self.value_stats(l) {
+            b.key_stats(&KeyStats { seqs, cache: cache.of_values(), stats, slots })?;
+        }
+        for summaries in self.summaries(l) {
+            b.kv_summaries(&KvSummaries { seqs, cache, summaries })?;
+        }
+        Ok(())
     }
 
     /// Makes room for `n` tokens of a sequence, copying a shared last page where needed.

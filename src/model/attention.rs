@@ -8,9 +8,7 @@ use super::prefill::{Tiles, for_prompts, prefill, room, tilings};
 use super::probe::Probe;
 use super::step::{Cut, GroupSeqs, Step, StepSeq, Tiling};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{
-    Backend, DType, HeadPool, KeyStats, KvAppend, KvSummaries, Result, Seqs, Tensor,
-};
+use crate::backend::{Backend, DType, HeadPool, Result, Seqs, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
     Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection,
@@ -190,27 +188,9 @@ impl Attention {
         let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
         let v_start = (shape.heads + shape.kv_heads) * shape.head_dim;
         let v = ws.qkv.slice(v_start, ws.qkv.len() - v_start);
-        b.kv_append(&KvAppend {
-            k: &ws.k,
-            k_stride: shape.kv_heads * shape.head_dim,
-            v: &v,
-            v_stride: width,
-            seqs: all.seqs(),
-            cache: pool,
-            int8: cache.int8(l),
-            slice: self.selectors[l].as_ref().and_then(|s| s.slice()),
-        })?;
-        if let Some(stats) = cache.stats(l) {
-            let slots = cache.shape().slots;
-            b.key_stats(&KeyStats { seqs: all.seqs(), cache: pool, stats, slots })?;
-        }
-        if let Some(stats) = cache.value_stats(l) {
-            let (slots, cache) = (cache.shape().slots, pool.of_values());
-            b.key_stats(&KeyStats { seqs: all.seqs(), cache, stats, slots })?;
-        }
-        for summaries in cache.summaries(l) {
-            b.kv_summaries(&KvSummaries { seqs: all.seqs(), cache: pool, summaries })?;
-        }
+        let slice = self.selectors[l].as_ref().and_then(|s| s.slice());
+        let k = (&ws.k, shape.kv_heads * shape.head_dim);
+        cache.append(b, l, all.seqs(), [k, (&v, width)], slice)?;
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
         let p = &self.plan.layers[l];
@@ -222,10 +202,9 @@ impl Attention {
             method: self.plan.method.clone(),
             reason: format!("there is no {what}"),
         };
-        let everybody = GroupSeqs::new(step, step.all);
         let cx = LayerContext {
             backend: b,
-            seqs: everybody.seqs(),
+            seqs: all.seqs(),
             cache: pool,
             int8: cache.int8(l),
             stats: cache.stats(l),

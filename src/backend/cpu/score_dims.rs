@@ -219,6 +219,13 @@ impl<T: Lane> Keys for Lead<'_, T> {
     }
 }
 
+/// Multiplies the sums of every row of `stride` by their keys' scales.
+fn scale_rows(out: &mut [f32], stride: usize, scale: &[f32]) {
+    for out in out.chunks_exact_mut(stride) {
+        out.iter_mut().zip(scale).for_each(|(s, scale)| *s *= scale);
+    }
+}
+
 /// The int8 copy: the scale of a row multiplies its sum.
 struct Int8<'a> {
     data: &'a [i8],
@@ -240,10 +247,7 @@ impl Keys for Int8<'_> {
         let row = tile(at.pages[first / PAGE], at.kv_head, at.kv_heads, 1);
         let rows = strided(row * self.dims, self.dims, count);
         simd::dot_rows(q, self.n, q.len() / self.n, self.n, self.data, &rows, out, stride, false);
-        let scale = &self.scale[row..row + count];
-        for out in out.chunks_exact_mut(stride) {
-            out.iter_mut().zip(scale).for_each(|(s, scale)| *s *= scale);
-        }
+        scale_rows(out, stride, &self.scale[row..row + count]);
     }
 }
 
@@ -303,10 +307,7 @@ impl Keys for Quantised<'_> {
                 simd::dot_rows(q, n, q.len() / n, n, &numbers, &rows, out, stride, false);
             }
         }
-        let scale = &self.scale[row..row + count];
-        for out in out.chunks_exact_mut(stride) {
-            out.iter_mut().zip(scale).for_each(|(s, scale)| *s *= scale);
-        }
+        scale_rows(out, stride, &self.scale[row..row + count]);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::AttentionBench;
 use super::check;
-use crate::backend::{Backend, DType, KeyStats, KvAppend, KvSummaries, PAGE, Result, Seqs, Tensor};
+use crate::backend::{Backend, DType, PAGE, Result, Tensor};
 use crate::bench::Summary;
 use crate::bench::kernels::Check;
 use crate::bench::random::{Random, Values};
@@ -90,35 +90,10 @@ impl<'a> Rig<'a> {
         Ok(rig)
     }
 
-    fn append(&self, layer: usize, values: &Tensor, seqs: Seqs<'_>) -> Result<()> {
-        let (b, o, cache) = (self.b, self.o, self.cache.pool(layer));
-        let stride = o.kv_heads * o.head_dim;
-        b.kv_append(&KvAppend {
-            k: &self.ws.k,
-            k_stride: stride,
-            v: values,
-            v_stride: stride,
-            seqs,
-            cache,
-            int8: self.cache.int8(layer),
-            slice: None,
-        })?;
-        let slots = self.batch;
-        if let Some(stats) = self.cache.stats(layer) {
-            b.key_stats(&KeyStats { seqs, cache, stats, slots })?;
-        }
-        if let Some(stats) = self.cache.value_stats(layer) {
-            b.key_stats(&KeyStats { seqs, cache: cache.of_values(), stats, slots })?;
-        }
-        for summaries in self.cache.summaries(layer) {
-            b.kv_summaries(&KvSummaries { seqs, cache, summaries })?;
-        }
-        Ok(())
-    }
-
     /// Appends random rows to every sequence, up to the depth.
     fn fill(&mut self, pool: usize, random: &mut Random) -> Result<()> {
         let values = self.b.alloc(self.ws.k.dtype(), self.ws.k.len(), "values")?;
+        let rows = [&self.ws.k, &values].map(|t| (t, self.o.kv_heads * self.o.head_dim));
         let tokens = vec![0; CHUNK];
         let depth = self.o.depth;
         let pages = pages_for(depth);
@@ -137,7 +112,7 @@ impl<'a> Rig<'a> {
                 }
                 let step = Step::upload(self.b, &buffer, &[seq], depth, &[], &[])?;
                 let group = GroupSeqs::new(&step, step.all);
-                self.append(pool, &values, group.seqs())?;
+                self.cache.append(self.b, pool, group.seqs(), rows, None)?;
             }
         }
         self.b.sync()

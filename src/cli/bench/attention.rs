@@ -1,6 +1,6 @@
 //! `longsight bench attention`.
 
-use super::{ReportArgs, origin, percent};
+use super::{ReportArgs, origin, percent, refuse_wrong, with_bar};
 use crate::backend::{DType, open};
 use crate::bench::attention::{AttentionBench, AttentionReport};
 use crate::cli::args::read_plans;
@@ -88,14 +88,7 @@ pub fn run(a: AttentionArgs) -> Result<ExitCode> {
     bench.validate()?;
     let file = a.report.file()?;
     let device = open(&a.device)?;
-    let bar = ui::bar("measuring", "measurements", 0);
-    let report = bench.run(&*device, &mut |what, done, all| {
-        bar.set_message(what.to_owned());
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    });
-    bar.finish_and_clear();
-    let report = report?;
+    let report = with_bar(|on| bench.run(&*device, on))?;
     a.report.finish(file, &report, || table(&report))?;
     if report.rows.is_empty() {
         bail!("nothing was measured: {}", report.notes.join("; "));
@@ -104,9 +97,7 @@ pub fn run(a: AttentionArgs) -> Result<ExitCode> {
         .failures()
         .map(|r| format!("{} at batch {}: NMSE {:.2e}", r.method, r.batch, r.check.value))
         .collect();
-    if !wrong.is_empty() {
-        bail!("wrong results on {}: {}", report.environment.device.device, wrong.join("; "));
-    }
+    refuse_wrong(&report.environment, &wrong)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,11 +1,11 @@
 //! `longsight bench kernels`.
 
-use super::{ReportArgs, origin, percent};
+use super::{ReportArgs, origin, percent, refuse_wrong, with_bar};
 use crate::backend::{DType, open};
 use crate::bench::kernels::{KernelBench, KernelReport};
 use crate::cli::table::Table;
 use crate::cli::ui;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
 
@@ -77,14 +77,7 @@ pub fn run(a: KernelArgs) -> Result<ExitCode> {
     bench.validate()?;
     let file = a.report.file()?;
     let device = open(&a.device)?;
-    let bar = ui::bar("measuring", "measurements", 0);
-    let report = bench.run(&*device, &mut |what, done, all| {
-        bar.set_message(what.to_owned());
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-    });
-    bar.finish_and_clear();
-    let report = report?;
+    let report = with_bar(|on| bench.run(&*device, on))?;
     a.report.finish(file, &report, || table(&report))?;
     let wrong: Vec<String> = report
         .failures()
@@ -96,9 +89,7 @@ pub fn run(a: KernelArgs) -> Result<ExitCode> {
             )
         })
         .collect();
-    if !wrong.is_empty() {
-        bail!("wrong results on {}: {}", report.environment.device.device, wrong.join("; "));
-    }
+    refuse_wrong(&report.environment, &wrong)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -8,7 +8,7 @@ use super::args::Format;
 use super::output::OutputFile;
 use super::ui;
 use crate::bench::Environment;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::path::PathBuf;
@@ -85,6 +85,26 @@ impl ReportArgs {
         let text = if self.format == Format::Json { json } else { table() };
         Ok(ui::print(&text)?)
     }
+}
+
+/// Runs a measurement under a progress bar.
+fn with_bar<R>(measure: impl FnOnce(&mut dyn FnMut(&str, usize, usize)) -> R) -> R {
+    let bar = ui::bar("measuring", "measurements", 0);
+    let measured = measure(&mut |what, done, all| {
+        bar.set_message(what.to_owned());
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    measured
+}
+
+/// An error where results were wrong; `wrong` names each.
+fn refuse_wrong(e: &Environment, wrong: &[String]) -> Result<()> {
+    if !wrong.is_empty() {
+        bail!("wrong results on {}: {}", e.device.device, wrong.join("; "));
+    }
+    Ok(())
 }
 
 /// Two lines on where a table comes from.
