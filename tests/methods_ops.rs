@@ -93,7 +93,14 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
             let fewer = select(&l, &data.q, &spec(80));
             // Lists of blocks may end with the last, shorter block of the text.
             let Heads { query: heads, kv: kv_heads, dim: head_dim } = HEADS;
-            let model = ModelShape { model: "m", windows: &[None], heads, kv_heads, head_dim };
+            let model = ModelShape {
+                model: "m",
+                windows: &[None],
+                heads,
+                kv_heads,
+                head_dim,
+                importance: None,
+            };
             let least = match spec(80).plan(&model, 4096).unwrap().layers[0].scorer {
                 Scorer::Blocks { unit, .. } => fewer.k - unit + 1,
                 _ => 80,

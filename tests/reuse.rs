@@ -87,7 +87,8 @@ fn reference(model: &Model, spec: &MethodSpec, layers: usize) -> Engine {
     let c = shape.decoder().config();
     let windows = vec![None; layers];
     let (heads, kv_heads, head_dim) = (c.n_heads, c.n_kv_heads, c.head_dim);
-    let of = ModelShape { model: "", windows: &windows, heads, kv_heads, head_dim };
+    let of =
+        ModelShape { model: "", windows: &windows, heads, kv_heads, head_dim, importance: None };
     let inner = spec.plan(&of, CONTEXT).unwrap();
     let mut outer = inner.clone();
     for p in &mut outer.layers {

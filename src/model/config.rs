@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ModelError, Result};
 use crate::backend::{MAX_GROUP, MAX_HEAD_DIM};
+use crate::select::TrainedBlocks;
 
 /// Architectures the decoder computes. They share one block (pre-norm, rotary GQA attention,
 /// gated SiLU); what differs is in [`ModelConfig`]'s flags.
@@ -128,6 +129,10 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// q and k heads are RMS-normalised before the rotary embedding.
     pub qk_norm: bool,
+    /// NOSA: tokens have a content importance, which attention adds to their logits, and the model was trained to
+    /// attend to these blocks by it; left out where there is none, so that fingerprints of models without stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub importance: Option<TrainedBlocks>,
     /// Per layer: with `Some(w)` the query at position i sees the keys at i - w + 1 ..= i.
     pub windows: Vec<Option<usize>>,
     /// Positions the model was trained for.
@@ -146,6 +151,9 @@ const MAX_CONTEXT: usize = 1 << 31;
 
 /// Inputs of a matrix product come in units of this many.
 const UNIT: usize = 8;
+
+/// Dimensions of keys and queries that hold the content importance: two, up to what head dimensions are multiples of.
+const BIAS_DIMS: usize = UNIT;
 
 impl ModelConfig {
     /// Checks every number; `path` is the file that messages name.
@@ -195,6 +203,21 @@ impl ModelConfig {
                 self.head_dim
             ));
         }
+        if let Some(blocks) = &self.importance {
+            if self.qkv_bias || self.qk_norm {
+                return not_here("content importance beside biases or norms of heads".into());
+            }
+            if self.kv_dim() > MAX_HEAD_DIM {
+                return not_here(format!(
+                    "a head dimension of {} with content importance (up to {} run here)",
+                    self.head_dim,
+                    MAX_HEAD_DIM - BIAS_DIMS
+                ));
+            }
+            if let Some(what) = blocks.fault() {
+                return bad(what);
+            }
+        }
         for (name, width) in [("hidden size", self.hidden), ("MLP width", self.ffn)] {
             if !width.is_multiple_of(UNIT) {
                 return not_here(format!("a {name} of {width} (multiples of {UNIT} run here)"));
@@ -236,6 +259,17 @@ impl ModelConfig {
         Ok(self)
     }
 
+    /// Dimensions of a head on the device, those of the content importance included. Its keys, queries and values are
+    /// that wide, and attention divides by the root of it.
+    pub fn kv_dim(&self) -> usize {
+        self.head_dim + if self.importance.is_some() { BIAS_DIMS } else { 0 }
+    }
+
+    /// Factor of queries that gives logits the scale of the model's own head dimension.
+    pub(super) fn query_factor(&self) -> f32 {
+        (self.kv_dim() as f64 / self.head_dim as f64).sqrt() as f32
+    }
+
     /// Factor of embeddings and epsilon of the norms of a residual stream that is kept divided by its
     /// residual scale: `x / r` grows by the branches as they are, and a norm does not see the factor
     /// but for its epsilon, which shrinks by `r^2`.
@@ -247,7 +281,11 @@ impl ModelConfig {
     /// Parameters of all matrices, a tied embedding counted once.
     pub fn parameters(&self) -> u64 {
         let width = (self.n_heads + self.n_kv_heads) * 2 * self.head_dim;
-        let layer = self.hidden * (width + 3 * self.ffn);
+        let importance = match self.importance {
+            Some(_) => self.n_kv_heads * (self.n_kv_heads * self.head_dim + 1),
+            None => 0,
+        };
+        let layer = self.hidden * (width + 3 * self.ffn) + importance;
         let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
         (self.n_layers * layer + embed) as u64
     }

@@ -242,6 +242,7 @@ impl Layer {
             heads: self.heads.query,
             kv_heads: self.heads.kv,
             head_dim: self.heads.dim,
+            plain_dim: self.heads.dim,
             kv_dtype: DType::F32,
             slots: 1,
             at_once: 1,

@@ -75,7 +75,14 @@ fn select_then(
 ) -> Picked {
     let heads = l.heads;
     let Heads { query, kv: kv_heads, dim: head_dim } = heads;
-    let model = ModelShape { model: "m", windows: &[None], heads: query, kv_heads, head_dim };
+    let model = ModelShape {
+        model: "m",
+        windows: &[None],
+        heads: query,
+        kv_heads,
+        head_dim,
+        importance: None,
+    };
     let plan = &spec.plan(&model, 4096).unwrap().layers[0];
     let profile = profile::random(1, kv_heads, head_dim);
     let given = Given { profile: Some(&profile), ..Given::default() };

@@ -51,6 +51,7 @@ impl Tiny {
             tie_embeddings: tied,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
+            importance: None,
             windows: vec![None; n_layers],
             max_context: 512,
             bos: Some(256),
@@ -336,6 +337,8 @@ pub fn hf_name(weight: Weight) -> String {
         LayerWeight::Gate => "mlp.gate_proj.weight",
         LayerWeight::Up => "mlp.up_proj.weight",
         LayerWeight::Down => "mlp.down_proj.weight",
+        LayerWeight::ImportanceScale => "self_attn.A",
+        LayerWeight::Importance => "self_attn.delta.weight",
     };
     format!("model.layers.{layer}.{name}")
 }
@@ -363,6 +366,7 @@ pub fn gguf_name(weight: Weight) -> String {
         LayerWeight::Gate => "ffn_gate.weight",
         LayerWeight::Up => "ffn_up.weight",
         LayerWeight::Down => "ffn_down.weight",
+        other => panic!("{other:?} is in no GGUF file"),
     };
     format!("blk.{layer}.{name}")
 }

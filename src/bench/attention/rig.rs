@@ -24,7 +24,14 @@ pub(super) const WARM_UP: usize = 4;
 
 /// The model whose attention is measured, as plans see it.
 pub(super) fn model_shape<'a>(o: &AttentionBench, windows: &'a [Option<usize>]) -> ModelShape<'a> {
-    ModelShape { model: "", windows, heads: o.heads, kv_heads: o.kv_heads, head_dim: o.head_dim }
+    ModelShape {
+        model: "",
+        windows,
+        heads: o.heads,
+        kv_heads: o.kv_heads,
+        head_dim: o.head_dim,
+        importance: None,
+    }
 }
 
 pub(super) struct Rig<'a> {
@@ -126,6 +133,7 @@ impl<'a> Rig<'a> {
             heads: o.heads,
             kv_heads: o.kv_heads,
             head_dim: o.head_dim,
+            plain_dim: o.head_dim,
             kv_dtype: o.dtype,
             slots: self.batch,
             at_once: self.batch,

@@ -6,7 +6,7 @@ use crate::select::{KvReads, ModelShape, OPTIONS, Plan, Role, Scorer};
 
 /// 4 query heads over 2 of 64 dimensions.
 fn model(windows: &[Option<usize>]) -> ModelShape<'_> {
-    ModelShape { model: "m", windows, heads: 4, kv_heads: 2, head_dim: 64 }
+    ModelShape { model: "m", windows, heads: 4, kv_heads: 2, head_dim: 64, importance: None }
 }
 
 fn plan(name: &str) -> Plan {
