@@ -9,7 +9,9 @@ use crate::bench::random::{Random, Values};
 use crate::engine::EngineError;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{Attention, Checkpoint, GroupSeqs, ModelConfig, Step, StepSeq, Workspace};
-use crate::select::{Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError};
+use crate::select::{
+    Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError, TrainedBlocks,
+};
 
 type Outcome<T> = std::result::Result<T, SelectError>;
 
@@ -30,7 +32,8 @@ pub(super) fn model_shape<'a>(o: &AttentionBench, windows: &'a [Option<usize>]) 
         heads: o.heads,
         kv_heads: o.kv_heads,
         head_dim: o.head_dim,
-        importance: None,
+        // Plans of NOSA are made and then left out with a note: its keys are no plain ones.
+        importance: Some(TrainedBlocks::default()),
     }
 }
 
