@@ -150,10 +150,7 @@ const MAX_VOCAB: usize = 1 << 24;
 const MAX_CONTEXT: usize = 1 << 31;
 
 /// Inputs of a matrix product come in units of this many.
-const UNIT: usize = 8;
-
-/// Dimensions of keys and queries that hold the content importance: two, up to what head dimensions are multiples of.
-const BIAS_DIMS: usize = UNIT;
+pub(super) const UNIT: usize = 8;
 
 impl ModelConfig {
     /// Checks every number; `path` is the file that messages name.
@@ -203,21 +200,7 @@ impl ModelConfig {
                 self.head_dim
             ));
         }
-        if let Some(blocks) = &self.importance {
-            if self.qkv_bias || self.qk_norm {
-                return not_here("content importance beside biases or norms of heads".into());
-            }
-            if self.kv_dim() > MAX_HEAD_DIM {
-                return not_here(format!(
-                    "a head dimension of {} with content importance (up to {} run here)",
-                    self.head_dim,
-                    MAX_HEAD_DIM - BIAS_DIMS
-                ));
-            }
-            if let Some(what) = blocks.fault() {
-                return bad(what);
-            }
-        }
+        self.check_importance(path)?;
         for (name, width) in [("hidden size", self.hidden), ("MLP width", self.ffn)] {
             if !width.is_multiple_of(UNIT) {
                 return not_here(format!("a {name} of {width} (multiples of {UNIT} run here)"));
@@ -259,17 +242,6 @@ impl ModelConfig {
         Ok(self)
     }
 
-    /// Dimensions of a head on the device, those of the content importance included. Its keys, queries and values are
-    /// that wide, and attention divides by the root of it.
-    pub fn kv_dim(&self) -> usize {
-        self.head_dim + if self.importance.is_some() { BIAS_DIMS } else { 0 }
-    }
-
-    /// Factor of queries that gives logits the scale of the model's own head dimension.
-    pub(super) fn query_factor(&self) -> f32 {
-        (self.kv_dim() as f64 / self.head_dim as f64).sqrt() as f32
-    }
-
     /// Factor of embeddings and epsilon of the norms of a residual stream that is kept divided by its
     /// residual scale: `x / r` grows by the branches as they are, and a norm does not see the factor
     /// but for its epsilon, which shrinks by `r^2`.
@@ -281,11 +253,7 @@ impl ModelConfig {
     /// Parameters of all matrices, a tied embedding counted once.
     pub fn parameters(&self) -> u64 {
         let width = (self.n_heads + self.n_kv_heads) * 2 * self.head_dim;
-        let importance = match self.importance {
-            Some(_) => self.n_kv_heads * (self.n_kv_heads * self.head_dim + 1),
-            None => 0,
-        };
-        let layer = self.hidden * (width + 3 * self.ffn) + importance;
+        let layer = self.hidden * (width + 3 * self.ffn) + self.importance_parameters();
         let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
         (self.n_layers * layer + embed) as u64
     }

@@ -8,8 +8,7 @@ use super::trace::{LayerView, Observer, Stage};
 use super::workspace::{LOGIT_ROWS, Workspace};
 use super::{Checkpoint, Forecast, KeyOrder, ModelConfig};
 use crate::backend::{
-    Backend, ContentBias, DType, Embed, GatherRows, Linear, PAGE, QkNorm, Result, RmsNorm, Rope,
-    SwiGlu, Tensor,
+    Backend, DType, Embed, GatherRows, Linear, PAGE, QkNorm, Result, RmsNorm, Rope, SwiGlu, Tensor,
 };
 use crate::kv::{KvCache, pages_for};
 use crate::select::{LayerShape, SelectError};
@@ -269,8 +268,7 @@ impl Decoder {
             accumulate: false,
         })?;
         let eps = c.norm_eps as f32;
-        let part = |start: usize| ws.qkv.slice(start, ws.qkv.len() - start);
-        let k_part = part(c.n_heads * d);
+        let k_part = ws.qkv_from(c.n_heads * d);
         let (qn, kn) = w.qk_norm.as_ref().map_or((None, None), |(q, k)| (Some(q), Some(k)));
         let side = |x, norm: Option<_>, factor, out, heads| Rope {
             x,
@@ -289,20 +287,8 @@ impl Decoder {
         let q = side(&ws.qkv, qn, factor * c.query_factor(), &ws.q, c.n_heads);
         let k = side(&k_part, kn, factor, &ws.k, c.n_kv_heads);
         self.backend.rope_both([&q, &k])?;
-        let Some(weights) = &w.importance else { return Ok(()) };
-        self.backend.content_bias(&ContentBias {
-            v: &part((c.n_heads + c.n_kv_heads) * d),
-            v_stride: width,
-            delta: &weights.delta,
-            a: &weights.a,
-            q: &ws.q,
-            k: &ws.k,
-            rows,
-            heads: c.n_heads,
-            kv_heads: c.n_kv_heads,
-            head_dim: d,
-            at: c.head_dim,
-        })
+        let Some(importance) = &w.importance else { return Ok(()) };
+        importance.write(&*self.backend, c, ws, rows)
     }
 
     /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer

@@ -1,20 +1,12 @@
 //! Weights from a checkpoint to a device, in the layout that the decoder runs.
 
+use super::importance::ImportanceWeights;
 use super::key_order::source_rows;
 use super::{Checkpoint, KeyOrder, LayerWeight as L, ModelConfig, ModelError, Weight};
 use crate::backend::{Backend, BackendError, DType, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 use std::ops::Range;
-
-/// What content importance is made of, on the device.
-#[derive(Debug)]
-pub struct ImportanceWeights {
-    /// f32 `[kv_heads, kv_heads, kv_dim]`.
-    pub delta: Tensor,
-    /// f32 `[kv_heads]`.
-    pub a: Tensor,
-}
 
 /// Weights of one layer on the device. Heads are [`ModelConfig::kv_dim`] wide: rows and columns of dimensions that the
 /// checkpoint does not have are zeros.

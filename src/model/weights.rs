@@ -15,6 +15,7 @@ use super::quant::Quant;
 use super::random::{self, RandomWeights};
 use super::weights_gguf::interleaved_row;
 use super::{weights_gguf, weights_hf};
+use crate::files::hex;
 
 /// A weight of the whole model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -398,9 +399,4 @@ impl Checkpoint {
         };
         &file[place.bytes.clone()]
     }
-}
-
-/// Lower-case hex of bytes.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

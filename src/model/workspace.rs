@@ -59,6 +59,13 @@ impl Workspace {
     }
 }
 
+impl Workspace {
+    /// [`Workspace::qkv`] from an element of its first row on, for rows of a part of it.
+    pub fn qkv_from(&self, start: usize) -> Tensor {
+        self.qkv.slice(start, self.qkv.len() - start)
+    }
+}
+
 /// A buffer that is replaced by a larger one when a step needs more.
 #[derive(Debug)]
 pub struct Growing {

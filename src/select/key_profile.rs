@@ -111,5 +111,14 @@ mod tests {
         assert_eq!(q.importance, [1.0, 2.0, 4.0, 3.0]);
         assert_eq!(q.basis, [0.6, 0.8, -0.8, 0.6, 0.0, 1.0, 1.0, 0.0]);
         assert_eq!(KeyProfile::neutral(1, 2, 2).basis(0)[4..], [1.0, 0.0, 0.0, 1.0]);
+        // What is more comes last.
+        let wide = p.widened(3);
+        assert!(wide.fits(1) && p.widened(2) == p);
+        assert_eq!(wide.importance, [1.0, 2.0, 0.0, 3.0, 4.0, 0.0]);
+        assert_eq!(wide.basis[..9], [0.6, 0.8, 0.0, -0.8, 0.6, 0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(
+            KeyProfile::neutral(2, 3, 2).widened(4).basis,
+            KeyProfile::neutral(2, 3, 4).basis
+        );
     }
 }

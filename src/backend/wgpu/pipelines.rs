@@ -93,10 +93,10 @@ pub static GATHER_ROWS: Kernel =
     kernel("gather_rows", "main", GATHER_ROWS_SRC, &[(1, Read), (2, Read), (3, Write)]);
 pub static RMS_NORM: Kernel =
     kernel("rms_norm", "main", RMS_NORM_SRC, &[(1, Read), (2, Read), (3, Write)]);
-const LINEAR_BINDINGS: &[(u32, Access)] = &[(1, Read), (2, Read), (3, Read), (4, Write)];
-pub static MATVEC: Kernel = kernel("linear", "matvec", LINEAR_SRC, LINEAR_BINDINGS);
-pub static MATMUL: Kernel = kernel("linear", "matmul", LINEAR_SRC, LINEAR_BINDINGS);
-pub static MATMUL_ROWS: Kernel = kernel("linear", "matmul_rows", LINEAR_SRC, LINEAR_BINDINGS);
+const THREE_IN: &[(u32, Access)] = &[(1, Read), (2, Read), (3, Read), (4, Write)];
+pub static MATVEC: Kernel = kernel("linear", "matvec", LINEAR_SRC, THREE_IN);
+pub static MATMUL: Kernel = kernel("linear", "matmul", LINEAR_SRC, THREE_IN);
+pub static MATMUL_ROWS: Kernel = kernel("linear", "matmul_rows", LINEAR_SRC, THREE_IN);
 pub static ROPE: Kernel =
     kernel("rope", "main", ROPE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)]);
 pub static SWIGLU: Kernel = kernel("swiglu", "main", SWIGLU_SRC, &[(1, Read), (2, Write)]);
@@ -225,12 +225,7 @@ pub static HOLD_LISTS: Kernel = kernel(
     HOLD_LISTS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write), (6, Write), (7, Write)],
 );
-pub static FORCE_BLOCKS: Kernel = kernel(
-    "force_blocks",
-    "main",
-    FORCE_BLOCKS_SRC,
-    &[(1, Read), (2, Read), (3, Read), (4, Write)],
-);
+pub static FORCE_BLOCKS: Kernel = kernel("force_blocks", "main", FORCE_BLOCKS_SRC, THREE_IN);
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =
     kernel("force", "listed", FORCE_SRC, &[(1, Read), (2, Write), (3, Read), (4, Read)]);
