@@ -8,6 +8,7 @@ mod attend;
 mod blocks;
 mod dense;
 mod dims;
+mod force;
 mod hold_lists;
 mod kv;
 mod mean_value;
@@ -25,6 +26,8 @@ pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summarie
 pub(crate) use dense::check_gated;
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
 pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
+pub use force::Force;
+pub(crate) use force::check_forced;
 pub use hold_lists::{HELD_WORDS, HoldLists};
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
@@ -33,7 +36,7 @@ pub use mean_value::MeanValue;
 pub use pool_scores::PoolScores;
 pub use project::Project;
 pub use quantise_keys::{QuantiseKeys, QuantisedSlice, SliceBits};
-pub use score::{Among, Force, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
+pub use score::{Among, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};
 pub use score_rows::ScoreRows;
 pub use score_tiles::ScoreTiles;
 pub use trim_scores::{Trim, TrimScores};
