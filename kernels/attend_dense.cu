@@ -158,7 +158,7 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
 }
 
 #define MMA(T, D)                                                                               \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, DECODE_BLOCKS)     \
+    extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
         attend_decode_##T##_d##D(AttendArgs a) {                                                \
         depend();                                                                               \
         decode<T, D>(a, DensePairs{a});                                                         \

@@ -176,7 +176,7 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
 }
 
 #define MMA(T, D)                                                                            \
-    extern "C" __global__ void __launch_bounds__(DecodeShape<D>::warps * 32, DECODE_BLOCKS)  \
+    extern "C" __global__ void DECODE_BOUNDS(D)                                                 \
         attend_rows_##T##_d##D(AttendArgs a) {                                               \
         depend();                                                                            \
         decode<T, D>(a, ListPairs(a));                                                       \

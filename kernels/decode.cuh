@@ -12,21 +12,26 @@
 #pragma once
 #include "flash.cuh"
 
-// Blocks that a multiprocessor holds, as far as registers go: shared memory leaves older GPUs two.
+// Blocks that a multiprocessor holds, as far as registers go: shared memory leaves older GPUs two. Instead of them it may
+// hold one of twice the warps, which leaves fewer parts to merge (parts.rs).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define DECODE_BLOCKS 2
 #else
 #define DECODE_BLOCKS 3
 #endif
+#define DECODE_BOUNDS(D) __launch_bounds__(DecodeShape<D>::warps * 32 * DECODE_BLOCKS, 1)
 
 template <int D> struct DecodeShape {
-    static const int warps = D > 128 ? 2 : 4;
+    static const int warps = D > 128 ? 2 : 4;  // of a narrow block
     static const int stages = D <= 64 ? 4 : 2;
     static const int row = Padded<D>::value;
     static const int tile = 16 * row;  // elements of one K or V tile
     static const int ring = stages * 2 * tile;  // elements of one warp's ring
-    static const int round = 16 * warps;  // keys that a block reads at a time
 };
+
+// Warps of this block, and keys that it reads at a time.
+DEVICE u32 decode_warps() { return blockDim.x >> 5; }
+DEVICE u32 decode_round() { return 16 * decode_warps(); }
 
 // The query heads [head0, head0 + g) of a sequence, and the KV head that they read.
 struct Heads {
@@ -51,14 +56,13 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     const u32 chunks = D / 8, g = heads.g, kvh = heads.kvh;
 
     // Lane l looks up key l % 16 of the warp's tile t. ~0 marks a key that is not there.
-    const u32 first = keys.begin() + warp * 16 + (lane & 15), end = keys.end();
+    const u32 first = keys.begin() + warp * 16 + (lane & 15), end = keys.end(), stride = decode_round();
     auto token = [&](u32 t) {
-        u32 i = first + t * (16 * Shape::warps);
+        u32 i = first + t * stride;
         return i < end ? keys.token(i) : ~0u;
     };
     auto locate = [&](u32 tok) { return tok < seq.kv_len ? a.pool.row(seq, kvh, tok) : ~0u; };
     u32 span = keys.end() - keys.begin(), skip = warp * 16;
-    const u32 stride = 16 * Shape::warps;
     u32 tiles = span > skip ? (span - skip + stride - 1) / stride : 0;
 
     u64 masks = 0;  // 16 validity bits per stage
@@ -119,7 +123,7 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     __syncthreads();
 
     // Merge of the warps: tops and sums, then outputs, [warp][16][D] f32 over the rings.
-    const int W = Shape::warps;
+    const u32 W = decode_warps();
     float* tops = (float*)shared4;
     float* sums = tops + W * 16;
     float* part = sums + W * 16;
@@ -138,11 +142,9 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     for (u32 i = threadIdx.x; i < g * D; i += blockDim.x) {
         u32 h = i / D;
         float top = NEG_INF, sum = 0.0f, acc = 0.0f;
-#pragma unroll
-        for (int w = 0; w < W; w++) top = fmaxf(top, tops[w * 16 + h]);
+        for (u32 w = 0; w < W; w++) top = fmaxf(top, tops[w * 16 + h]);
         float shift = top == NEG_INF ? 0.0f : top;
-#pragma unroll
-        for (int w = 0; w < W; w++) {
+        for (u32 w = 0; w < W; w++) {
             float f = exp2_fast(tops[w * 16 + h] - shift);
             sum += f * sums[w * 16 + h];
             acc += f * part[w * 16 * D + i];
@@ -285,7 +287,7 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
 
 // Everything that a block does.
 template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, const Source& source) {
-    const u32 round = DecodeShape<D>::round;
+    const u32 round = decode_round();
     if (a.splits > 1) {
         u32 pair = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
         Seq seq = source.seq(pair);

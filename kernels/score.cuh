@@ -40,32 +40,39 @@ DEVICE float query(const ScoreArgs& a, u64 i) {
     return a.q_type == 1 ? to_f32(((const f16*)a.q)[i]) : to_f32(((const bf16*)a.q)[i]);
 }
 
+// Value `i` of the query at `src` as the keys' dimensions are listed (`dims`, or null for the leading ones).
+DEVICE float query_of(const ScoreArgs& a, const u32* dims, u64 src, u32 i) {
+    u32 dim = dims ? dims[i] : i;
+    return dim < a.pool.head_dim ? query(a, src + dim) : 0.0f;
+}
+
+// c_h of the head whose query starts at `src`, by a warp.
+DEVICE float head_scale(const ScoreArgs& a, const u32* dims, u64 src) {
+    u32 d = a.pool.head_dim, lane = threadIdx.x & 31;
+    if (!a.coverage) return 1.0f / sqrtf((float)d);
+    float all = 0.0f, chosen = 0.0f;
+    for (u32 i = lane; i < d; i += 32) all += fabsf(query(a, src + i));
+    for (u32 i = lane; i < a.n; i += 32) chosen += fabsf(query_of(a, dims, src, i));
+    all = warp_sum(all);
+    chosen = warp_sum(chosen);
+    return chosen > 0.0f ? 1.0f / sqrtf((float)d * (chosen / all)) : 0.0f;
+}
+
 // Query values of heads [head0, head0 + g) in shared memory, scaled: [heads or 1][n].
 DEVICE void load_query(const ScoreArgs& a, const Seq& seq, u32 kvh, u32 head0, u32 g, float* q,
                        float* c) {
-    u32 d = a.pool.head_dim, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    u32 d = a.pool.head_dim, warp = threadIdx.x >> 5;
     u64 src = ((u64)seq.q_start * a.heads + head0) * d;
-    bool listed = a.source >= SLICE;
-    const u32* dims = a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * a.n;
+    const u32* dims = a.source >= SLICE ? a.dims + ((u64)seq.slot * a.pool.kv_heads + kvh) * a.n : nullptr;
     for (u32 h = warp; h < g; h += blockDim.x >> 5) {
-        float all = 0.0f, chosen = 0.0f;
-        for (u32 i = lane; i < d; i += 32) all += fabsf(query(a, src + h * d + i));
-        for (u32 i = lane; i < a.n; i += 32) {
-            u32 dim = listed ? dims[i] : i;
-            chosen += dim < d ? fabsf(query(a, src + h * d + dim)) : 0.0f;
-        }
-        all = warp_sum(all);
-        chosen = warp_sum(chosen);
-        float scale = 1.0f / sqrtf((float)d);
-        if (a.coverage) scale = chosen > 0.0f ? 1.0f / sqrtf((float)d * (chosen / all)) : 0.0f;
-        if (lane == 0) c[h] = scale;
+        float scale = head_scale(a, dims, src + h * d);
+        if ((threadIdx.x & 31) == 0) c[h] = scale;
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < a.n; i += blockDim.x) {
-        u32 dim = listed ? dims[i] : i;
         float sum = 0.0f;
         for (u32 h = 0; h < g; h++) {
-            float x = dim < d ? query(a, src + h * d + dim) * c[h] : 0.0f;
+            float x = query_of(a, dims, src + h * d, i) * c[h];
             if (a.pool_mode == POOL_SUM) sum += x;
             else q[h * a.n + i] = x;
         }

@@ -2,12 +2,14 @@
 //   s_{h,j} = c_h * sum_{i in D} q_{h,i} K[j, i],
 // for the group's heads, pooled over them (sum, max) or not.
 //
-// Plan: see score.cuh; grid (token blocks, KV heads, sequences), a row of scores per token.
+// Plan: see score_mma.cuh for 16-bit queries and a multiple of 32 dimensions, score.cuh for the rest; grid (token
+// blocks, KV heads, sequences), a row of scores per token.
 // Bytes: kv_len * n * element + 4 * kv_len per output row.
-#include "score.cuh"
+#include "score_mma.cuh"
 
 // Every cached token in order.
 struct Tokens {
+    static const bool in_order = true;
     u32 n;
     DEVICE u32 count() const { return n; }
     DEVICE u32 token(u32 i) const { return i; }
@@ -45,3 +47,30 @@ SOURCES(bf16)
 GROUPS(i8, int8, INT8)
 GROUPS(i8, slice8, SLICE8)
 GROUPS(i8, slice4, SLICE4)
+
+// NC times 32 dimensions, NT times 8 heads.
+template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void score_all_mma(const ScoreArgs& a) {
+    Seq seq = a.seqs.get(blockIdx.z);
+    if (seq.q_len == 0) return;
+    score_mma<K, SOURCE, NC, NT, ROWS>(a, seq, a.pool.kv_heads, Tokens{seq.kv_len});
+}
+#define MMA(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT)                                                             \
+    extern "C" __global__ void __launch_bounds__(128, RESIDENT) score_dims_##NAME##_c##NC##_t##NT(ScoreArgs a) { \
+        depend();                                                                                                \
+        score_all_mma<K, SOURCE, NC, NT, ROWS>(a);                                                               \
+    }
+// ROWS1, RESIDENT1: rows of a quad and blocks on a multiprocessor where a row is one piece.
+#define MMA_ALL(K, NAME, SOURCE, ROWS1, RESIDENT1) \
+    MMA(K, NAME, SOURCE, 1, 1, ROWS1, RESIDENT1)   \
+    MMA(K, NAME, SOURCE, 2, 1, 4, 6)               \
+    MMA(K, NAME, SOURCE, 4, 1, 4, 4)               \
+    MMA(K, NAME, SOURCE, 1, 2, 4, 6)               \
+    MMA(K, NAME, SOURCE, 2, 2, 4, 4)               \
+    MMA(K, NAME, SOURCE, 4, 2, 4, 3)
+MMA_ALL(f16, f16_lead, LEAD, 4, 10)
+MMA_ALL(f16, f16_slice, SLICE, 4, 10)
+MMA_ALL(bf16, bf16_lead, LEAD, 4, 10)
+MMA_ALL(bf16, bf16_slice, SLICE, 4, 10)
+MMA_ALL(i8, int8, INT8, 8, 8)
+MMA_ALL(i8, slice8, SLICE8, 4, 8)
+MMA_ALL(i8, slice4, SLICE4, 4, 8)

@@ -107,7 +107,12 @@ pub trait Backend: Send + Sync {
         f();
         Ok(())
     }
-    /// How many calls of [`Backend::replayable`] were replayed so far.
+    /// Inside [`Backend::replayable`] a place where what was recorded so far may begin to run, while the rest is still
+    /// being recorded. Calls must come at the same places every time.
+    fn advance(&self) -> Result<()> {
+        Ok(())
+    }
+    /// How many parts of calls of [`Backend::replayable`] were replayed so far.
     fn replayed(&self) -> u64 {
         0
     }

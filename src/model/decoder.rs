@@ -210,6 +210,7 @@ impl Decoder {
                 self.output(w, step.rows)?;
                 show(l, Stage::Attended)?;
                 self.mlp(w, step.rows)?;
+                b.advance()?;
             }
             Ok(())
         };

@@ -84,12 +84,11 @@ pub(super) const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
 const PREFILL_VECTORS: usize = 64;
 const GENERIC_VECTORS: usize = 16;
 
-/// `DecodeShape` of `decode.cuh`: warps, and bytes of shared memory.
-fn decode_shape(d: usize) -> (usize, usize) {
-    let warps = if d > 128 { 2 } else { 4 };
+/// `DecodeShape` of `decode.cuh`.
+fn decode_block(d: usize) -> parts::Block {
     let stages = if d <= 64 { 4 } else { 2 };
     let tile = 16 * (d + 8) * 2;
-    (warps, tile + warps * stages * 2 * tile)
+    parts::Block { warps: if d > 128 { 2 } else { 4 }, tile, ring: stages * 2 * tile }
 }
 
 /// Shared memory of `prefill.cuh`: queries, and two stages of K and V tiles.
@@ -122,21 +121,22 @@ impl CudaBackend {
         (pairs, keys): (usize, usize),
         mut args: AttendArgs,
     ) -> Result<()> {
-        let (warps, shared) = decode_shape(d);
-        let shape = |blocks: usize| Shape::new([blocks, 1, 1], warps * 32).shared(shared);
+        let block = decode_block(d);
+        let shape = |blocks: usize, times: usize| {
+            Shape::new([blocks, 1, 1], times * block.warps * 32).shared(block.shared(times))
+        };
         if args.splits > 1 {
             let blocks = pairs * args.splits as usize;
-            return self.launch(op, entry, shape(blocks), Args::new().with(args));
+            return self.launch(op, entry, shape(blocks, 1), Args::new().with(args));
         }
         if pairs * 4 > self.arrived.bytes() {
             return Err(self.unsupported(op, format!("{pairs} pairs of sequence and KV head")));
         }
-        let blocks =
-            parts::blocks(&self.limits, shared, (pairs, keys), 16 * warps, args.indices != 0);
+        let (blocks, times) = parts::blocks(&self.limits, &block, (pairs, keys), args.indices != 0);
         let scratch = self.scratch(blocks * 2 * 16 * (d + 2) * 4)?;
         args.parts = scratch.ptr;
         args.arrived = self.arrived.ptr();
-        self.launch(op, entry, shape(blocks), Args::new().with(args))
+        self.launch(op, entry, shape(blocks, times), Args::new().with(args))
     }
 
     fn attend_args(

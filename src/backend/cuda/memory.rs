@@ -1,5 +1,6 @@
 //! Device memory, pinned staging and copies.
 
+use super::clock::timed;
 use super::error::Said;
 use super::replay;
 use crate::backend::{BackendError, DType, DeviceBuffer, Result, Tensor};
@@ -226,22 +227,6 @@ impl Drop for Staging {
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
     }
-}
-
-/// Device milliseconds of what `f` records on `stream`.
-pub(super) fn timed(stream: &CudaStream, f: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
-    let event = || {
-        stream
-            .context()
-            .new_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))
-            .said("creating an event")
-    };
-    let (start, end) = (event()?, event()?);
-    start.record(stream).said("recording an event")?;
-    f()?;
-    end.record(stream).said("recording an event")?;
-    end.synchronize().said("waiting for the device")?;
-    Ok(f64::from(start.elapsed_ms(&end).said("reading a time")?))
 }
 
 /// Bytes of `len` elements, checked.

@@ -14,6 +14,7 @@ mod args;
 mod attend;
 mod blas;
 mod blocks;
+mod clock;
 mod dense;
 mod driver;
 mod error;
@@ -37,11 +38,12 @@ use super::{
     TrimScores, UnionRanks, check_copy, check_host,
 };
 use blas::Blas;
+use clock::timed;
 use cudarc::driver::{CudaContext, CudaStream, result};
 use driver::Limits;
 use error::Said;
 use launch::{Args, Kernels, Shape};
-use memory::{Memory, Staging, timed};
+use memory::{Memory, Staging};
 use replay::{Node, Replays, Runner};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -137,6 +139,7 @@ impl CudaBackend {
     /// Runs `node`, or lists it where this thread records.
     fn submit(&self, node: Node) -> Result<()> {
         let Some(node) = self.replays.listed(node) else { return Ok(()) };
+        clock::begin(&self.stream)?;
         // SAFETY: every caller builds a kernel's arguments from the struct of that kernel and from tensors that the
         // op's `check` found large enough; their memory is freed only after the stream has drained.
         unsafe { self.runner().run(&node, &self.stream) }
@@ -232,6 +235,9 @@ impl Backend for CudaBackend {
     }
     fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
         self.replays.record(self.runner(), &self.stream, f)
+    }
+    fn advance(&self) -> Result<()> {
+        self.replays.advance(self.runner(), &self.stream)
     }
     fn replayed(&self) -> u64 {
         self.replays.replayed()

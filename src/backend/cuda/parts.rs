@@ -12,20 +12,47 @@ const RESIDENT: usize = 3;
 const LEAST_KEYS: usize = 256;
 const MOST_PLANES: usize = 64;
 
-/// Blocks that share out the rounds of `round` keys of `pairs` pairs of at most `keys` keys (`decode.cuh`).
+/// Pairs up to which listed keys are read by wide blocks: what a block loses where one pair ends and another begins
+/// is the whole multiprocessor's loss there.
+const FEW_PAIRS: usize = 16;
+
+/// A block of `decode.cuh`: warps of a narrow one, bytes of the queries' tile, and of a warp's ring.
+pub(super) struct Block {
+    pub warps: usize,
+    pub tile: usize,
+    pub ring: usize,
+}
+
+impl Block {
+    /// Shared memory of a block of `times` the warps.
+    pub fn shared(&self, times: usize) -> usize {
+        self.tile + times * self.warps * self.ring
+    }
+}
+
+/// Blocks that share out `keys` keys of each of `pairs` pairs (`decode.cuh`), and how many times the warps of a narrow
+/// block they have.
 ///
-/// As many as run at once; below two rounds of listed keys a block, merging takes longer than reading.
+/// As many as run at once; below two rounds of listed keys a block, merging takes longer than reading. One wide block
+/// a multiprocessor leaves fewer parts to merge than several narrow ones.
 pub(super) fn blocks(
     l: &Limits,
-    shared: usize,
+    block: &Block,
     (pairs, keys): (usize, usize),
-    round: usize,
     listed: bool,
-) -> usize {
-    let resident = (l.shared_each / (shared + RESERVED)).clamp(1, RESIDENT);
-    let per_pair = keys.div_ceil(round).max(1);
-    let rounds = pairs * if listed { per_pair.div_ceil(2) } else { per_pair };
-    rounds.clamp(1, (l.sms * resident).min(MOST_BLOCKS))
+) -> (usize, usize) {
+    let rounds = |times: usize| {
+        let per_pair = keys.div_ceil(16 * times * block.warps).max(1);
+        pairs * if listed { per_pair.div_ceil(2) } else { per_pair }
+    };
+    let fits = block.shared(2) <= l.shared && block.shared(2) + RESERVED <= l.shared_each;
+    let enough =
+        if listed { pairs <= FEW_PAIRS && 2 * rounds(2) >= l.sms } else { rounds(2) >= l.sms };
+    if fits && enough {
+        return (rounds(2).min(l.sms).min(MOST_BLOCKS), 2);
+    }
+    let resident = (l.shared_each / (block.shared(1) + RESERVED)).clamp(1, RESIDENT);
+    (rounds(1).clamp(1, (l.sms * resident).min(MOST_BLOCKS)), 1)
 }
 
 /// Planes of results that the caller merges, for kernels that do not share keys out.
@@ -48,17 +75,26 @@ mod tests {
             cluster: 8,
             wgmma: true,
         };
-        // 164 KiB a multiprocessor hold two such blocks, 100 KiB one.
-        let of = |sms, shared_each| {
-            blocks(&Limits { sms, shared_each, ..l }, 74_000, (8, 131_072), 64, true)
+        let block = Block { warps: 4, tile: 4352, ring: 17_408 };
+        let of = |pairs, keys, listed| blocks(&l, &block, (pairs, keys), listed);
+        // A wide block a multiprocessor, also where less is listed than dense.
+        assert_eq!(of(8, 131_072, false), (132, 2));
+        assert_eq!(of(64, 32_768, false), (132, 2));
+        assert_eq!(of(8, 3276, true), (104, 2));
+        // Too few keys, or many lists: narrow ones.
+        assert_eq!(of(8, 327, true), (24, 1));
+        assert_eq!(of(1, 327, false), (6, 1));
+        assert_eq!(of(64, 3276, true), (396, 1));
+        assert_eq!(of(64, 327, true), (192, 1));
+        assert_eq!(of(1, 0, true), (1, 1));
+        // 164 KiB a multiprocessor hold a wide block, 100 KiB only a narrow one.
+        let older = |sms, shared_each, shared| {
+            let l = Limits { sms, shared_each, shared, ..l };
+            blocks(&l, &block, (8, 131_072), false)
         };
-        assert_eq!((of(108, 164 << 10), of(84, 100 << 10), of(1000, 228 << 10)), (216, 84, 512));
-        assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, false), 396);
-        assert_eq!(blocks(&l, 74_000, (8, 131_072), 64, true), 396);
-        assert_eq!(blocks(&l, 74_000, (1, 327), 64, false), 6);
-        assert_eq!(blocks(&l, 74_000, (64, 327), 64, true), 192);
-        assert_eq!(blocks(&l, 74_000, (1, 0), 64, true), 1);
-        assert_eq!(blocks(&l, 120_000, (64, 32_768), 64, true), 132);
+        assert_eq!(older(108, 164 << 10, 163 << 10), (108, 2));
+        assert_eq!(older(84, 100 << 10, 99 << 10), (84, 1));
+        assert_eq!(older(1000, 228 << 10, 227 << 10), (512, 2));
         assert_eq!(splits(&l, 4096, 4096), 1);
         assert_eq!(splits(&l, 8, 131_072), 33);
         assert_eq!(splits(&l, 8, 300), 1);

@@ -3,9 +3,11 @@
 //! While a thread records, what its ops put on the stream is only listed. At the end the list is compared with those
 //! of earlier recordings: one that came before, to the last argument, runs as a graph, which spares the driver a call
 //! per kernel and the device the gaps between them; a new one runs kernel by kernel. So a graph can never be stale: a
-//! buffer that moved or a bound that grew makes another list.
+//! buffer that moved or a bound that grew makes another list. A recording is cut into parts, each a list of its own, so
+//! that the device works on the first while the host still goes through the ops of the rest.
 
 use super::blas::{Blas, Product};
+use super::clock;
 use super::error::Said;
 use super::launch::{Args, Kernels, Shape, lock};
 use super::memory::Memory;
@@ -70,6 +72,8 @@ struct Recording {
     /// Address of the device's [`Replays`]: other devices of the thread are not recorded.
     of: usize,
     nodes: Vec<Node>,
+    /// Parts that run already.
+    parts: u32,
     /// Memory that nodes use and that another thread could free.
     keep: Vec<Arc<Memory>>,
 }
@@ -114,9 +118,11 @@ pub(super) struct Replays {
 }
 
 /// Lists that are kept.
-const MOST: usize = 32;
+const MOST: usize = 512;
 /// Shorter lists are not worth a graph.
 const LEAST: usize = 8;
+/// Nodes of a part: the device should get work soon, and a graph more is a launch more.
+const PART: [usize; 3] = [8, 24, 48];
 
 impl Replays {
     /// `LONGSIGHT_CUDA_GRAPHS=off` keeps graphs out.
@@ -129,7 +135,7 @@ impl Replays {
         })
     }
 
-    /// Recordings that ran as a graph.
+    /// Parts of recordings that ran as a graph.
     pub fn replayed(&self) -> u64 {
         self.replayed.load(Ordering::Relaxed)
     }
@@ -165,10 +171,26 @@ impl Replays {
         });
         let Some(nodes) = nodes.filter(|n| !n.is_empty()) else { return Ok(()) };
         let _turn = lock(runner.scratch);
+        clock::begin(stream)?;
         run_all(runner, &nodes, stream)
     }
 
-    /// Lists what `f` does and runs it, unless `f` answers false.
+    /// Runs what this thread has listed so far if that is enough for a part. No op of this thread is under way.
+    pub fn advance(&self, runner: Runner<'_>, stream: &CudaStream) -> Result<()> {
+        let part = RECORDING.with_borrow_mut(|r| {
+            let r = r.as_mut().filter(|r| r.of == self.id())?;
+            let enough = PART[(r.parts as usize).min(PART.len() - 1)];
+            (r.nodes.len() >= enough).then(|| {
+                r.parts += 1;
+                std::mem::take(&mut r.nodes)
+            })
+        });
+        let Some(nodes) = part else { return Ok(()) };
+        let _turn = lock(runner.scratch);
+        self.run(runner, &nodes, stream)
+    }
+
+    /// Lists what `f` does and runs it, the rest of it not where `f` answers false.
     pub fn record(
         &self,
         runner: Runner<'_>,
@@ -181,7 +203,7 @@ impl Replays {
             return Ok(());
         }
         let (of, nodes, keep) = (self.id(), Vec::new(), Vec::new());
-        RECORDING.set(Some(Recording { of, nodes, keep }));
+        RECORDING.set(Some(Recording { of, nodes, parts: 0, keep }));
         let end = End;
         let go_on = f();
         let taken = RECORDING.take();
@@ -198,6 +220,7 @@ impl Replays {
 
     fn run(&self, runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {
         if nodes.len() < LEAST {
+            clock::begin(stream)?;
             return run_all(runner, nodes, stream);
         }
         let mut hasher = DefaultHasher::new();
@@ -215,6 +238,7 @@ impl Replays {
             }
             known.push(Known { hash, nodes: nodes.to_vec(), graph: None, tried: false, used: now });
             drop(known);
+            clock::begin(stream)?;
             return run_all(runner, nodes, stream);
         };
         k.used = now;
@@ -223,6 +247,7 @@ impl Replays {
             k.tried = true;
             k.graph = self.captured(runner, nodes).ok().flatten();
         }
+        clock::begin(stream)?;
         let Some(graph) = &k.graph else { return run_all(runner, nodes, stream) };
         stream.context().bind_to_thread().said("binding the context")?;
         // SAFETY: the graph is live; its nodes are those just listed, whose memory is live.

@@ -59,8 +59,48 @@ struct TopKArgs {
 
 /// Scores of a block of `pool_lse`.
 const LSE_CHUNK: usize = 4096;
-/// Query heads that a kernel instance keeps sums for, and the rows a thread handles at a time.
+/// Query heads that an instance of `score` keeps sums for, and the rows a thread handles at a time.
 const GROUPS: [(usize, usize); 4] = [(1, 4), (4, 4), (8, 4), (16, 2)];
+/// `source` of [`ScoreArgs`] that gathers listed dimensions.
+const GATHER: u32 = 3;
+
+/// A kernel instance: the end of its name, rows that four threads handle at a time, blocks on a multiprocessor.
+#[derive(Debug, PartialEq, Eq)]
+struct Kernel {
+    suffix: String,
+    rows: usize,
+    resident: usize,
+}
+
+/// The instance for `heads` query heads of `act` that share `n` dimensions of keys; `None` for too many heads.
+///
+/// On tensor cores (`score_mma.cuh`) where the query has 16 bits, the keys as many or 8, and the dimensions are a
+/// multiple of 32 that there is an instance for.
+fn kernel(
+    op: &str,
+    (act, keys): (DType, DType),
+    pool: HeadPool,
+    heads: usize,
+    (n, source): (usize, u32),
+) -> Option<Kernel> {
+    let wide = act != DType::F32 && (keys == act || keys == DType::I8) && source != GATHER;
+    if wide && heads <= 16 && matches!(n, 32 | 64 | 128) {
+        let (pieces, tiles) = (n / 32, heads.div_ceil(8));
+        let (rows, resident) = match (pieces, tiles) {
+            (1, 1) if op == "score_rows" => (4, 8),
+            (1, 1) if source == 1 => (8, 8),
+            (1, 1) if keys == DType::I8 => (4, 8),
+            (1, 1) => (4, 10),
+            (2, 1) | (1, 2) => (4, 6),
+            (4, 2) => (4, 3),
+            _ => (4, 4),
+        };
+        return Some(Kernel { suffix: format!("c{pieces}_t{tiles}"), rows, resident });
+    }
+    let sums = if pool == HeadPool::SumLogit { 1 } else { heads };
+    let (g, rows) = GROUPS.into_iter().find(|(g, _)| *g >= sums)?;
+    Some(Kernel { suffix: format!("g{g}"), rows, resident: if g == 1 { 8 } else { 5 } })
+}
 
 /// What the activations, the pool and the scale set.
 fn how(act: DType, pool: HeadPool, scale: LogitScale) -> ScoreArgs {
@@ -120,7 +160,7 @@ impl CudaBackend {
             }
             ScoreSource::Gather { dims, n } => {
                 args.dims = self.ptr(OP, dims)?;
-                args.source = 3;
+                args.source = GATHER;
                 (*n, 0, format!("{kv}_gather"))
             }
         };
@@ -131,32 +171,30 @@ impl CudaBackend {
             return Err(self.unsupported(OP, format!("{act} queries over a {kv} cache")));
         }
         let kv_heads = p.cache.kv_heads;
-        let (g, shape) =
-            self.score_shape(OP, p.pool, p.heads / kv_heads, [p.seqs.max_kv, kv_heads, p.seqs.n])?;
-        self.launch(OP, &format!("score_dims_{element}_g{g}"), shape, Args::new().with(args))
+        let keys = if integers { DType::I8 } else { kv };
+        let kind = kernel(OP, (act, keys), p.pool, p.heads / kv_heads, (n, args.source))
+            .ok_or_else(|| {
+                self.unsupported(OP, format!("groups of {} heads", p.heads / kv_heads))
+            })?;
+        let shape = self.score_shape(&kind, [p.seqs.max_kv, kv_heads, p.seqs.n]);
+        self.launch(
+            OP,
+            &format!("score_dims_{element}_{}", kind.suffix),
+            shape,
+            Args::new().with(args),
+        )
     }
 
-    /// Heads that the kernel instance keeps sums for, and the launch over `[keys, parts, sequences]`, each part
-    /// being `heads` query heads.
-    fn score_shape(
-        &self,
-        op: &'static str,
-        pool: HeadPool,
-        heads: usize,
-        [keys, parts, n]: [usize; 3],
-    ) -> Result<(usize, Shape)> {
+    /// The launch over `[keys, parts, sequences]`.
+    fn score_shape(&self, kernel: &Kernel, [keys, parts, n]: [usize; 3]) -> Shape {
         const BLOCK: usize = 128;
         const MOST_TILES: usize = 16;
-        let sums = if pool == HeadPool::SumLogit { 1 } else { heads };
-        let Some((g, rows)) = GROUPS.into_iter().find(|(g, _)| *g >= sums) else {
-            return Err(self.unsupported(op, format!("groups of {heads} heads")));
-        };
         // All blocks at once where that leaves each a few tiles; more tiles a block would leave the last ones waiting.
-        let resident = self.limits.sms * if g == 1 { 8 } else { 5 };
-        let tiles = keys.div_ceil(BLOCK / 4 * rows);
+        let resident = self.limits.sms * kernel.resident;
+        let tiles = keys.div_ceil(BLOCK / 4 * kernel.rows);
         let each = (tiles * parts * n).div_ceil(resident).clamp(1, MOST_TILES);
         let blocks = tiles.div_ceil(each);
-        Ok((g, Shape::new([blocks, parts, n], BLOCK)))
+        Shape::new([blocks, parts, n], BLOCK)
     }
 
     pub(super) fn score_rows_op(&self, p: &ScoreRows<'_>) -> Result<()> {
@@ -176,7 +214,7 @@ impl CudaBackend {
             stride: p.stride as u64,
             n: word(OP, "n", n)?,
             heads: word(OP, "heads", p.heads)?,
-            source: if dims.is_some() { 3 } else { 0 },
+            source: if dims.is_some() { GATHER } else { 0 },
             indices: self.ptr(OP, p.among.indices)?,
             counts: self.ptr(OP, p.among.counts)?,
             lists: word(OP, "lists", p.lists)?,
@@ -184,10 +222,11 @@ impl CudaBackend {
             ..how(act, p.pool, p.scale)
         };
         let parts = p.parts_per_seq();
-        let over = [p.among.k, parts, p.seqs.n];
-        let (g, shape) = self.score_shape(OP, p.pool, p.heads / parts, over)?;
+        let kind = kernel(OP, (act, kv), p.pool, p.heads / parts, (n, args.source))
+            .ok_or_else(|| self.unsupported(OP, format!("groups of {} heads", p.heads / parts)))?;
+        let shape = self.score_shape(&kind, [p.among.k, parts, p.seqs.n]);
         let source = if dims.is_some() { "gather" } else { "lead" };
-        let entry = format!("score_rows_{kv}_{source}_g{g}");
+        let entry = format!("score_rows_{kv}_{source}_{}", kind.suffix);
         self.launch(OP, &entry, shape, Args::new().with(args))
     }
 

@@ -171,11 +171,13 @@ impl<'a> Rig<'a> {
                 None => buffer.insert(b.alloc(DType::U32, words, "step")?),
             };
             let step = Step::upload(b, buffer, &seqs, o.depth, &cuts, &[])?;
-            let mut outcome = Ok(());
+            let mut outcome: std::result::Result<(), SelectError> = Ok(());
             let ms = b.time(&mut || {
                 b.replayable(&mut || {
                     outcome = (0..o.layers).try_for_each(|l| {
-                        attention.layer(b, &step, &self.cache, shape(l), None, &self.ws, None)
+                        let cache = &self.cache;
+                        attention.layer(b, &step, cache, shape(l), None, &self.ws, None)?;
+                        Ok(b.advance()?)
                     });
                     outcome.is_ok()
                 })
