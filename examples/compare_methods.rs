@@ -28,8 +28,8 @@ fn main() -> Result<()> {
     let model = args.next().unwrap_or_else(|| "smollm2".into());
     let device = args.next().unwrap_or_else(|| "auto".into());
 
-    // SparDA's weights are trained for one model each.
-    let trained = |v: Variant| v == Variant::Sparda;
+    // SparDA's weights are trained for one model each, and NOSA's are part of its models.
+    let trained = |v: Variant| matches!(v, Variant::Sparda | Variant::Nosa);
     let specs: Vec<MethodSpec> =
         METHODS.iter().map(|m| m.variant).filter(|v| !trained(*v)).map(Into::into).collect();
     let mut engine = Engine::builder()

@@ -17,6 +17,7 @@ struct SummaryScoreArgs {
     u32 heads, kv_heads, head_dim;
     float scale;
     u32 q_type;  // 0 f32, 1 f16, 2 bf16; the query is read once, so its dtype is no template parameter
+    u32 first, dims;  // the dimensions that count
     u32 pad;
 };
 
@@ -30,25 +31,25 @@ template <class T, int G> DEVICE void score(const SummaryScoreArgs& a) {
     float* q = (float*)shared4;  // [heads of the group][width]
     const Summaries& s = a.summaries;
     Seq seq = a.seqs.get(blockIdx.z);
-    u32 kvh = blockIdx.y, d = a.head_dim, width = s.vectors * d, group = a.heads / a.kv_heads;
+    u32 kvh = blockIdx.y, d = a.head_dim, dims = a.dims, width = s.vectors * dims, group = a.heads / a.kv_heads;
     u32 count = s.count(seq.kv_len);
-    u64 from = ((u64)seq.q_start * a.heads + kvh * group) * d;
-    for (u32 i = threadIdx.x; i < group * d; i += THREADS) {
-        float x = query(a, from + i) * a.scale;
-        u32 at = i / d * width + i % d;
+    u64 from = ((u64)seq.q_start * a.heads + kvh * group) * d + a.first;
+    for (u32 i = threadIdx.x; i < group * dims; i += THREADS) {
+        float x = query(a, from + i / dims * d + i % dims) * a.scale;
+        u32 at = i / dims * width + i % dims;
         q[at] = s.kind == WINDOWS ? x : fminf(x, 0.0f);
-        if (s.kind != WINDOWS) q[at + d] = fmaxf(x, 0.0f);
+        if (s.kind != WINDOWS) q[at + dims] = fmaxf(x, 0.0f);
     }
     __syncthreads();
     u32 sub = threadIdx.x % LANES, mine = threadIdx.x / LANES, block = THREADS / LANES;
     for (u32 base = blockIdx.x * block; base < count; base += gridDim.x * block) {
         // Lanes behind the end repeat the last summary; the shuffles need all of them.
         u32 g = min(base + mine, count - 1);
-        const T* data = (const T*)s.data + s.at(seq, a.kv_heads, kvh, g, d);
+        const T* data = (const T*)s.data + s.at(seq, a.kv_heads, kvh, g, d) + a.first;
         float acc[G] = {};
         for (u32 c = sub * 8; c < width; c += LANES * 8) {
             float x[8];
-            unpack8(load8(data + c), x);
+            unpack8(load8(data + (c < dims ? c : c - dims + d)), x);
 #pragma unroll
             for (int h = 0; h < G; h++) {
                 if (h >= group) break;

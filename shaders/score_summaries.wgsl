@@ -16,6 +16,9 @@ struct Params {
     n_pages: u32,
     stride: u32,
     scale: f32,
+    // First dimension that counts, and how many do.
+    first: u32,
+    dims: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -50,7 +53,7 @@ fn main(
         let row = (page * p.kv_heads + head) * (PAGE / RUN) + g % (PAGE / RUN);
         let base = row * VECTORS * d;
         var acc = array<f32, 16>();
-        for (var i = 0u; i < d; i += 8u) {
+        for (var i = p.first; i < p.first + p.dims; i += 8u) {
             let lo = eight(base + i);
             var hi = lo;
             if VECTORS == 2u {

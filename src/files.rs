@@ -74,6 +74,11 @@ pub(crate) fn write_cached(path: &Path, contents: &[u8]) -> io::Result<()> {
     write_atomic(path, contents)
 }
 
+/// Lower-case hex of bytes.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 mod common;
 
 use common::cache::backends;
-use common::model::{CONTEXT, Model, dense, prompt, sparse};
+use common::model::{CONTEXT, Model, dense, on_both, prompt, sparse};
 use common::program::{Home, text};
 use longsight::backend::{DType, open};
 use longsight::calibrate::{
@@ -57,9 +57,8 @@ fn projected(engine: &Engine, layer: &LayerTrace, weight: LayerWeight) -> Vec<f3
 
 #[test]
 fn a_trace_shows_what_the_layers_compute_in_the_checkpoints_order() {
-    let model = Model::new();
     let tokens = prompt(1, 40);
-    for dev in backends() {
+    for (model, dev) in on_both(2) {
         let mut engine = model.builder(&dev, &dense()).chunk(16).build().unwrap();
         let layers = traced(&mut engine, &tokens, ALL);
         let seen: Vec<_> = layers.iter().map(|l| (l.layer, l.first, l.rows)).collect();

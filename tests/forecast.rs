@@ -34,8 +34,11 @@ fn train_settings(engine: &Engine, texts: &[Vec<u32>]) -> TrainSettings {
 
 #[test]
 fn training_lowers_the_loss_and_finds_more_of_the_teachers_blocks() {
-    let model = Model::new();
-    let mut engine = cpu_engine(&model);
+    [Model::new(), Model::nosa(2)].iter().for_each(trains);
+}
+
+fn trains(model: &Model) {
+    let mut engine = cpu_engine(model);
     let all = texts(5);
     let (seen, unseen) = all.split_at(4);
     for (start, teacher) in [(Start::Uniform, Teacher::Fine), (Start::Queries, Teacher::Plain)] {

@@ -201,6 +201,8 @@ fn bounds_are_at_least_the_largest_logit() {
                     heads: HEADS.query,
                     kv_heads: HEADS.kv,
                     head_dim: HEADS.dim,
+                    from: 0,
+                    dims: HEADS.dim,
                     scale: 1.0 / (HEADS.dim as f32).sqrt(),
                     scores: &scores,
                     stride,

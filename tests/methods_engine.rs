@@ -6,14 +6,14 @@
 mod common;
 
 use common::cache::backends;
-use common::model::{CONTEXT, Model, dense, prompt, sparse};
+use common::model::{CONTEXT, Model, dense, on_both, prompt, sparse};
 use longsight::backend::{BackendError, DType};
 use longsight::engine::{
     Engine, EngineError, Event, Finish, Request, Sampler, Sampling, Scheduler, SeqId, Stats,
     WantLogits,
 };
 use longsight::model::{Checkpoint, Tokenizer};
-use longsight::select::{METHODS, MethodSpec, SelectError, Variant};
+use longsight::select::{MethodSpec, SelectError, Variant};
 
 /// Caches a prompt; the last token's logits.
 fn read(engine: &mut Engine, seq: SeqId, tokens: &[u32]) -> Vec<f32> {
@@ -91,17 +91,16 @@ fn runs_over_three_refresh_intervals_repeat_token_for_token() {
 
 #[test]
 fn a_budget_of_the_whole_text_gives_the_tokens_of_dense() {
-    let model = Model::deep(3);
     let p = prompt(3, 150);
-    for dev in backends() {
+    for (model, dev) in on_both(3) {
         let want = answer(&mut model.engine(&dev, &dense()), &p, 16);
-        for m in METHODS {
+        for m in model.methods() {
             let got = answer(&mut model.engine(&dev, &sparse(m.variant, CONTEXT)), &p, 16);
-            assert_eq!(got.0, want.0, "{} on {}", m.name, dev.name());
+            assert_eq!(got.0, want.0, "{} of {} on {}", m.name, model.kind(), dev.name());
             if m.variant != Variant::Dense {
                 // A budget below the length does run sparsely.
                 let few = answer(&mut model.engine(&dev, &sparse(m.variant, 80)), &p, 1);
-                assert_ne!(few.1[0], want.1[0], "{} on {}", m.name, dev.name());
+                assert_ne!(few.1[0], want.1[0], "{} of {} on {}", m.name, model.kind(), dev.name());
             }
         }
     }
@@ -109,15 +108,13 @@ fn a_budget_of_the_whole_text_gives_the_tokens_of_dense() {
 
 #[test]
 fn a_fork_decodes_like_its_origin() {
-    let model = Model::deep(3);
-    let own = METHODS.iter().map(|m| (m.name, sparse(m.variant, 80)));
     let small = [4, 8].map(|bits| {
         let slice_bits = Some(bits);
         ("labels", MethodSpec { slice_bits, ..sparse(Variant::DoubleSparsity, 80) })
     });
-    let specs: Vec<_> = own.chain(small).collect();
-    for dev in backends() {
-        for (name, spec) in &specs {
+    for (model, dev) in on_both(3) {
+        let own = model.methods().map(|m| (m.name, sparse(m.variant, 80)));
+        for (name, spec) in &own.chain(small.clone()).collect::<Vec<_>>() {
             let mut engine = model.engine(&dev, spec);
             let origin = engine.open_sequence().unwrap();
             // Ends inside a page, which both then write.
@@ -125,7 +122,7 @@ fn a_fork_decodes_like_its_origin() {
             let fork = engine.fork(origin).unwrap();
             let want = continued(&mut engine, origin, logits.clone(), 12);
             let got = continued(&mut engine, fork, logits, 12);
-            assert_eq!(got.0, want.0, "{} on {}", name, dev.name());
+            assert_eq!(got.0, want.0, "{name} of {} on {}", model.kind(), dev.name());
             assert_eq!(engine.cached(fork).unwrap(), 112);
         }
     }

@@ -11,7 +11,7 @@ use common::dims::Dims;
 use common::select::select;
 use longsight::backend::reference::{floats, words};
 use longsight::backend::{Backend, DType, DimMetric, HeadPool, LogitScale, Rope, ScoreSource};
-use longsight::select::{METHODS, MethodSpec, ModelShape, Scorer, Variant};
+use longsight::select::{METHODS, MethodSpec, ModelShape, Scorer, TrainedBlocks, Variant};
 use std::sync::Arc;
 
 const HEADS: Heads = Heads { query: 4, kv: 2, dim: 32 };
@@ -75,7 +75,7 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
     let data = Data::random(2, HEADS, TOKENS);
     let all: Vec<u32> = (0..TOKENS as u32).collect();
     for dev in backends() {
-        let l = Layer::filled(&dev, &data, HEADS.dim);
+        let mut l = Layer::filled(&dev, &data, HEADS.dim);
         let dense = l.attend_dense();
         for m in METHODS.iter().filter(|m| m.variant != Variant::Dense) {
             let spec = |budget| MethodSpec {
@@ -85,6 +85,7 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
                 dense_below: Some(0),
                 ..m.variant.into()
             };
+            l.plain_dim = if m.variant == Variant::Nosa { HEADS.dim - 8 } else { HEADS.dim };
             let what = format!("{} on {}", m.name, dev.name());
             let picked = select(&l, &data.q, &spec(256));
             assert!(picked.lists.iter().all(|list| *list == all), "{what}");
@@ -93,7 +94,14 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
             let fewer = select(&l, &data.q, &spec(80));
             // Lists of blocks may end with the last, shorter block of the text.
             let Heads { query: heads, kv: kv_heads, dim: head_dim } = HEADS;
-            let model = ModelShape { model: "m", windows: &[None], heads, kv_heads, head_dim };
+            let model = ModelShape {
+                model: "m",
+                windows: &[None],
+                heads,
+                kv_heads,
+                head_dim,
+                importance: Some(TrainedBlocks::default()),
+            };
             let least = match spec(80).plan(&model, 4096).unwrap().layers[0].scorer {
                 Scorer::Blocks { unit, .. } => fewer.k - unit + 1,
                 _ => 80,

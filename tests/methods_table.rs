@@ -134,12 +134,15 @@ fn logits(
     (prefill, decode)
 }
 
-/// Every method in every dtype on `devs`: in two layers, or in three where the one behind a filter stays dense.
+/// Every method in every dtype on `devs`: in two layers, or in three where the one behind a filter stays dense; NOSA in
+/// a model of its kind.
 fn results(devs: &[Arc<dyn Backend>]) -> Vec<Row> {
     let deeper = |m: &&MethodInfo| m.variant == Variant::Omnikv;
-    let (three, two): (Vec<_>, Vec<_>) = METHODS.iter().partition(deeper);
+    let (own, plain): (Vec<_>, Vec<_>) = METHODS.iter().partition(|m| m.variant == Variant::Nosa);
+    let (three, two): (Vec<_>, Vec<_>) = plain.into_iter().partition(deeper);
     let mut rows = results_of(&Model::new(), &two, devs);
     rows.extend(results_of(&Model::deep(3), &three, devs));
+    rows.extend(results_of(&Model::nosa(2), &own, devs));
     rows
 }
 

@@ -6,11 +6,11 @@ mod common;
 mod oracle;
 
 use common::cache::backends;
-use common::model::{Model, dense, nmse, prompt, sparse};
+use common::model::{Model, dense, nmse, on_both, prompt, sparse};
 use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, Request, WantLogits, Work};
 use longsight::eval::{Sample, evaluate};
-use longsight::select::{METHODS, MethodSpec, Variant};
+use longsight::select::{MethodSpec, Variant};
 use oracle::{Fault, Oracle};
 use std::sync::Arc;
 
@@ -51,14 +51,13 @@ fn small(variant: Variant) -> MethodSpec {
 /// A row that chooses for itself chooses what its decode step would.
 #[test]
 fn tiles_of_one_row_are_decode_steps() {
-    let model = Model::deep(LAYERS);
-    for dev in backends() {
+    for (model, dev) in on_both(LAYERS) {
         let exact = read(&model, &dev, &dense(), 64);
-        for m in METHODS.iter().filter(|m| m.variant.takes("tile")) {
+        for m in model.methods().filter(|m| m.variant.takes("tile")) {
             let spec = small(m.variant);
             let want = decoded(&model, &dev, &spec);
             let got = read(&model, &dev, &MethodSpec { tile: Some(1), ..spec }, 64);
-            let what = format!("{} on {}", m.name, dev.name());
+            let what = format!("{} of {} on {}", m.name, model.kind(), dev.name());
             assert!(nmse(&got, &want) < 1e-9, "{what}: {}", nmse(&got, &want));
             assert!(nmse(&got, &exact) > 1e-3, "{what} leaves nothing out");
         }

@@ -4,13 +4,13 @@
 mod common;
 
 use common::cache::backends;
-use common::model::{CONTEXT, Model, dense, nmse, prompt, sparse};
+use common::model::{CONTEXT, Model, dense, nmse, on_both, prompt, sparse};
 use longsight::backend::reference::words;
 use longsight::backend::{Backend, CompactSlice, DType, META_WORDS, Meta, Tensor, open};
 use longsight::engine::{AuditConfig, Engine, SeqId, WantLogits, Work};
 use longsight::select::{
-    Given, LayerContext, LayerPlan, LayerShape, METHODS, MethodSpec, ModelShape, Plan, Scorer,
-    SelectError, Selection, Selector, SelectorFactory, Variant, build,
+    Given, LayerContext, LayerPlan, LayerShape, MethodSpec, ModelShape, Plan, Scorer, SelectError,
+    Selection, Selector, SelectorFactory, Variant, build,
 };
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -87,7 +87,8 @@ fn reference(model: &Model, spec: &MethodSpec, layers: usize) -> Engine {
     let c = shape.decoder().config();
     let windows = vec![None; layers];
     let (heads, kv_heads, head_dim) = (c.n_heads, c.n_kv_heads, c.head_dim);
-    let of = ModelShape { model: "", windows: &windows, heads, kv_heads, head_dim };
+    let of =
+        ModelShape { model: "", windows: &windows, heads, kv_heads, head_dim, importance: None };
     let inner = spec.plan(&of, CONTEXT).unwrap();
     let mut outer = inner.clone();
     for p in &mut outer.layers {
@@ -158,12 +159,11 @@ fn a_choice_is_held_as_on_the_host() {
 /// One step a choice is no other plan, and a budget for all tokens is dense attention.
 #[test]
 fn once_is_always_and_everything_is_dense() {
-    let model = Model::deep(3);
-    for dev in backends() {
+    for (model, dev) in on_both(3) {
         let mut exact = model.engine(&dev, &dense());
         let seq = start(&mut exact, 4, PROMPT);
         let want = steps(&mut exact, seq, 4);
-        for m in METHODS {
+        for m in model.methods() {
             let spec = sparse(m.variant, BUDGET).with_read_options_only();
             let once = MethodSpec { reuse: Some(1), ..spec.clone() };
             let [a, b] = [spec, once.with_read_options_only()].map(|s| {
@@ -171,13 +171,13 @@ fn once_is_always_and_everything_is_dense() {
                 let seq = start(&mut engine, 4, PROMPT);
                 (engine.plan().clone(), steps(&mut engine, seq, 4))
             });
-            assert!(a == b, "{} on {}", m.name, dev.name());
+            assert!(a == b, "{} of {} on {}", m.name, model.kind(), dev.name());
             let mut all = model.engine(&dev, &held(sparse(m.variant, CONTEXT)));
             let seq = start(&mut all, 4, PROMPT);
             // Caches keep keys in pieces that methods ask for, which changes the order of sums.
             for (got, want) in steps(&mut all, seq, 4).iter().zip(&want) {
                 let far = nmse(got, want);
-                assert!(far <= 1e-10, "{} on {}: {far:e}", m.name, dev.name());
+                assert!(far <= 1e-10, "{} of {} on {}: {far:e}", m.name, model.kind(), dev.name());
             }
         }
     }
@@ -232,9 +232,8 @@ fn what_else_is_in_a_step_makes_no_difference() {
 
 #[test]
 fn a_fork_within_a_choice_continues_with_the_same_bits() {
-    let model = Model::deep(3);
-    for dev in backends() {
-        for m in METHODS {
+    for (model, dev) in on_both(3) {
+        for m in model.methods() {
             let mut engine = model.engine(&dev, &held(sparse(m.variant, BUDGET)));
             let origin = start(&mut engine, 4, PROMPT);
             for ahead in 1..=REUSE {
@@ -245,7 +244,14 @@ fn a_fork_within_a_choice_continues_with_the_same_bits() {
                 for token in text {
                     let want = engine.decode(origin, token).unwrap();
                     let got = engine.decode(fork, token).unwrap();
-                    assert_eq!(got, want, "{} on {}, {ahead} ahead", m.name, dev.name());
+                    assert_eq!(
+                        got,
+                        want,
+                        "{} of {} on {}, {ahead} ahead",
+                        m.name,
+                        model.kind(),
+                        dev.name()
+                    );
                 }
                 engine.close(fork);
             }

@@ -154,6 +154,8 @@ pub trait Backend: Send + Sync {
         self.swiglu(swiglu)
     }
 
+    /// Content importance of new tokens, where attention adds it to their logits; see [`ContentBias`].
+    fn content_bias(&self, p: &ContentBias<'_>) -> Result<()>;
     /// Appends new keys and values to the pages and their summaries; see [`KvAppend`].
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()>;
     /// Running key statistics of the appended tokens; see [`KeyStats`].
@@ -200,6 +202,8 @@ pub trait Backend: Send + Sync {
     fn score_summaries(&self, p: &ScoreSummaries<'_>) -> Result<()>;
     /// Scores of blocks from scores of summaries; see [`PoolBlocks`].
     fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()>;
+    /// Puts listed blocks first; see [`ForceBlocks`].
+    fn force_blocks(&self, p: &ForceBlocks<'_>) -> Result<()>;
     /// Tokens of listed blocks; see [`ExpandBlocks`].
     fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()>;
 

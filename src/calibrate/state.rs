@@ -3,7 +3,7 @@
 use super::similarity::len;
 use super::statistics::{Objective, Statistics};
 use super::{CalibrateError, Settings};
-use crate::model::weights::hex;
+use crate::files::hex;
 use crate::tensor_file::TensorFile;
 use sha2::{Digest, Sha256};
 use std::path::Path;

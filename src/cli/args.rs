@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub struct SizeArgs {
     /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once), `tiny`
     /// (built in, for tests), or random weights for timing: random:llama-3.1-8b, random:qwen3-8b,
-    /// random:minicpm4.1-8b, random:smollm2-135m
+    /// random:minicpm4.1-8b, random:nosa-8b, random:smollm2-135m
     #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
@@ -42,7 +42,7 @@ pub struct ModelArgs {
     /// Prompt tokens per step [default: 4096 on CUDA, else 512]
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     pub chunk: Option<usize>,
-    /// Forecast trained for this model, which the method sparda chooses blocks with (safetensors); `lookahead`: the
+    /// Forecast trained for this model, which sparda and nosa with --query forecast choose blocks with (safetensors); `lookahead`: the
     /// next layer's own queries, read off this layer's input, without training
     #[arg(long, value_name = "FILE")]
     pub forecast: Option<PathBuf>,

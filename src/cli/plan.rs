@@ -181,12 +181,15 @@ fn scores(scorer: &Scorer) -> String {
             let from = if *slice { "compact slice" } else { "read from the keys" };
             format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
         }
-        Scorer::Blocks { summary, unit, query } => {
+        Scorer::Blocks { summary, unit, query, by_query } => {
             let from = match query {
                 Query::Own => "",
                 Query::Forecast => " and the Forecast of the layer before",
             };
-            format!("blocks of {unit} tokens by {summary:?}{from}")
+            let rest = by_query.map_or(String::new(), |n| {
+                format!(", {n} of them; the rest by the content importance of their tokens")
+            });
+            format!("blocks of {unit} tokens by {summary:?}{from}{rest}")
         }
         Scorer::Custom { name } => format!("custom scorer {name}"),
     }

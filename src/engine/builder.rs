@@ -315,13 +315,13 @@ impl<'a> EngineBuilder<'a> {
         if let Some(file) = forecast {
             decoder.set_forecast(file)?;
         }
-        let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.head_dim);
+        let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.kv_dim());
         let cache = KvCache::new(
             &**decoder.backend(),
             KvShape {
                 n_layers: config.n_layers,
                 kv_heads: config.n_kv_heads,
-                head_dim: config.head_dim,
+                head_dim: config.kv_dim(),
                 lead,
                 dtype: kv_dtype,
                 n_pages,

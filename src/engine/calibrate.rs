@@ -51,10 +51,12 @@ pub fn calibrated_order(
     let c = decoder.config().clone();
     let cache = read_text(decoder, tokenizer, kv_dtype, &source, None, progress)?;
     let b = decoder.backend();
-    let energies = (0..c.n_layers)
+    let mut energies = (0..c.n_layers)
         .filter_map(|l| cache.stats(l))
-        .map(|stats| pair_energies(&**b, stats, 0, c.n_kv_heads, c.head_dim))
+        .map(|stats| pair_energies(&**b, stats, 0, c.n_kv_heads, c.kv_dim()))
         .collect::<Result<Vec<_>, _>>()?;
+    // Those of the content importance, which come last, are no pairs.
+    energies.iter_mut().flatten().for_each(|head| head.truncate(c.head_dim / 2));
     Ok(KeyOrder::from_energies(source, &energies))
 }
 
@@ -78,8 +80,8 @@ pub fn read_text(
         KvShape {
             n_layers: c.n_layers,
             kv_heads: c.n_kv_heads,
-            head_dim: c.head_dim,
-            lead: c.head_dim,
+            head_dim: c.kv_dim(),
+            lead: c.kv_dim(),
             dtype: kv_dtype,
             n_pages: pages_for(tokens.len()).max(1),
             slots: limits.seqs,

@@ -84,7 +84,8 @@ impl Profiling {
                 profile
             }
         };
-        Ok(Some(key_profile::in_order(&profile, decoder.key_order())))
+        let wide = decoder.config().kv_dim();
+        Ok(Some(key_profile::in_order(&profile, decoder.key_order(), wide)))
     }
 }
 

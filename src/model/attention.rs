@@ -187,7 +187,7 @@ impl Attention {
         let all = GroupSeqs::new(step, step.all);
         let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
         let v_start = (shape.heads + shape.kv_heads) * shape.head_dim;
-        let v = ws.qkv.slice(v_start, ws.qkv.len() - v_start);
+        let v = ws.qkv_from(v_start);
         let slice = self.selectors[l].as_ref().and_then(|s| s.slice());
         let k = (&ws.k, shape.kv_heads * shape.head_dim);
         cache.append(b, l, all.seqs(), [k, (&v, width)], slice)?;

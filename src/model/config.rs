@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{ModelError, Result};
 use crate::backend::{MAX_GROUP, MAX_HEAD_DIM};
+use crate::select::TrainedBlocks;
 
 /// Architectures the decoder computes. They share one block (pre-norm, rotary GQA attention,
 /// gated SiLU); what differs is in [`ModelConfig`]'s flags.
@@ -128,6 +129,10 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// q and k heads are RMS-normalised before the rotary embedding.
     pub qk_norm: bool,
+    /// NOSA: tokens have a content importance, which attention adds to their logits, and the model was trained to
+    /// attend to these blocks by it; left out where there is none, so that fingerprints of models without stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub importance: Option<TrainedBlocks>,
     /// Per layer: with `Some(w)` the query at position i sees the keys at i - w + 1 ..= i.
     pub windows: Vec<Option<usize>>,
     /// Positions the model was trained for.
@@ -145,7 +150,7 @@ const MAX_VOCAB: usize = 1 << 24;
 const MAX_CONTEXT: usize = 1 << 31;
 
 /// Inputs of a matrix product come in units of this many.
-const UNIT: usize = 8;
+pub(super) const UNIT: usize = 8;
 
 impl ModelConfig {
     /// Checks every number; `path` is the file that messages name.
@@ -195,6 +200,7 @@ impl ModelConfig {
                 self.head_dim
             ));
         }
+        self.check_importance(path)?;
         for (name, width) in [("hidden size", self.hidden), ("MLP width", self.ffn)] {
             if !width.is_multiple_of(UNIT) {
                 return not_here(format!("a {name} of {width} (multiples of {UNIT} run here)"));
@@ -247,7 +253,7 @@ impl ModelConfig {
     /// Parameters of all matrices, a tied embedding counted once.
     pub fn parameters(&self) -> u64 {
         let width = (self.n_heads + self.n_kv_heads) * 2 * self.head_dim;
-        let layer = self.hidden * (width + 3 * self.ffn);
+        let layer = self.hidden * (width + 3 * self.ffn) + self.importance_parameters();
         let embed = self.vocab * self.hidden * if self.tie_embeddings { 1 } else { 2 };
         (self.n_layers * layer + embed) as u64
     }

@@ -138,6 +138,7 @@ impl ModelConfig {
             tie_embeddings: !gguf.tensors().contains_key("output.weight"),
             qkv_bias: arch == Arch::Qwen2 || gguf.tensors().contains_key("blk.0.attn_q.bias"),
             qk_norm: arch == Arch::Qwen3,
+            importance: None,
             windows: vec![window; n_layers.min(1 << 16)],
             max_context: k.need_uint("context_length")?,
             bos: token("bos"),

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::config::{Arch, ModelConfig, RopeScaling, Scales, long_rope};
 use super::error::{ModelError, Result};
+use crate::select::TrainedBlocks;
 
 /// A JSON object with the file that messages name.
 struct Fields<'a> {
@@ -138,6 +139,7 @@ impl ModelConfig {
             tie_embeddings: f.flag("tie_word_embeddings", arch == Arch::MiniCpm)?,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
+            importance: None,
             windows: windows(&f, arch, n_layers)?,
             max_context,
             bos: f.ids("bos_token_id")?.first().copied(),
@@ -145,6 +147,45 @@ impl ModelConfig {
         }
         .validate(path)
     }
+
+    /// The same of a NOSA model, whose tensors say that it is one. The blocks that it was trained to attend to are in
+    /// `sparse_config`, or those of NOSA-8B.
+    ///
+    /// # Errors
+    /// `Unsupported` for blocks or windows of other sizes, `Corrupt` for numbers of blocks that cannot be.
+    pub(super) fn with_importance(self, path: &Path, config: &Value) -> Result<Self> {
+        let blocks = trained_blocks(&Fields { path, json: config })?;
+        ModelConfig { importance: Some(blocks), ..self }.validate(path)
+    }
+}
+
+/// NOSA's `sparse_config`: `topk` counts what is chosen beside the blocks of the window.
+fn trained_blocks(f: &Fields<'_>) -> Result<TrainedBlocks> {
+    let none = Value::Null;
+    let s = Fields { path: f.path, json: f.get("sparse_config").unwrap_or(&none) };
+    for (key, here) in [("kernel_size", 32), ("kernel_stride", 16), ("block_size", 64)] {
+        if let Some(n) = s.uint(key)?.filter(|n| *n != here) {
+            return Err(ModelError::unsupported(
+                f.path,
+                format!("a {key} of {n} ({here} runs here)"),
+            ));
+        }
+    }
+    if s.flag("use_nope", false)? {
+        let what = "blocks that are scored without rotary embedding";
+        return Err(ModelError::unsupported(f.path, what));
+    }
+    let own = TrainedBlocks::default();
+    let sinks = s.uint("init_blocks")?.unwrap_or(own.sinks);
+    let local = s.uint("window_size")?.map_or(own.local, |tokens| tokens / 64);
+    let more = s.uint("select_blocks")?.unwrap_or(own.by_query - own.sinks - own.local);
+    let topk = s.uint("topk")?.unwrap_or(own.total - own.local);
+    Ok(TrainedBlocks {
+        total: topk.saturating_add(local),
+        by_query: sinks.saturating_add(local).saturating_add(more),
+        sinks,
+        local,
+    })
 }
 
 fn architecture(f: &Fields<'_>) -> Result<Arch> {

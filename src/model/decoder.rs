@@ -145,7 +145,8 @@ impl Decoder {
             layer,
             heads: self.config.n_heads,
             kv_heads: self.config.n_kv_heads,
-            head_dim: self.config.head_dim,
+            head_dim: self.config.kv_dim(),
+            plain_dim: self.config.head_dim,
             kv_dtype,
             slots: self.limits.seqs,
             at_once: self.limits.seqs,
@@ -255,7 +256,8 @@ impl Decoder {
     fn queries_and_keys(&self, w: &LayerWeights, step: &Step) -> Result<()> {
         let (c, ws, rows) = (&self.config, &self.ws, step.rows);
         self.norm(&w.attn_norm, rows)?;
-        let width = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim;
+        let d = c.kv_dim();
+        let width = (c.n_heads + 2 * c.n_kv_heads) * d;
         self.backend.linear(&Linear {
             x: &ws.normed,
             w: &w.qkv,
@@ -267,25 +269,27 @@ impl Decoder {
             accumulate: false,
         })?;
         let eps = c.norm_eps as f32;
-        let k_start = c.n_heads * c.head_dim;
-        let k_part = ws.qkv.slice(k_start, ws.qkv.len() - k_start);
+        let k_part = ws.qkv_from(c.n_heads * d);
         let (qn, kn) = w.qk_norm.as_ref().map_or((None, None), |(q, k)| (Some(q), Some(k)));
-        let side = |x, norm: Option<_>, out, heads| Rope {
+        let side = |x, norm: Option<_>, factor, out, heads| Rope {
             x,
             x_stride: width,
             positions: step.positions(),
             inv_freq: &w.inv_freq,
             heads_per_freq: heads / c.n_kv_heads,
             norm: norm.map(|weight| QkNorm { weight, eps }),
-            factor: c.rope_factor(),
+            factor,
             out,
             rows,
             heads,
-            head_dim: c.head_dim,
+            head_dim: d,
         };
-        let q = side(&ws.qkv, qn, &ws.q, c.n_heads);
-        let k = side(&k_part, kn, &ws.k, c.n_kv_heads);
-        self.backend.rope_both([&q, &k])
+        let factor = c.rope_factor();
+        let q = side(&ws.qkv, qn, factor * c.query_factor(), &ws.q, c.n_heads);
+        let k = side(&k_part, kn, factor, &ws.k, c.n_kv_heads);
+        self.backend.rope_both([&q, &k])?;
+        let Some(importance) = &w.importance else { return Ok(()) };
+        importance.write(&*self.backend, c, ws, rows)
     }
 
     /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer
@@ -312,7 +316,7 @@ impl Decoder {
             bias: None,
             y: &ws.x,
             rows,
-            inputs: c.n_heads * c.head_dim,
+            inputs: c.n_heads * c.kv_dim(),
             outputs: c.hidden,
             accumulate: true,
         })

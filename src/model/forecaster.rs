@@ -3,7 +3,7 @@
 use super::config::ModelConfig;
 use super::forecast::Forecast;
 use super::key_order::{KeyOrder, source_rows};
-use super::load::{LayerWeights, LoadError, to_bytes};
+use super::load::{LayerWeights, LoadError, spread, to_bytes};
 use super::step::Step;
 use crate::backend::{Backend, DType, Linear, Result, Rope, Tensor};
 
@@ -11,11 +11,11 @@ use crate::backend::{Backend, DType, Linear, Result, Rope, Tensor};
 #[derive(Debug)]
 pub(super) struct Forecaster {
     file: Forecast,
-    /// Per layer that they are for: `[kv_heads * head_dim, hidden]`, rows in that layer's [`KeyOrder`].
+    /// Per layer that they are for: `[kv_heads * kv_dim, hidden]`, rows in that layer's [`KeyOrder`].
     weights: Vec<Tensor>,
-    /// act `[rows, kv_heads * head_dim]`.
+    /// act `[rows, kv_heads * kv_dim]`.
     projected: Tensor,
-    /// act `[rows, kv_heads, head_dim]`: one is read while the other is written.
+    /// act `[rows, kv_heads, kv_dim]`: one is read while the other is written.
     out: [Tensor; 2],
 }
 
@@ -29,7 +29,7 @@ impl Forecaster {
         [dtype, act]: [DType; 2],
         rows: usize,
     ) -> std::result::Result<Self, LoadError> {
-        let n = c.n_kv_heads * c.head_dim;
+        let n = c.n_kv_heads * c.kv_dim();
         let weight = |_| b.alloc(dtype, n * c.hidden, "Forecast weights");
         let [projected, even, odd] = vectors(b, c, act, rows)?;
         let weights = (0..c.n_layers).map(weight).collect::<Result<_>>()?;
@@ -54,6 +54,7 @@ impl Forecaster {
                 .flat_map(|r| &stored[r * c.hidden..(r + 1) * c.hidden])
                 .copied()
                 .collect();
+            let ordered = spread(&ordered, c.head_dim * c.hidden, c.kv_dim() * c.hidden);
             to_bytes(&ordered, w.dtype(), &mut bytes);
             b.upload(w, &bytes)?;
         }
@@ -82,7 +83,7 @@ impl Forecaster {
         if rows == 0 {
             return Ok(());
         }
-        let width = c.n_kv_heads * c.head_dim;
+        let width = c.n_kv_heads * c.kv_dim();
         b.linear(&Linear {
             x: normed,
             w: &self.weights[layer],
@@ -104,17 +105,17 @@ impl Forecaster {
             out: self.of(layer),
             rows,
             heads: c.n_kv_heads,
-            head_dim: c.head_dim,
+            head_dim: c.kv_dim(),
         })
     }
 
-    /// The Forecast for `layer`: act `[rows, kv_heads, head_dim]`.
+    /// The Forecast for `layer`: act `[rows, kv_heads, kv_dim]`.
     pub fn of(&self, layer: usize) -> &Tensor {
         &self.out[layer % 2]
     }
 }
 
 fn vectors(b: &dyn Backend, c: &ModelConfig, act: DType, rows: usize) -> Result<[Tensor; 3]> {
-    let one = || b.alloc(act, rows * c.n_kv_heads * c.head_dim, "Forecast");
+    let one = || b.alloc(act, rows * c.n_kv_heads * c.kv_dim(), "Forecast");
     Ok([one()?, one()?, one()?])
 }

@@ -42,9 +42,9 @@ pub fn save(profile: &KeyProfile, path: &Path, source: &OrderSource) -> io::Resu
     file.save(path)
 }
 
-/// A profile in the checkpoint's order, as the keys of `order` need it.
-pub fn in_order(profile: &KeyProfile, order: &KeyOrder) -> KeyProfile {
-    profile.reordered(|layer, head, i| order.source_dim(layer, head, i))
+/// A profile in the checkpoint's order, as the keys of `order` need it, `wide` dimensions each.
+pub fn in_order(profile: &KeyProfile, order: &KeyOrder, wide: usize) -> KeyProfile {
+    profile.reordered(|layer, head, i| order.source_dim(layer, head, i)).widened(wide)
 }
 
 #[cfg(test)]
@@ -71,6 +71,7 @@ mod tests {
             tie_embeddings: true,
             qkv_bias: false,
             qk_norm: false,
+            importance: None,
             windows: vec![None; 2],
             max_context: 512,
             bos: None,

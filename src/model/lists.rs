@@ -248,6 +248,7 @@ mod tests {
             heads: 4,
             kv_heads: 2,
             head_dim: 16,
+            plain_dim: 16,
             kv_dtype: DType::F32,
             slots: 2,
             at_once: 2,

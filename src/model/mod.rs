@@ -15,6 +15,7 @@ mod forecaster;
 pub mod gguf;
 mod gguf_cursor;
 mod held;
+mod importance;
 mod key_order;
 pub(crate) mod key_profile;
 mod lists;

@@ -12,6 +12,7 @@ impl ModelConfig {
             heads: self.n_heads,
             kv_heads: self.n_kv_heads,
             head_dim: self.head_dim,
+            importance: self.importance,
         }
     }
 
@@ -21,7 +22,7 @@ impl ModelConfig {
             windows: &self.windows,
             heads: self.n_heads,
             kv_heads: self.n_kv_heads,
-            head_dim: self.head_dim,
+            head_dim: self.kv_dim(),
             elem,
         }
     }

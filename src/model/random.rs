@@ -3,6 +3,7 @@
 use super::error::{ModelError, Result};
 use super::weights::{LayerWeight, Weight};
 use super::{Arch, ModelConfig, RopeScaling, Scales};
+use crate::select::TrainedBlocks;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -18,14 +19,18 @@ const CONTEXT: usize = 1 << 20;
 /// Elements that a thread fills at a time.
 const PIECE: usize = 1 << 18;
 
+/// The shape whose tokens have a content importance.
+const NOSA: &str = "nosa-8b";
+
 /// Layers, hidden, heads, KV heads, head dimension, MLP, vocabulary.
 type Sizes = [usize; 7];
 
 /// Name, architecture, sizes, rotary base.
-const SHAPES: [(&str, Arch, Sizes, f64); 4] = [
+const SHAPES: [(&str, Arch, Sizes, f64); 5] = [
     ("llama-3.1-8b", Arch::Llama, [32, 4096, 32, 8, 128, 14336, 128_256], 5e5),
     ("qwen3-8b", Arch::Qwen3, [36, 4096, 32, 8, 128, 12288, 151_936], 1e6),
     ("minicpm4.1-8b", Arch::MiniCpm, [32, 4096, 32, 2, 128, 16384, 73_448], 1e4),
+    (NOSA, Arch::Llama, [32, 4096, 32, 2, 128, 16384, 73_448], 1e4),
     ("smollm2-135m", Arch::Llama, [30, 576, 9, 3, 64, 1536, 49_152], 1e5),
 ];
 
@@ -67,6 +72,7 @@ pub(super) fn config(shape: &str) -> Result<ModelConfig> {
         tie_embeddings: name == "smollm2-135m",
         qkv_bias: false,
         qk_norm: arch == Arch::Qwen3,
+        importance: (name == NOSA).then(TrainedBlocks::default),
         windows: vec![None; n_layers],
         max_context: CONTEXT,
         bos: None,
@@ -95,6 +101,7 @@ impl RandomWeights {
             | Weight::Layer(_, L::AttnNorm | L::FfnNorm | L::QNorm | L::KNorm) => {
                 return out.fill(1.0);
             }
+            Weight::Layer(_, L::ImportanceScale) => return out.fill(1.0),
             Weight::Layer(_, L::QBias | L::KBias | L::VBias) => return out.fill(0.0),
             Weight::Embed => 1,
             Weight::Output => 2,

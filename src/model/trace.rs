@@ -28,9 +28,9 @@ pub struct LayerView<'a> {
     pub x: Tensor,
     /// `[rows, hidden]` in the dtype of activations: the normed input that feeds the q, k and v projections.
     pub normed: Tensor,
-    /// `[rows, heads, head_dim]`, same dtype: queries after the rotary embedding, in the decoder's [`KeyOrder`].
+    /// `[rows, heads, kv_dim]` ([`ModelConfig::kv_dim`]), same dtype: queries after the rotary embedding, in the decoder's [`KeyOrder`].
     pub q: Tensor,
-    /// `[rows, kv_heads, head_dim]`, same dtype: keys after the rotary embedding, in the decoder's [`KeyOrder`].
+    /// `[rows, kv_heads, kv_dim]`, same dtype: keys after the rotary embedding, in the decoder's [`KeyOrder`].
     pub k: Tensor,
     backend: &'a dyn Backend,
     config: &'a ModelConfig,
@@ -61,8 +61,8 @@ impl<'a> LayerView<'a> {
             rows,
             x: part(&ws.x, config.hidden),
             normed: part(&ws.normed, config.hidden),
-            q: part(&ws.q, config.n_heads * config.head_dim),
-            k: part(&ws.k, config.n_kv_heads * config.head_dim),
+            q: part(&ws.q, config.n_heads * config.kv_dim()),
+            k: part(&ws.k, config.n_kv_heads * config.kv_dim()),
             backend,
             config,
             order,
@@ -78,21 +78,24 @@ impl<'a> LayerView<'a> {
     }
 
     /// [`LayerView::q`] or [`LayerView::k`] as f32 with each head's dimensions in the checkpoint's rotary order:
-    /// dimension `i` rotates with `i + head_dim / 2`.
+    /// dimension `i` rotates with `i + head_dim / 2`. Content importance, and what it takes of a query, is left out:
+    /// logits are those of `head_dim` dimensions.
     ///
     /// # Errors
     /// When the device fails.
     pub fn heads_f32(&self, t: &Tensor) -> Result<Vec<f32>> {
         let stored = download_f32(self.backend, t)?;
-        let (d, heads) = (self.config.head_dim, t.len() / (self.rows * self.config.head_dim));
-        let per_kv = heads / self.config.n_kv_heads;
-        let mut out = vec![0.0; stored.len()];
-        let sources: Vec<Vec<usize>> = (0..self.config.n_kv_heads)
+        let (c, d, wide) = (self.config, self.config.head_dim, self.config.kv_dim());
+        let heads = t.len() / (self.rows * wide);
+        let per_kv = heads / c.n_kv_heads;
+        let factor = if t.same_buffer(&self.q) { c.query_factor() } else { 1.0 };
+        let mut out = vec![0.0; stored.len() / wide * d];
+        let sources: Vec<Vec<usize>> = (0..c.n_kv_heads)
             .map(|h| (0..d).map(|i| self.order.source_dim(self.layer, h, i)).collect())
             .collect();
-        for (i, (from, to)) in stored.chunks_exact(d).zip(out.chunks_exact_mut(d)).enumerate() {
+        for (i, (from, to)) in stored.chunks_exact(wide).zip(out.chunks_exact_mut(d)).enumerate() {
             for (&x, &dim) in from.iter().zip(&sources[i % heads / per_kv]) {
-                to[dim] = x;
+                to[dim] = x / factor;
             }
         }
         Ok(out)

@@ -15,6 +15,7 @@ use super::quant::Quant;
 use super::random::{self, RandomWeights};
 use super::weights_gguf::interleaved_row;
 use super::{weights_gguf, weights_hf};
+use crate::files::hex;
 
 /// A weight of the whole model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,11 +61,15 @@ pub enum LayerWeight {
     Up,
     /// `[hidden, ffn]`.
     Down,
+    /// NOSA's A: factor of a KV head's content importance, `[1, n_kv_heads]`.
+    ImportanceScale,
+    /// NOSA's delta: content importance from the values of all KV heads, `[n_kv_heads, n_kv_heads * head_dim]`.
+    Importance,
 }
 
 impl LayerWeight {
     /// All of them, in the order of the forward pass.
-    pub const ALL: [LayerWeight; 14] = [
+    pub const ALL: [LayerWeight; 16] = [
         LayerWeight::AttnNorm,
         LayerWeight::Q,
         LayerWeight::K,
@@ -79,6 +84,8 @@ impl LayerWeight {
         LayerWeight::Gate,
         LayerWeight::Up,
         LayerWeight::Down,
+        LayerWeight::ImportanceScale,
+        LayerWeight::Importance,
     ];
 }
 
@@ -105,6 +112,7 @@ impl Weight {
             && match weight {
                 L::QBias | L::KBias | L::VBias => c.qkv_bias,
                 L::QNorm | L::KNorm => c.qk_norm,
+                L::ImportanceScale | L::Importance => c.importance.is_some(),
                 _ => true,
             };
         there.then_some(match weight {
@@ -117,6 +125,8 @@ impl Weight {
             L::QNorm | L::KNorm => [1, c.head_dim],
             L::Gate | L::Up => [c.ffn, c.hidden],
             L::Down => [c.hidden, c.ffn],
+            L::ImportanceScale => [1, c.n_kv_heads],
+            L::Importance => [c.n_kv_heads, kv],
         })
     }
 
@@ -213,7 +223,8 @@ impl Checkpoint {
         Ok(Self { path: path.to_owned(), config, files, places })
     }
 
-    /// A model of a named shape (`llama-3.1-8b`, `qwen3-8b`, `minicpm4.1-8b`, `smollm2-135m`) with random weights,
+    /// A model of a named shape (`llama-3.1-8b`, `qwen3-8b`, `minicpm4.1-8b`, `nosa-8b`,
+    /// `smollm2-135m`) with random weights,
     /// always the same ones: for timing.
     ///
     /// # Errors
@@ -388,9 +399,4 @@ impl Checkpoint {
         };
         &file[place.bytes.clone()]
     }
-}
-
-/// Lower-case hex of bytes.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

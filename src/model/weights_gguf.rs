@@ -33,6 +33,9 @@ fn layer_name(weight: LayerWeight) -> &'static str {
         LayerWeight::FfnNorm => "ffn_norm.weight",
         LayerWeight::Gate => "ffn_gate.weight",
         LayerWeight::Up => "ffn_up.weight",
+        // No converter writes these two.
+        LayerWeight::ImportanceScale => "attn_importance_scale.weight",
+        LayerWeight::Importance => "attn_importance.weight",
         LayerWeight::Down => "ffn_down.weight",
     }
 }

@@ -6,7 +6,7 @@ use std::path::{Component, Path};
 use safetensors::tensor::{Dtype, TensorInfo};
 use serde::Deserialize;
 
-use super::config::ModelConfig;
+use super::config::{Arch, ModelConfig};
 use super::error::{ModelError, Result};
 use super::mapped::{Mapped, read_json};
 use super::quant::Quant;
@@ -38,6 +38,8 @@ fn layer_name(weight: LayerWeight) -> &'static str {
         LayerWeight::Gate => "mlp.gate_proj.weight",
         LayerWeight::Up => "mlp.up_proj.weight",
         LayerWeight::Down => "mlp.down_proj.weight",
+        LayerWeight::ImportanceScale => "self_attn.A",
+        LayerWeight::Importance => "self_attn.delta.weight",
     }
 }
 
@@ -49,24 +51,35 @@ pub(super) fn open(folder: &Path) -> Result<Opened> {
     let json = read_json(&config_path)?
         .ok_or_else(|| ModelError::Missing { path: config_path.clone() })?;
     let generation = read_json(&folder.join("generation_config.json"))?;
+    let mut shards = Vec::new();
+    let mut headers = Vec::new();
+    for name in shard_names(folder)? {
+        let shard = Mapped::open(&folder.join(name))?;
+        headers.push(read_header(&shard)?);
+        shards.push(shard);
+    }
     let mut config = ModelConfig::from_hf(&config_path, &json, generation.as_ref())?;
+    // A NOSA model calls itself a Llama model: its tensors say what it is, and its number of blocks where that is there.
+    let importance = [LayerWeight::ImportanceScale, LayerWeight::Importance].map(layer_name);
+    let grown = |n: &String| importance.iter().any(|i| n.ends_with(i));
+    let said = json.pointer("/sparse_config/select_blocks").is_some();
+    if config.arch == Arch::Llama && (said || headers.iter().any(|h| h.tensors.keys().any(grown))) {
+        config = config.with_importance(&config_path, &json)?;
+    }
     if config.name.is_empty() {
         config.name =
             folder.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     }
 
     let names: HashMap<String, Weight> = Weight::all(&config).map(|w| (name_of(w), w)).collect();
-    let mut shards = Vec::new();
     let mut places = HashMap::new();
-    for name in shard_names(folder)? {
-        let shard = Mapped::open(&folder.join(name))?;
-        let Header { data, tensors, .. } = read_header(&shard)?;
+    for (file, (shard, Header { data, tensors, .. })) in shards.iter().zip(headers).enumerate() {
         for (name, info) in tensors {
             let Some(&weight) = names.get(&name) else {
                 refuse_leftover(shard.path(), &name, &config)?;
                 continue;
             };
-            let place = place(&shard, shards.len(), data, &name, &info)?;
+            let place = place(shard, file, data, &name, &info)?;
             if places.insert(weight, (name.clone(), place)).is_some() {
                 return Err(ModelError::corrupt(
                     shard.path(),
@@ -74,7 +87,6 @@ pub(super) fn open(folder: &Path) -> Result<Opened> {
                 ));
             }
         }
-        shards.push(shard);
     }
     Ok((config, shards, places))
 }

@@ -6,20 +6,20 @@ use crate::backend::{Backend, DType, Result, Tensor};
 /// Rows of logits computed at once.
 pub const LOGIT_ROWS: usize = 64;
 
-/// Activations for up to `rows` rows.
+/// Activations for up to `rows` rows; `kv_dim`: [`ModelConfig::kv_dim`].
 #[derive(Debug)]
 pub struct Workspace {
     /// f32 `[rows, hidden]`, the residual stream.
     pub x: Tensor,
     /// act `[rows, hidden]`.
     pub normed: Tensor,
-    /// act `[rows, (heads + 2 kv_heads) * head_dim]`.
+    /// act `[rows, (heads + 2 kv_heads) * kv_dim]`.
     pub qkv: Tensor,
-    /// act `[rows, heads, head_dim]`.
+    /// act `[rows, heads, kv_dim]`.
     pub q: Tensor,
-    /// act `[rows, kv_heads, head_dim]`.
+    /// act `[rows, kv_heads, kv_dim]`.
     pub k: Tensor,
-    /// act `[rows, heads, head_dim]`.
+    /// act `[rows, heads, kv_dim]`.
     pub attn: Tensor,
     /// f32 `[rows, heads]`.
     pub lse: Tensor,
@@ -40,7 +40,7 @@ pub struct Workspace {
 impl Workspace {
     pub fn new(b: &dyn Backend, c: &ModelConfig, act: DType, rows: usize) -> Result<Self> {
         let a = |dtype, n: usize, width: usize| b.alloc(dtype, n * width, "activations");
-        let (hd, f32) = (c.head_dim, DType::F32);
+        let (hd, f32) = (c.kv_dim(), DType::F32);
         Ok(Workspace {
             x: a(f32, rows, c.hidden)?,
             normed: a(act, rows, c.hidden)?,
@@ -56,6 +56,13 @@ impl Workspace {
             picked_normed: a(act, LOGIT_ROWS, c.hidden)?,
             logits: a(f32, LOGIT_ROWS, c.vocab)?,
         })
+    }
+}
+
+impl Workspace {
+    /// [`Workspace::qkv`] from an element of its first row on, for rows of a part of it.
+    pub fn qkv_from(&self, start: usize) -> Tensor {
+        self.qkv.slice(start, self.qkv.len() - start)
     }
 }
 

@@ -186,6 +186,7 @@ impl MethodSpec {
                 summary: SummaryKind::Bounds { page: 16 },
                 unit: 16,
                 query: Query::Own,
+                by_query: None,
             },
         }
     }
@@ -256,7 +257,14 @@ mod tests {
     use super::*;
 
     fn roles(spec: &str, windows: &[Option<usize>]) -> Result<Vec<Role>, SelectError> {
-        let m = ModelShape { model: "m", windows, heads: 8, kv_heads: 4, head_dim: 64 };
+        let m = ModelShape {
+            model: "m",
+            windows,
+            heads: 8,
+            kv_heads: 4,
+            head_dim: 64,
+            importance: None,
+        };
         let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
         Ok(plan.layers.into_iter().map(|l| l.role).collect())
     }
@@ -301,7 +309,14 @@ mod tests {
         let plan = |spec: &str, n: usize| {
             let windows = vec![None; n];
             let windows = &windows;
-            let m = ModelShape { model: "m", windows, heads: 8, kv_heads: 4, head_dim: 64 };
+            let m = ModelShape {
+                model: "m",
+                windows,
+                heads: 8,
+                kv_heads: 4,
+                head_dim: 64,
+                importance: None,
+            };
             spec.parse::<MethodSpec>().unwrap().plan(&m, 8192).unwrap()
         };
         let layers = |spec: &str, n: usize, role: fn(&Role) -> bool| -> Vec<usize> {
@@ -325,8 +340,14 @@ mod tests {
     #[test]
     fn anchors_may_score_as_other_methods_do() {
         let scorer = |spec: &str| {
-            let m =
-                ModelShape { model: "m", windows: &[None; 4], heads: 8, kv_heads: 4, head_dim: 64 };
+            let m = ModelShape {
+                model: "m",
+                windows: &[None; 4],
+                heads: 8,
+                kv_heads: 4,
+                head_dim: 64,
+                importance: None,
+            };
             let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
             Ok::<_, SelectError>(plan.layers[0].scorer.clone())
         };
@@ -350,7 +371,14 @@ mod tests {
 
     #[test]
     fn budgets_are_shares_of_the_length() {
-        let m = ModelShape { model: "m", windows: &[None; 2], heads: 8, kv_heads: 4, head_dim: 64 };
+        let m = ModelShape {
+            model: "m",
+            windows: &[None; 2],
+            heads: 8,
+            kv_heads: 4,
+            head_dim: 64,
+            importance: None,
+        };
         let budget = |spec: &str, context| {
             spec.parse::<MethodSpec>().unwrap().plan(&m, context).unwrap().layers[1].budget
         };

@@ -1,15 +1,16 @@
-//! Selection of whole blocks of tokens by summaries of their keys: what Quest, ArkVale, InfLLM-V2 and SparDA share.
+//! Selection of whole blocks of tokens by summaries of their keys: what Quest, ArkVale, InfLLM-V2, SparDA and NOSA share.
 
 use super::{
-    Keep, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector, infllm,
-    quest, sparda,
+    Keep, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector,
+    TrainedBlocks, infllm, nosa, quest, sparda,
 };
 use crate::backend::{
-    Backend, DType, ExpandBlocks, PoolBlocks, ScoreSummaries, Share, Summaries, SummaryKind,
-    Tensor, TopK,
+    Among, Backend, DType, ExpandBlocks, ForceBlocks, HeadPool, PoolBlocks, ScoreSummaries, Share,
+    Summaries, SummaryKind, Tensor, TopK,
 };
 use crate::select::{MethodSpec, Variant};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Whose query the summaries are scored with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -22,13 +23,18 @@ pub enum Query {
 }
 
 /// The layer plan of a method that selects blocks; `None` for every other method. `tokens`: the budget where the
-/// options name none.
-pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> Option<LayerPlan> {
+/// options name none; `trained`: blocks of a NOSA model.
+pub(super) fn layer(
+    spec: &MethodSpec,
+    tokens: usize,
+    trained: Option<TrainedBlocks>,
+) -> Option<LayerPlan> {
     let tokens = spec.budget.unwrap_or(tokens);
     match spec.variant {
         Variant::Quest | Variant::Arkvale => Some(quest::layer(spec, tokens)),
         Variant::Infllm2 => Some(infllm::layer(spec, tokens)),
         Variant::Sparda => Some(sparda::layer(spec, tokens)),
+        Variant::Nosa => Some(nosa::layer(spec, trained)),
         _ => None,
     }
 }
@@ -44,7 +50,7 @@ pub(super) fn forced(keep: &Keep, unit: usize) -> usize {
 
 /// What does not fit in a plan with [`Scorer::Blocks`].
 pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
-    let Scorer::Blocks { summary, unit, query } = plan.scorer else { return Ok(()) };
+    let Scorer::Blocks { summary, unit, query, by_query } = plan.scorer else { return Ok(()) };
     if !summary.is_sound() || !matches!(unit, 16 | 32 | 64) || !unit.is_multiple_of(summary.run()) {
         return Err(format!(
             "{summary:?} in blocks of {unit} tokens: give blocks of 16, 32 or 64 tokens, each a whole number of \
@@ -76,7 +82,7 @@ pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
              tokens has"
         ));
     }
-    Ok(())
+    by_query.map_or(Ok(()), |n| nosa::check(plan, n, unit))
 }
 
 /// Bytes of summaries that a decode step reads per KV head of a sequence of `n` tokens; `row`: bytes of one key.
@@ -91,36 +97,46 @@ pub struct BlockSelector {
     summary: SummaryKind,
     unit: usize,
     query: Query,
+    by_query: Option<usize>,
     /// u32 `[slots, lists, budget / unit]`, and how many of them are chosen.
     blocks: Tensor,
     counts: Tensor,
+}
+
+/// What summaries are multiplied with.
+struct Asked<'a> {
+    /// act `[rows, heads, head_dim]`.
+    q: &'a Tensor,
+    heads: usize,
+    scale: f32,
+    /// Dimensions that count.
+    dims: Range<usize>,
+    pool: HeadPool,
 }
 
 impl BlockSelector {
     /// For a plan with [`Scorer::Blocks`]; allocates the block lists.
     ///
     /// # Errors
-    /// [`SelectError::BadPlan`] for any other scorer, [`SelectError::Backend`] when the device is full.
+    /// [`SelectError::BadPlan`] for any other scorer, and for one that ranks by content importance where keys hold
+    /// none; [`SelectError::Backend`] when the device is full.
     pub fn new(b: &dyn Backend, shape: &LayerShape, plan: &LayerPlan) -> Result<Self, SelectError> {
         let bad = |reason: String| SelectError::BadPlan { method: "blocks".into(), reason };
         check(plan).map_err(bad)?;
-        let Scorer::Blocks { summary, unit, query } = plan.scorer else {
+        let Scorer::Blocks { summary, unit, query, by_query } = plan.scorer else {
             return Err(bad("the plan has no scorer of blocks".into()));
         };
+        if by_query.is_some() && shape.plain_dim == shape.head_dim {
+            return Err(bad("keys hold no content importance to rank blocks by".into()));
+        }
         let lists = shape.at_once * plan.lists(shape.heads, shape.kv_heads);
         let blocks = b.alloc(DType::U32, lists * (plan.budget.tokens / unit), "block lists")?;
         let counts = b.alloc(DType::U32, lists, "block counts")?;
-        Ok(BlockSelector { plan: plan.clone(), summary, unit, query, blocks, counts })
+        Ok(BlockSelector { plan: plan.clone(), summary, unit, query, by_query, blocks, counts })
     }
-}
 
-impl Selector for BlockSelector {
-    fn select(
-        &mut self,
-        cx: &LayerContext<'_>,
-        q: &Tensor,
-        out: &Selection,
-    ) -> Result<(), SelectError> {
+    /// Leaves the scores of blocks in the shared buffer; returns the elements between its rows.
+    fn score(&self, cx: &LayerContext<'_>, asked: Asked<'_>) -> Result<usize, SelectError> {
         let missing = |what| SelectError::MissingSummary { method: "blocks".into(), what };
         let summaries: Summaries<'_> = cx
             .summaries
@@ -132,35 +148,31 @@ impl Selector for BlockSelector {
             .as_ref()
             .ok_or_else(|| missing("a score buffer of all heads"))?;
         let (shape, seqs, unit) = (cx.shape, cx.seqs, self.unit);
-        let (q, heads, scale) = match self.query {
-            Query::Own => (q, shape.heads, 1.0 / (shape.head_dim as f32).sqrt()),
-            Query::Forecast => {
-                (cx.forecast.ok_or_else(|| missing("a Forecast"))?, shape.kv_heads, 1.0)
-            }
-        };
+        let Asked { q, heads, scale, dims, pool } = asked;
         // Both fit the score buffers: those have room for a score per token.
         let stride = self.summary.count(cx.scratch.stride);
         let block_stride = cx.scratch.stride.div_ceil(unit).next_multiple_of(64);
-        let (b, kind, kv_heads) = (cx.backend, self.summary, shape.kv_heads);
-        b.score_summaries(&ScoreSummaries {
+        cx.backend.score_summaries(&ScoreSummaries {
             q,
             seqs,
             summaries,
             n_pages: cx.cache.n_pages,
             heads,
-            kv_heads,
+            kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
+            from: dims.start,
+            dims: dims.len(),
             scale,
             scores: head_scores,
             stride,
         })?;
-        b.pool_blocks(&PoolBlocks {
+        cx.backend.pool_blocks(&PoolBlocks {
             scores: head_scores,
             seqs,
-            kind,
+            kind: self.summary,
             heads,
-            kv_heads,
-            pool: self.plan.pool,
+            kv_heads: shape.kv_heads,
+            pool,
             stride,
             unit,
             sinks: self.plan.keep.sinks,
@@ -168,26 +180,82 @@ impl Selector for BlockSelector {
             out: &cx.scratch.scores,
             block_stride,
         })?;
-        let k = out.k / unit;
-        b.top_k(&TopK {
+        Ok(block_stride)
+    }
+
+    /// The `k` blocks of each list with the best scores.
+    fn take(
+        &self,
+        cx: &LayerContext<'_>,
+        rows_per_seq: usize,
+        stride: usize,
+        k: usize,
+    ) -> Result<(), SelectError> {
+        Ok(cx.backend.top_k(&TopK {
             scores: &cx.scratch.scores,
-            seqs,
-            rows_per_seq: out.rows_per_seq,
-            stride: block_stride,
+            seqs: cx.seqs,
+            rows_per_seq,
+            stride,
             k,
-            unit,
+            unit: self.unit,
             share: Share::ALL,
             among: None,
             indices: &self.blocks,
             counts: &self.counts,
-        })?;
-        Ok(b.expand_blocks(&ExpandBlocks {
+        })?)
+    }
+}
+
+impl Selector for BlockSelector {
+    fn select(
+        &mut self,
+        cx: &LayerContext<'_>,
+        q: &Tensor,
+        out: &Selection,
+    ) -> Result<(), SelectError> {
+        let LayerShape { heads, kv_heads, head_dim, plain_dim, .. } = cx.shape;
+        let (rows, k) = (out.rows_per_seq, out.k / self.unit);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        // As published, the query of a choice in two stages knows nothing of the importance.
+        let dims = 0..if self.by_query.is_some() { plain_dim } else { head_dim };
+        let pool = self.plan.pool;
+        let asked = match self.query {
+            Query::Own => Asked { q, heads, scale, dims, pool },
+            Query::Forecast => {
+                let missing =
+                    || SelectError::MissingSummary { method: "blocks".into(), what: "a Forecast" };
+                Asked {
+                    q: cx.forecast.ok_or_else(missing)?,
+                    heads: kv_heads,
+                    scale: 1.0,
+                    dims,
+                    pool,
+                }
+            }
+        };
+        let stride = self.score(cx, asked)?;
+        if let Some(by_query) = self.by_query.map(|n| n.min(k)) {
+            self.take(cx, rows, stride, by_query)?;
+            // The rest of every query is the same: what the keys' importance is multiplied with.
+            let (dims, pool) = (plain_dim..head_dim, HeadPool::MaxLogit);
+            self.score(cx, Asked { q, heads, scale, dims, pool })?;
+            cx.backend.force_blocks(&ForceBlocks {
+                scores: &cx.scratch.scores,
+                seqs: cx.seqs,
+                rows_per_seq: rows,
+                stride,
+                unit: self.unit,
+                listed: Among { indices: &self.blocks, counts: &self.counts, k: by_query },
+            })?;
+        }
+        self.take(cx, rows, stride, k)?;
+        Ok(cx.backend.expand_blocks(&ExpandBlocks {
             blocks: &self.blocks,
             block_counts: &self.counts,
-            seqs,
-            rows_per_seq: out.rows_per_seq,
+            seqs: cx.seqs,
+            rows_per_seq: rows,
             k,
-            unit,
+            unit: self.unit,
             indices: &out.indices,
             counts: &out.counts,
         })?)
@@ -231,7 +299,7 @@ mod tests {
 
     #[test]
     fn plans_that_cannot_run_are_refused() {
-        let plan = layer(&spec(Variant::Sparda), 2048).unwrap();
+        let plan = layer(&spec(Variant::Sparda), 2048, None).unwrap();
         check(&plan).unwrap();
         let reason = |edit: &dyn Fn(&mut LayerPlan)| {
             let mut plan = plan.clone();

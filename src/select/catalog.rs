@@ -59,6 +59,8 @@ pub enum Variant {
     Infllm2,
     /// The same blocks, scored by the Forecast of the layer before.
     Sparda,
+    /// Some blocks by the query, the rest by the content importance of their tokens.
+    Nosa,
 }
 
 impl Variant {
@@ -182,5 +184,11 @@ pub const METHODS: &[MethodInfo] = &[
         name: "sparda",
         about: "SparDA: the same blocks, chosen by the Forecast of the layer before (needs --forecast)",
         variant: Variant::Sparda,
+    },
+    MethodInfo {
+        name: "nosa",
+        about: "NOSA: a part of the same blocks by the query (or the Forecast), the rest by the content importance of \
+                their tokens, which stays from step to step (NOSA models only)",
+        variant: Variant::Nosa,
     },
 ];

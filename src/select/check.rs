@@ -226,8 +226,16 @@ impl Plan {
             });
         }
         for (l, (layer, window)) in self.layers.iter().zip(m.windows).enumerate() {
+            let importance = || {
+                ensure(m.importance.is_some() || !layer.wants_importance(), || {
+                    "it ranks blocks by the content importance of their tokens, which only NOSA models have; take \
+                     infllm2 or sparda"
+                        .into()
+                })
+            };
             let checked = layer.check_alone(m.head_dim, *window);
             checked
+                .and_then(|()| importance())
                 .and_then(|()| self.check_taken(l, m))
                 .map_err(|reason| SelectError::BadPlan { method: self.method.clone(), reason })?;
         }

@@ -21,7 +21,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
     LayerPlan {
         role: Role::Select,
         tile: None,
-        scorer: Scorer::Blocks { summary: WINDOWS, unit: BLOCK, query: Query::Own },
+        scorer: Scorer::Blocks { summary: WINDOWS, unit: BLOCK, query: Query::Own, by_query: None },
         pool: HeadPool::MeanSoftmax,
         scale: LogitScale::InvSqrtDim,
         budget: Budget::fixed(tokens, spec.dense_below.unwrap_or(2048)),

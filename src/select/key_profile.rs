@@ -69,6 +69,28 @@ impl KeyProfile {
         };
         KeyProfile { importance: rows(&self.importance, 1), basis: rows(&self.basis, d), ..*self }
     }
+
+    /// The same for heads of `wide` dimensions: those that are more do not matter, and are directions of their own
+    /// behind all others.
+    #[must_use]
+    pub fn widened(&self, wide: usize) -> Self {
+        let d = self.head_dim;
+        if wide <= d {
+            return self.clone();
+        }
+        let row = |x: &[f32]| x.iter().copied().chain(vec![0.0; wide - d]).collect::<Vec<f32>>();
+        let unit = |i: usize| (0..wide).map(move |j| if i == j { 1.0 } else { 0.0 });
+        let head = |h: &[f32]| {
+            let own = h.chunks_exact(d).flat_map(row);
+            own.chain((d..wide).flat_map(unit)).collect::<Vec<f32>>()
+        };
+        KeyProfile {
+            kv_heads: self.kv_heads,
+            head_dim: wide,
+            importance: self.importance.chunks_exact(d).flat_map(row).collect(),
+            basis: self.basis.chunks_exact(d * d).flat_map(head).collect(),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -89,5 +111,14 @@ mod tests {
         assert_eq!(q.importance, [1.0, 2.0, 4.0, 3.0]);
         assert_eq!(q.basis, [0.6, 0.8, -0.8, 0.6, 0.0, 1.0, 1.0, 0.0]);
         assert_eq!(KeyProfile::neutral(1, 2, 2).basis(0)[4..], [1.0, 0.0, 0.0, 1.0]);
+        // What is more comes last.
+        let wide = p.widened(3);
+        assert!(wide.fits(1) && p.widened(2) == p);
+        assert_eq!(wide.importance, [1.0, 2.0, 0.0, 3.0, 4.0, 0.0]);
+        assert_eq!(wide.basis[..9], [0.6, 0.8, 0.0, -0.8, 0.6, 0.0, 0.0, 0.0, 1.0]);
+        assert_eq!(
+            KeyProfile::neutral(2, 3, 2).widened(4).basis,
+            KeyProfile::neutral(2, 3, 4).basis
+        );
     }
 }

@@ -2,6 +2,7 @@
 //! read from text, the name of its value in `--help`, the methods that read it, and (as its doc comment) its help.
 
 use super::anchors::{AnchorScorer, Anchors};
+use super::blocks::Query;
 use super::catalog::Variant;
 use crate::backend::{DimMetric, HeadPool};
 use serde::{Deserialize, Serialize};
@@ -124,6 +125,11 @@ options! {
     slice_bits, "slice-bits": usize = parse("BITS"), has_labels;
     /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
     scorer, "scorer": AnchorScorer = parse_name("SCORER"), hands_down;
+    /// Of the budget, tokens of the blocks that the query chooses, forced ones included; the others are chosen by the
+    /// content importance of their tokens [default: as the model was trained; NOSA-8B: 41 blocks of 96]
+    by_query, "by-query": usize = parse("TOKENS"), two_stages;
+    /// Whose query chooses: own, forecast [default: own]
+    query, "query": Query = parse_name("QUERY"), two_stages;
 }
 
 /// Who reads what.
@@ -192,6 +198,11 @@ impl Variant {
         self.on_some_dims() || self == Variant::Oracle
     }
 
+    /// Some blocks are chosen by the query, the others by content importance.
+    fn two_stages(self) -> bool {
+        self == Variant::Nosa
+    }
+
     fn pages(self) -> bool {
         matches!(self, Variant::Quest | Variant::Arkvale)
     }
@@ -209,10 +220,10 @@ impl Variant {
     /// Can read prompts sparsely.
     fn tiles(self) -> bool {
         use Variant::{
-            Infllm2, Kascade, KascadePooled, Oracle, Sparcas, SparcasInt8, Sparda, Window,
+            Infllm2, Kascade, KascadePooled, Nosa, Oracle, Sparcas, SparcasInt8, Sparda, Window,
         };
         self.pages()
             || matches!(self, Window | Oracle | Sparcas | SparcasInt8 | Kascade | KascadePooled)
-            || matches!(self, Infllm2 | Sparda)
+            || matches!(self, Infllm2 | Sparda | Nosa)
     }
 }

@@ -1,7 +1,7 @@
 //! Plans: a sparse method as data.
 
 use super::blocks::{self, Query};
-use super::{Budget, Keep, Role, Scorer};
+use super::{Budget, Keep, Role, Scorer, TrainedBlocks};
 use crate::backend::{HeadPool, LogitScale, Refresh, SummaryKind};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +14,7 @@ pub struct KvReads<'a> {
     pub heads: usize,
     /// KV heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a head as the cache holds it.
     pub head_dim: usize,
     /// Bytes of one cached number.
     pub elem: usize,
@@ -33,13 +33,15 @@ pub struct ModelShape<'a> {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
+    /// Blocks that the model was trained to attend to, where its tokens have a content importance (NOSA).
+    pub importance: Option<TrainedBlocks>,
 }
 
 #[cfg(test)]
 impl<'a> ModelShape<'a> {
     /// A model of 32 heads over 8.
     pub(super) fn of_layers(windows: &'a [Option<usize>], head_dim: usize) -> Self {
-        ModelShape { model: "m", windows, heads: 32, kv_heads: 8, head_dim }
+        ModelShape { model: "m", windows, heads: 32, kv_heads: 8, head_dim, importance: None }
     }
 }
 
@@ -133,6 +135,11 @@ impl LayerPlan {
             Scorer::Blocks { summary, .. } => Some(summary),
             _ => None,
         }
+    }
+
+    /// The layer ranks blocks by the content importance of their tokens.
+    pub fn wants_importance(&self) -> bool {
+        matches!(self.scorer, Scorer::Blocks { by_query: Some(_), .. })
     }
 
     /// The layer is scored with the Forecast of the one before.
@@ -319,7 +326,14 @@ mod tests {
         let half: Vec<_> = (0..32).map(|l| (l % 2 == 0).then_some(4096)).collect();
         let shape = KvReads { windows: &half, ..shape };
         let spec: MethodSpec = Variant::Sparcas.into();
-        let model = ModelShape { model: "", windows: &half, heads: 32, kv_heads: 8, head_dim: 128 };
+        let model = ModelShape {
+            model: "",
+            windows: &half,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            importance: None,
+        };
         let plan = spec.plan(&model, 32768).unwrap();
         let row = 8 * 128 * 2;
         // Layer 1 is one of the two leading dense layers; 15 others select 1,024 tokens on 32 dimensions.

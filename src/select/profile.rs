@@ -19,11 +19,12 @@ impl MethodSpec {
             Variant::Dense => vec![LayerPlan::dense(); n_layers],
             v if v.anchored() => self.anchored(m, context)?,
             _ => {
-                // As published, InfLLM-V2 and SparDA select in every layer.
-                let every = matches!(self.variant, Variant::Infllm2 | Variant::Sparda);
+                // As published, InfLLM-V2, SparDA and NOSA select in every layer.
+                let every =
+                    matches!(self.variant, Variant::Infllm2 | Variant::Sparda | Variant::Nosa);
                 let dense_layers = self.dense_layers.unwrap_or(if every { 0 } else { 2 });
                 let layer = |l: usize| match m.windows[l] {
-                    None if l >= dense_layers => self.layer(l, n_layers, m.head_dim, context),
+                    None if l >= dense_layers => self.layer(l, m, context),
                     _ => Ok(LayerPlan::dense()),
                 };
                 (0..n_layers).map(layer).collect::<Result<_, _>>()?
@@ -73,13 +74,13 @@ impl MethodSpec {
     fn layer(
         &self,
         l: usize,
-        n_layers: usize,
-        head_dim: usize,
+        m: &ModelShape<'_>,
         context: usize,
     ) -> Result<LayerPlan, SelectError> {
-        if let Some(plan) = blocks::layer(self, self.budget_tokens(context)) {
+        if let Some(plan) = blocks::layer(self, self.budget_tokens(context), m.importance) {
             return Ok(plan);
         }
+        let (n_layers, head_dim) = (m.windows.len(), m.head_dim);
         let tokens = self.budget_tokens(context);
         let paper = self.variant == Variant::SparcasPaper;
         let (sinks, recent) = match self.variant {

@@ -27,6 +27,7 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
             },
             unit: page,
             query: Query::Own,
+            by_query: None,
         },
         pool: spec.pool.unwrap_or(HeadPool::SumLogit),
         scale: LogitScale::InvSqrtDim,

@@ -83,7 +83,7 @@ pub enum Scorer {
         /// Components read per token.
         dims: usize,
     },
-    /// Whole blocks by summaries of their keys (Quest, ArkVale, InfLLM-V2, SparDA).
+    /// Whole blocks by summaries of their keys (Quest, ArkVale, InfLLM-V2, SparDA, NOSA).
     Blocks {
         /// What stands for a run of keys.
         summary: SummaryKind,
@@ -91,6 +91,9 @@ pub enum Scorer {
         unit: usize,
         /// Whose query the summaries are scored with.
         query: Query,
+        /// Blocks that are chosen so, the others by the content importance of their tokens (NOSA); None: all.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by_query: Option<usize>,
     },
     /// A selector that the program brought along.
     Custom {

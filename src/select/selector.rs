@@ -20,8 +20,10 @@ pub struct LayerShape {
     pub heads: usize,
     /// KV heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a head as keys and queries have them.
     pub head_dim: usize,
+    /// Those of them that are no bias (NOSA's content importance comes behind them); `head_dim` where there is none.
+    pub plain_dim: usize,
     /// Cache dtype.
     pub kv_dtype: DType,
     /// Slots of per-sequence state.

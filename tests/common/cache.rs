@@ -139,6 +139,8 @@ pub struct Layer {
     pub q: Tensor,
     /// Tokens that there is room for; a multiple of a page.
     pub capacity: usize,
+    /// Dimensions of a head that are no bias.
+    pub plain_dim: usize,
     pub stats: Tensor,
     /// Sums of the values, likewise.
     pub value_stats: Tensor,
@@ -183,6 +185,7 @@ impl Layer {
             dev: dev.clone(),
             heads,
             capacity,
+            plain_dim: heads.dim,
             lead,
             n_pages,
             pages,
@@ -242,6 +245,7 @@ impl Layer {
             heads: self.heads.query,
             kv_heads: self.heads.kv,
             head_dim: self.heads.dim,
+            plain_dim: self.plain_dim,
             kv_dtype: DType::F32,
             slots: 1,
             at_once: 1,

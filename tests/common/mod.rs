@@ -6,6 +6,7 @@ pub mod dims;
 pub mod forecast;
 pub mod gguf_file;
 pub mod model;
+pub mod nosa;
 pub mod pick;
 pub mod profile;
 pub mod program;

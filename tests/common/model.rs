@@ -1,11 +1,12 @@
 //! The tiny random model on disk, engines over it, and methods that act on texts of a few hundred tokens.
 
+use super::cache::backends;
 use super::tiny::Tiny;
 use super::{forecast, profile};
 use longsight::backend::{Backend, DType};
 use longsight::engine::{Engine, EngineBuilder};
 use longsight::model::{Arch, Quant};
-use longsight::select::{MethodSpec, Variant};
+use longsight::select::{METHODS, MethodInfo, MethodSpec, Variant};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -16,6 +17,8 @@ pub const CONTEXT: usize = 256;
 pub struct Model {
     dir: tempfile::TempDir,
     n_layers: usize,
+    /// Its tokens have a content importance.
+    nosa: bool,
 }
 
 impl Model {
@@ -25,12 +28,32 @@ impl Model {
 
     /// With so many layers.
     pub fn deep(n_layers: usize) -> Model {
+        Model::of(&Tiny::deep(Arch::Llama, false, 3, n_layers))
+    }
+
+    /// The same with content importance.
+    pub fn nosa(n_layers: usize) -> Model {
+        Model::of(&Tiny::nosa(3, n_layers))
+    }
+
+    pub fn of(tiny: &Tiny) -> Model {
         let dir = tempfile::tempdir().unwrap();
-        let tiny = Tiny::deep(Arch::Llama, false, 3, n_layers);
         tiny.write_hf(&dir.path().join("tiny"), Quant::F32, 1);
-        let model = Model { dir, n_layers };
+        let (n_layers, nosa) = (tiny.config.n_layers, tiny.config.importance.is_some());
+        let model = Model { dir, n_layers, nosa };
         forecast::write_random(&model.forecast(), &model.path());
         model
+    }
+
+    /// The methods that it can run.
+    pub fn methods(&self) -> impl Iterator<Item = &'static MethodInfo> + use<> {
+        let nosa = self.nosa;
+        METHODS.iter().filter(move |m| nosa || m.variant != Variant::Nosa)
+    }
+
+    /// For messages.
+    pub fn kind(&self) -> &'static str {
+        if self.nosa { "nosa" } else { "llama" }
     }
 
     /// A random Forecast for it.
@@ -62,6 +85,12 @@ impl Model {
     }
 }
 
+/// A model without and one with content importance, on every backend under test.
+pub fn on_both(n_layers: usize) -> Vec<(Arc<Model>, Arc<dyn Backend>)> {
+    let models = [Model::deep(n_layers), Model::nosa(n_layers)].map(Arc::new);
+    models.iter().flat_map(|m| backends().into_iter().map(move |d| (m.clone(), d))).collect()
+}
+
 pub fn dense() -> MethodSpec {
     Variant::Dense.into()
 }
@@ -74,7 +103,7 @@ pub fn sparse(variant: Variant, budget: usize) -> MethodSpec {
         dims: Some(8),
         dense_layers: Some(0),
         dense_below: Some(0),
-        sinks: matches!(variant, Variant::Infllm2 | Variant::Sparda).then_some(0),
+        sinks: matches!(variant, Variant::Infllm2 | Variant::Sparda | Variant::Nosa).then_some(0),
         ..variant.into()
     }
 }

@@ -7,7 +7,8 @@ use longsight::backend::{
     AttendRows, DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
 };
 use longsight::select::{
-    Given, LayerContext, LayerPlan, MethodSpec, ModelShape, Scratch, Selection, build, correct,
+    Given, LayerContext, LayerPlan, MethodSpec, ModelShape, Scratch, Selection, TrainedBlocks,
+    build, correct,
 };
 
 /// Summaries of all tokens of the layer.
@@ -75,7 +76,9 @@ fn select_then(
 ) -> Picked {
     let heads = l.heads;
     let Heads { query, kv: kv_heads, dim: head_dim } = heads;
-    let model = ModelShape { model: "m", windows: &[None], heads: query, kv_heads, head_dim };
+    let importance = (l.plain_dim < head_dim).then(TrainedBlocks::default);
+    let windows = &[None];
+    let model = ModelShape { model: "m", windows, heads: query, kv_heads, head_dim, importance };
     let plan = &spec.plan(&model, 4096).unwrap().layers[0];
     let profile = profile::random(1, kv_heads, head_dim);
     let given = Given { profile: Some(&profile), ..Given::default() };

@@ -7,6 +7,7 @@ use std::path::Path;
 use half::{bf16, f16};
 use longsight::model::quant::Quant;
 use longsight::model::{Arch, LayerWeight, ModelConfig, RopeScaling, Scales, Weight};
+use longsight::select::TrainedBlocks;
 use serde_json::{Map, Value, json};
 
 use super::gguf_file::{self, Meta, Tensor};
@@ -51,11 +52,23 @@ impl Tiny {
             tie_embeddings: tied,
             qkv_bias: arch == Arch::Qwen2,
             qk_norm: arch == Arch::Qwen3,
+            importance: None,
             windows: vec![None; n_layers],
             max_context: 512,
             bos: Some(256),
             eos: vec![258],
         };
+        Tiny::of(config, seed)
+    }
+
+    /// With content importance, as NOSA models have it.
+    pub fn nosa(seed: u64, n_layers: usize) -> Tiny {
+        let config = Tiny::deep(Arch::Llama, false, seed, n_layers).config;
+        let importance = Some(TrainedBlocks { total: 5, by_query: 4, sinks: 1, local: 1 });
+        Tiny::of(ModelConfig { importance, ..config }, seed)
+    }
+
+    fn of(config: ModelConfig, seed: u64) -> Tiny {
         let mut state = seed;
         let mut weights = Vec::new();
         for weight in Weight::all(&config) {
@@ -138,8 +151,13 @@ impl Tiny {
                 "original_max_position_embeddings": c.max_context}),
             _ => Value::Null,
         };
+        let sparse = c.importance.map(|b| {
+            json!({"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "init_blocks": b.sinks,
+                   "window_size": 64 * b.local, "select_blocks": b.by_query - b.sinks - b.local,
+                   "topk": b.total - b.local, "use_nope": false, "dense_len": 8192})
+        });
         json!({
-            "scale_emb": embedding, "scale_depth": residual * (c.n_layers as f64).sqrt(),
+            "sparse_config": sparse, "scale_emb": embedding, "scale_depth": residual * (c.n_layers as f64).sqrt(),
             "dim_model_base": logits * c.hidden as f64, "rope_scaling": rotary,
             "model_type": arch_name(c.arch), "num_hidden_layers": c.n_layers,
             "hidden_size": c.hidden, "num_attention_heads": c.n_heads,
@@ -336,6 +354,8 @@ pub fn hf_name(weight: Weight) -> String {
         LayerWeight::Gate => "mlp.gate_proj.weight",
         LayerWeight::Up => "mlp.up_proj.weight",
         LayerWeight::Down => "mlp.down_proj.weight",
+        LayerWeight::ImportanceScale => "self_attn.A",
+        LayerWeight::Importance => "self_attn.delta.weight",
     };
     format!("model.layers.{layer}.{name}")
 }
@@ -363,6 +383,7 @@ pub fn gguf_name(weight: Weight) -> String {
         LayerWeight::Gate => "ffn_gate.weight",
         LayerWeight::Up => "ffn_up.weight",
         LayerWeight::Down => "ffn_down.weight",
+        other => panic!("{other:?} is in no GGUF file"),
     };
     format!("blk.{layer}.{name}")
 }

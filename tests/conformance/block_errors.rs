@@ -57,6 +57,8 @@ fn summaries(rig: &mut Rig) -> Outcome {
         heads: 4,
         kv_heads: 2,
         head_dim: 64,
+        from: 0,
+        dims: 64,
         scale: 1.0,
         scores: &scores,
         stride,
@@ -75,6 +77,10 @@ fn summaries(rig: &mut Rig) -> Outcome {
     rig.refuses("odd head_dim", dev.score_summaries(&ScoreSummaries { head_dim: 63, ..p() }))?;
     rig.refuses("pages that wrap", dev.score_summaries(&ScoreSummaries { n_pages: WRAPS, ..p() }))?;
     rig.refuses("scores are q", dev.score_summaries(&ScoreSummaries { scores: &q, ..p() }))?;
+    let of = |from, dims| ScoreSummaries { from, dims, ..p() };
+    for (from, dims) in [(0, 0), (0, 72), (8, 64), (4, 8), (0, 12), (usize::MAX - 7, 8)] {
+        rig.refuses(&format!("{dims} from {from} on"), dev.score_summaries(&of(from, dims)))?;
+    }
     let seqs = Seqs { max_q: 2, ..b.seqs() };
     rig.refuses("a prompt", dev.score_summaries(&ScoreSummaries { seqs, ..p() }))
 }

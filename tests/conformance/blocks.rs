@@ -50,8 +50,16 @@ pub fn cases(c: &mut Cases) {
             }
             for (mix, kv) in [("edges", EDGES), ("long", LONG)] {
                 let name = format!("{name}_d{d}_h{kv_heads}_g{group}_{mix}");
+                let whole = (0, d);
                 c.add("score_summaries", name, move |rig, t| {
-                    score(rig, t, kv, shape, group, kind, false)
+                    score(rig, t, kv, shape, group, kind, whole, false)
+                });
+            }
+            // A part of the dimensions: the first, the last, some between.
+            for (from, dims) in [(0, d - 8), (d - 8, 8), (16, 24)] {
+                let name = format!("{name}_d{d}_h{kv_heads}_g{group}_{dims}_from{from}");
+                c.add("score_summaries", name, move |rig, t| {
+                    score(rig, t, EDGES, shape, group, kind, (from, dims), false)
                 });
             }
         }
@@ -63,7 +71,9 @@ pub fn cases(c: &mut Cases) {
             summaries(rig, t, shape, kind, &[(150, 165), (1, 100)], spoil)
         });
         let case = format!("nonfinite_{name}");
-        c.add("score_summaries", case, move |rig, t| score(rig, t, LONG, shape, 3, kind, true));
+        c.add("score_summaries", case, move |rig, t| {
+            score(rig, t, LONG, shape, 3, kind, (0, shape.d), true)
+        });
     }
     c.add("kv_summaries", "a_chunk_gives_what_single_tokens_give", chunk_or_tokens);
     // No dtype but f32 takes part in what follows.
@@ -141,6 +151,7 @@ fn spoil(keys: &mut [f64], shape: Shape, b: &Batch) {
 }
 
 /// Random summaries, NaN where there are none; `spoilt`: some of those that exist are not finite.
+#[allow(clippy::too_many_arguments)]
 fn score(
     rig: &mut Rig,
     t: Types,
@@ -148,6 +159,7 @@ fn score(
     shape: Shape,
     group: usize,
     kind: SummaryKind,
+    (from, dims): (usize, usize),
     spoilt: bool,
 ) -> Outcome {
     let Shape { kv_heads, d, .. } = shape;
@@ -185,6 +197,8 @@ fn score(
         heads,
         kv_heads,
         head_dim: d,
+        from,
+        dims,
         scale: 0.3,
         scores: &scores,
         stride,

@@ -4,6 +4,7 @@ mod attend;
 mod batch;
 mod block_errors;
 mod blocks;
+mod content;
 mod dense;
 mod dims;
 mod errors;
@@ -95,6 +96,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         score::cases(&mut c);
         listed::cases(&mut c);
         blocks::cases(&mut c);
+        content::cases(&mut c);
         attend::cases(&mut c);
         neighbours::cases(&mut c);
         quantised::cases(&mut c);

@@ -171,10 +171,10 @@ impl Backend for Oracle {
     }
     ops! {
         embed: Embed, gather_rows: GatherRows, rms_norm: RmsNorm, linear: Linear, rope: Rope,
-        swiglu: SwiGlu, kv_append: KvAppend, key_stats: KeyStats, select_dims: SelectDims,
+        swiglu: SwiGlu, content_bias: ContentBias, kv_append: KvAppend, key_stats: KeyStats, select_dims: SelectDims,
         rebuild_slice: RebuildSlice, score_dims: ScoreDims, score_rows: ScoreRows, score_tiles: ScoreTiles, pool_scores: PoolScores, force: Force,
         trim_scores: TrimScores, project: Project, quantise_keys: QuantiseKeys, mean_value: MeanValue,
         top_k: TopK, union_ranks: UnionRanks, hold_lists: HoldLists, kv_summaries: KvSummaries, score_summaries: ScoreSummaries,
-        pool_blocks: PoolBlocks, expand_blocks: ExpandBlocks, attend_dense: AttendDense, attend_rows: AttendRows, merge: Merge,
+        pool_blocks: PoolBlocks, force_blocks: ForceBlocks, expand_blocks: ExpandBlocks, attend_dense: AttendDense, attend_rows: AttendRows, merge: Merge,
     }
 }

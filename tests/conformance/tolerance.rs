@@ -39,6 +39,7 @@ const TABLE: &[(&str, f64, f64, f64)] = &[
     // Angles reach 1.3e5 rad: a range reduction in f32 leaves about 1e-6 absolute, some devices add 5e-6.
     ("rope", 1e-9, F16, BF16),
     ("swiglu", F32, F16, BF16),
+    ("content_bias", F32, F16, BF16),
     // int8 scale: one f32 quotient (GPU divisions are good to 2.5 units in the last place).
     ("kv_append", 1e-12, F16, BF16),
     ("quantise_keys", 1e-12, F16, BF16),

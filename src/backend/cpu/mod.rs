@@ -8,9 +8,11 @@ mod attend_dense;
 mod attend_rows;
 mod attention;
 mod bandwidth;
+mod content_bias;
 mod embed;
 mod expand_blocks;
 mod force;
+mod force_blocks;
 mod gather_rows;
 mod gemm_ceiling;
 mod hold_lists;
@@ -182,6 +184,7 @@ impl Backend for CpuBackend {
         linear: Linear,
         rope: Rope,
         swiglu: SwiGlu,
+        content_bias: ContentBias,
         kv_append: KvAppend,
         key_stats: KeyStats,
         kv_summaries: KvSummaries,
@@ -200,6 +203,7 @@ impl Backend for CpuBackend {
         hold_lists: HoldLists,
         score_summaries: ScoreSummaries,
         pool_blocks: PoolBlocks,
+        force_blocks: ForceBlocks,
         expand_blocks: ExpandBlocks,
         attend_dense: AttendDense,
         attend_rows: AttendRows,

@@ -17,6 +17,8 @@ pub(super) fn run(io: &Io<'_>, p: &ScoreSummaries<'_>) -> Result<()> {
 fn score<T: Lane>(io: &Io<'_>, p: &ScoreSummaries<'_>) -> Result<()> {
     let (d, hkv, kind) = (p.head_dim, p.kv_heads, p.summaries.kind);
     let (group, width, per_page) = (p.heads / hkv, kind.vectors() * d, kind.per_page());
+    // Whole summaries are one piece.
+    let (pieces, n) = if p.dims == d { (1, width) } else { (kind.vectors(), p.dims) };
     let q = io.read::<f32>(p.q)?;
     let data = io.read::<T>(p.summaries.data)?;
     let seqs = sequences(io, &p.seqs)?;
@@ -30,14 +32,19 @@ fn score<T: Lane>(io: &Io<'_>, p: &ScoreSummaries<'_>) -> Result<()> {
         let (s, h, chunk) = (i / (hkv * chunks), i / chunks % hkv, i % chunks);
         let (seq, pages) = (&seqs[s], pages[s]);
         let q = &q[(seq.q_start * p.heads + h * group) * d..][..group * d];
-        let q: Vec<f32> = q.chunks_exact(d).flat_map(|q| facing(q, width, p.scale)).collect();
+        let q = q.chunks_exact(d).map(|q| &q[p.from..p.from + p.dims]);
+        let q: Vec<f32> = q.flat_map(|q| facing(q, pieces * n, p.scale)).collect();
         let mut logits = vec![0.0; group * per_page];
         for page in (chunk * CHUNK..(chunk + 1) * CHUNK).take_while(|n| *n < pages.len()) {
             let at = (pages[page] as usize * hkv + h) * per_page * width;
             let first = page * per_page;
             let count = per_page.min(kind.count(seq.kv_len) - first);
-            let rows: Vec<usize> = (0..count).map(|g| at + g * width).collect();
-            simd::dot_rows(&q, width, group, width, data, &rows, &mut logits, per_page, false);
+            for piece in 0..pieces {
+                let at = at + piece * d + p.from;
+                let rows: Vec<usize> = (0..count).map(|g| at + g * width).collect();
+                let (q, out, more) = (&q[piece * n..], &mut logits, piece > 0);
+                simd::dot_rows(q, pieces * n, group, n, data, &rows, out, per_page, more);
+            }
             for (r, logits) in logits.chunks_exact(per_page).enumerate() {
                 let row = (s * p.heads + h * group + r) * p.stride + first;
                 // SAFETY: tasks differ in row or page.

@@ -4,8 +4,8 @@ use super::CudaBackend;
 use super::args::{SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    Backend, DType, ExpandBlocks, HeadPool, KvSummaries, PoolBlocks, Result, ScoreSummaries,
-    Summaries, SummaryKind,
+    Backend, DType, ExpandBlocks, ForceBlocks, HeadPool, KvSummaries, PoolBlocks, Result,
+    ScoreSummaries, Summaries, SummaryKind,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -34,6 +34,8 @@ struct ScoreArgs {
     head_dim: u32,
     scale: f32,
     q_type: u32,
+    first: u32,
+    dims: u32,
     pad: u32,
 }
 
@@ -114,13 +116,15 @@ impl CudaBackend {
                 DType::BF16 => 2,
                 _ => 0,
             },
+            first: word(OP, "from", p.from)?,
+            dims: word(OP, "dims", p.dims)?,
             pad: 0,
         };
         // Enough blocks to fill the device several times; more would only repeat the query's preparation.
         let pairs = (p.kv_heads * p.seqs.n).max(1);
         let blocks = kind.count(p.seqs.max_kv).div_ceil(BLOCK);
         let blocks = blocks.min((self.limits.sms * 16).div_ceil(pairs));
-        let shared = group * kind.vectors() * p.head_dim * DType::F32.bytes();
+        let shared = group * kind.vectors() * p.dims * DType::F32.bytes();
         let shape = Shape::new([blocks, p.kv_heads, p.seqs.n], 128).shared(shared);
         self.launch(OP, &format!("score_summaries_{kv}_g{g}"), shape, Args::new().with(args))
     }
@@ -159,6 +163,23 @@ impl CudaBackend {
         }
         let grid = [p.seqs.max_kv.div_ceil(64 * p.unit), rows, p.seqs.n];
         self.launch(OP, OP, Shape::new(grid, 64), Args::new().with(args))
+    }
+
+    pub(super) fn force_blocks_op(&self, p: &ForceBlocks<'_>) -> Result<()> {
+        const OP: &str = "force_blocks";
+        p.check()?;
+        let (rows, k) = (p.rows_per_seq, p.listed.k);
+        let args = Args::new()
+            .with(self.ptr(OP, p.listed.indices)?)
+            .with(self.ptr(OP, p.listed.counts)?)
+            .with(self.seqs(OP, &p.seqs)?)
+            .with(self.ptr(OP, p.scores)?)
+            .with(p.stride as u64)
+            .with(word(OP, "rows_per_seq", rows)?)
+            .with(word(OP, "k", k)?)
+            .with(word(OP, "unit", p.unit)?);
+        let grid = [k.div_ceil(128).min(64), rows, p.seqs.n];
+        self.launch(OP, OP, Shape::new(grid, 128), args)
     }
 
     pub(super) fn expand_blocks_op(&self, p: &ExpandBlocks<'_>) -> Result<()> {

@@ -4,8 +4,8 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
 use crate::backend::{
-    DimMetric, KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Refresh, Result,
-    SelectDims, SliceBits,
+    ContentBias, DimMetric, KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Refresh,
+    Result, SelectDims, SliceBits,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -26,6 +26,26 @@ struct AppendArgs {
     int8_dims: u32,
     slice_n: u32,
     capacity: u32,
+    pad: u32,
+}
+
+/// `BiasArgs` of `content_bias.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct BiasArgs {
+    v: u64,
+    delta: u64,
+    a: u64,
+    q: u64,
+    k: u64,
+    v_stride: u64,
+    rows: u32,
+    heads: u32,
+    kv_heads: u32,
+    head_dim: u32,
+    at: u32,
+    high: f32,
+    low: f32,
     pad: u32,
 }
 
@@ -130,6 +150,31 @@ impl CudaBackend {
         let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], warps * 32);
         let entry = format!("kv_append_{}_{}", p.k.dtype(), p.cache.k.dtype());
         self.launch(OP, &entry, shape, Args::new().with(args))
+    }
+
+    pub(super) fn content_bias_op(&self, p: &ContentBias<'_>) -> Result<()> {
+        const OP: &str = "content_bias";
+        const WARPS: usize = 4;
+        p.check()?;
+        let [high, low] = p.unit();
+        let args = BiasArgs {
+            v: self.ptr(OP, p.v)?,
+            delta: self.ptr(OP, p.delta)?,
+            a: self.ptr(OP, p.a)?,
+            q: self.ptr(OP, p.q)?,
+            k: self.ptr(OP, p.k)?,
+            v_stride: p.v_stride as u64,
+            rows: word(OP, "rows", p.rows)?,
+            heads: word(OP, "heads", p.heads)?,
+            kv_heads: word(OP, "kv_heads", p.kv_heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            at: word(OP, "at", p.at)?,
+            high,
+            low,
+            pad: 0,
+        };
+        let shape = Shape::new([(p.rows * p.kv_heads).div_ceil(WARPS), 1, 1], WARPS * 32);
+        self.launch(OP, &format!("content_bias_{}", p.v.dtype()), shape, Args::new().with(args))
     }
 
     pub(super) fn key_stats_op(&self, p: &KeyStats<'_>) -> Result<()> {

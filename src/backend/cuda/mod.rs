@@ -32,11 +32,11 @@ mod tiles;
 
 use super::ops::check_forced;
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvPool, KvSummaries, Linear,
-    MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm,
-    Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK,
-    TrimScores, UnionRanks, check_copy, check_host,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, ContentBias, DType,
+    Embed, ExpandBlocks, Force, ForceBlocks, GatherRows, HoldLists, KeyStats, KvAppend, KvPool,
+    KvSummaries, Linear, MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys,
+    RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles,
+    SelectDims, SwiGlu, Tensor, TopK, TrimScores, UnionRanks, check_copy, check_host,
 };
 use blas::Blas;
 use clock::timed;
@@ -303,6 +303,9 @@ impl Backend for CudaBackend {
     fn linear_gated(&self, linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()> {
         self.linear_gated_op(linear, swiglu)
     }
+    fn content_bias(&self, p: &ContentBias<'_>) -> Result<()> {
+        self.content_bias_op(p)
+    }
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()> {
         self.kv_append_op(p)
     }
@@ -364,6 +367,9 @@ impl Backend for CudaBackend {
     }
     fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()> {
         self.pool_blocks_op(p)
+    }
+    fn force_blocks(&self, p: &ForceBlocks<'_>) -> Result<()> {
+        self.force_blocks_op(p)
     }
     fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()> {
         self.expand_blocks_op(p)

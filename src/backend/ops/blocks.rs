@@ -146,7 +146,7 @@ impl KvSummaries<'_> {
 
 /// Logits of a decode query against the summaries of its sequence, per query head:
 /// windows: `scale * q . mean`; bounds and cuboids: `scale * sum_i max(q_i lo_i, q_i hi_i)`, which for bounds is at
-/// least every `scale * q . k` of the run.
+/// least every `scale * q . k` of the run. The products are those of `dims` dimensions from dimension `from` on.
 ///
 /// A summary that does not exist, and a logit that is not finite, gives -infinity; one that holds a number that is
 /// not finite may give that too. Row `h` of sequence `s` starts at
@@ -167,6 +167,10 @@ pub struct ScoreSummaries<'a> {
     pub kv_heads: usize,
     /// Dimensions of a head.
     pub head_dim: usize,
+    /// First dimension that counts; a multiple of 8.
+    pub from: usize,
+    /// Dimensions that count; a multiple of 8.
+    pub dims: usize,
     /// Logit scale.
     pub scale: f32,
     /// f32 `[n, heads, stride]`, out.
@@ -183,6 +187,11 @@ impl ScoreSummaries<'_> {
         let (s, hkv, d) = (&self.summaries, self.kv_heads, self.head_dim);
         check_kind(OP, s.kind)?;
         check_head_dim(OP, d)?;
+        let (from, dims) = (self.from, self.dims);
+        let fits = dims > 0 && from.checked_add(dims).is_some_and(|end| end <= d);
+        ensure(OP, fits && from.is_multiple_of(8) && dims.is_multiple_of(8), || {
+            format!("{dims} dimensions of {d} from {from} on: must be multiples of 8")
+        })?;
         check_heads(OP, self.q, self.seqs.rows, self.heads, hkv, d)?;
         ensure(OP, s.data.dtype().is_float(), || format!("summaries of {}", s.data.dtype()))?;
         holds(OP, "summaries", s.data, &[self.n_pages, hkv, s.kind.page_len(d)])?;
@@ -319,11 +328,11 @@ impl ExpandBlocks<'_> {
     }
 }
 
-fn check_unit(op: &'static str, unit: usize) -> Result<()> {
+pub(super) fn check_unit(op: &'static str, unit: usize) -> Result<()> {
     ensure(op, matches!(unit, 16 | 32 | 64), || format!("blocks of {unit} tokens: 16, 32 or 64"))
 }
 
-fn check_rows(
+pub(super) fn check_rows(
     op: &'static str,
     name: &'static str,
     t: &Tensor,

@@ -6,9 +6,11 @@
 
 mod attend;
 mod blocks;
+mod content_bias;
 mod dense;
 mod dims;
 mod force;
+mod force_blocks;
 mod hold_lists;
 mod kv;
 mod mean_value;
@@ -23,11 +25,13 @@ mod union_ranks;
 
 pub use attend::{AttendDense, AttendRows, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
+pub use content_bias::ContentBias;
 pub(crate) use dense::check_gated;
 pub use dense::{Embed, GatherRows, Linear, QkNorm, RmsNorm, Rope, SwiGlu};
 pub use dims::{CHANGED_WORDS, DIM_STATE_WORDS, DimMetric, RebuildSlice, Refresh, SelectDims};
 pub use force::Force;
 pub(crate) use force::check_forced;
+pub use force_blocks::ForceBlocks;
 pub use hold_lists::{HELD_WORDS, HoldLists};
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,

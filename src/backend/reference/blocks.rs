@@ -2,8 +2,8 @@
 
 use super::{Cell, Layout, Output, Seq, floats, words};
 use crate::backend::{
-    Backend, ExpandBlocks, HeadPool, KvSummaries, PAGE, PoolBlocks, Result, ScoreSummaries,
-    SummaryKind,
+    Backend, ExpandBlocks, ForceBlocks, HeadPool, KvSummaries, PAGE, PoolBlocks, Result,
+    ScoreSummaries, SummaryKind,
 };
 
 /// First element of summary `g` of KV head `h`.
@@ -73,7 +73,7 @@ pub fn score_summaries<'a>(p: &ScoreSummaries<'a>, dev: &dyn Backend) -> Result<
                     SummaryKind::Windows { .. } => q[i] * data[at + i],
                     _ => (q[i] * data[at + i]).max(q[i] * data[at + d + i]),
                 };
-                let logit = f64::from(p.scale) * (0..d).map(term).sum::<f64>();
+                let logit = f64::from(p.scale) * (p.from..p.from + p.dims).map(term).sum::<f64>();
                 if logit.is_finite() { logit } else { f64::NEG_INFINITY }
             };
             let row: Vec<f64> = (0..kind.count(s.kv_len)).map(score).collect();
@@ -126,6 +126,21 @@ pub fn pool_blocks<'a>(p: &PoolBlocks<'a>, dev: &dyn Backend) -> Result<Vec<Outp
                 let best = around.map(pooled).fold(f64::NEG_INFINITY, f64::max);
                 let at = (index * rows + r) * p.block_stride + b;
                 out.cells[at] = Cell::Is(if forced { f64::INFINITY } else { best });
+            }
+        }
+    }
+    Ok(vec![out])
+}
+
+/// See [`ForceBlocks`].
+pub fn force_blocks<'a>(p: &ForceBlocks<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
+    let (blocks, counts) = (words(dev, p.listed.indices)?, words(dev, p.listed.counts)?);
+    let mut out = Output::exact("force_blocks", "scores", p.scores);
+    for (index, s) in Seq::read(dev, &p.seqs)?.iter().enumerate() {
+        for row in index * p.rows_per_seq..(index + 1) * p.rows_per_seq {
+            let list = &blocks[row * p.listed.k..][..p.listed.k.min(counts[row] as usize)];
+            for b in list.iter().map(|b| *b as usize).filter(|b| b * p.unit < s.kv_len) {
+                out.cells[row * p.stride + b] = Cell::Is(f64::INFINITY);
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod attend;
 mod blocks;
+mod content_bias;
 mod dense;
 mod dims;
 mod hold_lists;
@@ -21,7 +22,8 @@ mod trim_scores;
 mod union_ranks;
 
 pub use attend::{attend_dense, attend_rows, merge};
-pub use blocks::{expand_blocks, kv_summaries, pool_blocks, score_summaries};
+pub use blocks::{expand_blocks, force_blocks, kv_summaries, pool_blocks, score_summaries};
+pub use content_bias::content_bias;
 pub use dense::{embed, gather_rows, linear, linear_gated, rms_norm, rope, swiglu};
 pub use dims::{decision_margin, rebuild_slice, select_dims};
 pub use hold_lists::hold_lists;

@@ -1,10 +1,10 @@
-//! Selection by blocks: kv_summaries, score_summaries, pool_blocks, expand_blocks.
+//! Selection by blocks: kv_summaries, score_summaries, pool_blocks, force_blocks, expand_blocks.
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    BackendError, ExpandBlocks, HeadPool, KvSummaries, MAX_GROUP, PoolBlocks, Result,
+    BackendError, ExpandBlocks, ForceBlocks, HeadPool, KvSummaries, MAX_GROUP, PoolBlocks, Result,
     ScoreSummaries, SummaryKind,
 };
 
@@ -72,6 +72,8 @@ pub fn score_summaries(gpu: &Gpu, p: &ScoreSummaries<'_>) -> Result<()> {
             word(OP, p.n_pages)?,
             word(OP, p.stride)?,
             p.scale.to_bits(),
+            word(OP, p.from)?,
+            word(OP, p.dims)?,
         ],
         grid: grid(OP, [groups, p.kv_heads, p.seqs.n])?,
     })
@@ -126,6 +128,24 @@ pub fn pool_blocks(gpu: &Gpu, p: &PoolBlocks<'_>) -> Result<()> {
         binds: &[meta, scores, Bind::Raw(&totals.buffer), Bind::Tensor(p.out)],
         params: &params,
         grid: grid(OP, [most.div_ceil(64 * p.unit).min(MAX_GROUPS), rows, p.seqs.n])?,
+    })
+}
+
+pub fn force_blocks(gpu: &Gpu, p: &ForceBlocks<'_>) -> Result<()> {
+    const OP: &str = "force_blocks";
+    p.check()?;
+    let (rows, k) = (p.rows_per_seq, p.listed.k);
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::FORCE_BLOCKS,
+        constants: &[],
+        binds: &[
+            Bind::Tensor(p.seqs.meta),
+            Bind::Tensor(p.listed.indices),
+            Bind::Tensor(p.listed.counts),
+            Bind::Tensor(p.scores),
+        ],
+        params: &[word(OP, rows)?, word(OP, k)?, word(OP, p.unit)?, word(OP, p.stride)?],
+        grid: grid(OP, [k.div_ceil(64).min(MAX_GROUPS), rows, p.seqs.n])?,
     })
 }
 

@@ -1,10 +1,11 @@
-//! The ops that write the KV cache and what is kept beside it: kv_append, key_stats, rebuild_slice, project.
+//! The ops that write the KV cache and what is kept beside it: content_bias, kv_append, key_stats, rebuild_slice,
+//! project.
 
-use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, loose_offset, word};
+use super::encoder::{Bind, Dispatch, MAX_GROUPS, flat_grid, grid, loose_offset, word};
 use super::memory::Gpu;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{
-    KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Result, SliceBits,
+    ContentBias, KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Result, SliceBits,
 };
 
 /// Workgroups of a (KV head, sequence) that bring keys up to date; most steps bring one.
@@ -60,6 +61,36 @@ pub fn kv_append(gpu: &Gpu, p: &KvAppend<'_>) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+pub fn content_bias(gpu: &Gpu, p: &ContentBias<'_>) -> Result<()> {
+    const OP: &str = "content_bias";
+    p.check()?;
+    acts_are_f32(OP, &[p.v])?;
+    let [high, low] = p.unit();
+    gpu.dispatch(&Dispatch {
+        kernel: &pipelines::CONTENT_BIAS,
+        constants: &[],
+        binds: &[
+            Bind::Loose(p.v),
+            Bind::Tensor(p.delta),
+            Bind::Tensor(p.a),
+            Bind::Tensor(p.q),
+            Bind::Tensor(p.k),
+        ],
+        params: &[
+            word(OP, p.rows)?,
+            word(OP, p.heads)?,
+            word(OP, p.kv_heads)?,
+            word(OP, p.head_dim)?,
+            word(OP, p.at)?,
+            word(OP, p.v_stride)?,
+            word(OP, loose_offset(p.v))?,
+            high.to_bits(),
+            low.to_bits(),
+        ],
+        grid: flat_grid(OP, p.rows * p.kv_heads)?,
+    })
 }
 
 pub fn key_stats(gpu: &Gpu, p: &KeyStats<'_>) -> Result<()> {

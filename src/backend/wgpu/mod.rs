@@ -14,11 +14,11 @@ mod pipelines;
 mod score;
 
 use super::{
-    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, DType, Embed,
-    ExpandBlocks, Force, GatherRows, HoldLists, KeyStats, KvAppend, KvPool, KvSummaries, Linear,
-    MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys, RebuildSlice, Result, RmsNorm,
-    Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles, SelectDims, SwiGlu, Tensor, TopK,
-    Topology, TrimScores, UnionRanks,
+    AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, ContentBias, DType,
+    Embed, ExpandBlocks, Force, ForceBlocks, GatherRows, HoldLists, KeyStats, KvAppend, KvPool,
+    KvSummaries, Linear, MeanValue, Merge, PoolBlocks, PoolScores, Project, QuantiseKeys,
+    RebuildSlice, Result, RmsNorm, Rope, ScoreDims, ScoreRows, ScoreSummaries, ScoreTiles,
+    SelectDims, SwiGlu, Tensor, TopK, Topology, TrimScores, UnionRanks,
 };
 use encoder::{ARENA_BYTES, PARAMS_BYTES, catch_faults};
 use memory::Gpu;
@@ -225,6 +225,9 @@ impl Backend for WgpuBackend {
         dense::swiglu(&self.gpu, p)
     }
 
+    fn content_bias(&self, p: &ContentBias<'_>) -> Result<()> {
+        kv::content_bias(&self.gpu, p)
+    }
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()> {
         kv::kv_append(&self.gpu, p)
     }
@@ -281,6 +284,9 @@ impl Backend for WgpuBackend {
     }
     fn pool_blocks(&self, p: &PoolBlocks<'_>) -> Result<()> {
         blocks::pool_blocks(&self.gpu, p)
+    }
+    fn force_blocks(&self, p: &ForceBlocks<'_>) -> Result<()> {
+        blocks::force_blocks(&self.gpu, p)
     }
     fn expand_blocks(&self, p: &ExpandBlocks<'_>) -> Result<()> {
         blocks::expand_blocks(&self.gpu, p)

@@ -37,6 +37,7 @@ const RMS_NORM_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rms_norm.
 const LINEAR_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/linear.wgsl")];
 const ROPE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rope.wgsl")];
 const SWIGLU_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/swiglu.wgsl")];
+const CONTENT_BIAS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/content_bias.wgsl")];
 const KV_APPEND_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_append.wgsl")];
 const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stats.wgsl")];
 const KV_SUMMARIES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_summaries.wgsl")];
@@ -52,6 +53,7 @@ const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_s
 const SCORE_SUMMARIES_SRC: &[&str] =
     &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
 const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_blocks.wgsl")];
+const FORCE_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force_blocks.wgsl")];
 const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
 const UNION_RANKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/union_ranks.wgsl")];
 const HOLD_LISTS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/hold_lists.wgsl")];
@@ -91,13 +93,19 @@ pub static GATHER_ROWS: Kernel =
     kernel("gather_rows", "main", GATHER_ROWS_SRC, &[(1, Read), (2, Read), (3, Write)]);
 pub static RMS_NORM: Kernel =
     kernel("rms_norm", "main", RMS_NORM_SRC, &[(1, Read), (2, Read), (3, Write)]);
-const LINEAR_BINDINGS: &[(u32, Access)] = &[(1, Read), (2, Read), (3, Read), (4, Write)];
-pub static MATVEC: Kernel = kernel("linear", "matvec", LINEAR_SRC, LINEAR_BINDINGS);
-pub static MATMUL: Kernel = kernel("linear", "matmul", LINEAR_SRC, LINEAR_BINDINGS);
-pub static MATMUL_ROWS: Kernel = kernel("linear", "matmul_rows", LINEAR_SRC, LINEAR_BINDINGS);
+const THREE_IN: &[(u32, Access)] = &[(1, Read), (2, Read), (3, Read), (4, Write)];
+pub static MATVEC: Kernel = kernel("linear", "matvec", LINEAR_SRC, THREE_IN);
+pub static MATMUL: Kernel = kernel("linear", "matmul", LINEAR_SRC, THREE_IN);
+pub static MATMUL_ROWS: Kernel = kernel("linear", "matmul_rows", LINEAR_SRC, THREE_IN);
 pub static ROPE: Kernel =
     kernel("rope", "main", ROPE_SRC, &[(1, Read), (2, Read), (3, Read), (4, Read), (5, Write)]);
 pub static SWIGLU: Kernel = kernel("swiglu", "main", SWIGLU_SRC, &[(1, Read), (2, Write)]);
+pub static CONTENT_BIAS: Kernel = kernel(
+    "content_bias",
+    "main",
+    CONTENT_BIAS_SRC,
+    &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write)],
+);
 pub static KV_APPEND: Kernel = kernel(
     "kv_append",
     "pages_main",
@@ -217,6 +225,7 @@ pub static HOLD_LISTS: Kernel = kernel(
     HOLD_LISTS_SRC,
     &[(1, Read), (2, Read), (3, Read), (4, Write), (5, Write), (6, Write), (7, Write)],
 );
+pub static FORCE_BLOCKS: Kernel = kernel("force_blocks", "main", FORCE_BLOCKS_SRC, THREE_IN);
 pub static FORCE: Kernel = kernel("force", "main", FORCE_SRC, &[(1, Read), (2, Write)]);
 pub static FORCE_LISTED: Kernel =
     kernel("force", "listed", FORCE_SRC, &[(1, Read), (2, Write), (3, Read), (4, Read)]);

@@ -9,7 +9,9 @@ use crate::bench::random::{Random, Values};
 use crate::engine::EngineError;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{Attention, Checkpoint, GroupSeqs, ModelConfig, Step, StepSeq, Workspace};
-use crate::select::{Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError};
+use crate::select::{
+    Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError, TrainedBlocks,
+};
 
 type Outcome<T> = std::result::Result<T, SelectError>;
 
@@ -24,7 +26,15 @@ pub(super) const WARM_UP: usize = 4;
 
 /// The model whose attention is measured, as plans see it.
 pub(super) fn model_shape<'a>(o: &AttentionBench, windows: &'a [Option<usize>]) -> ModelShape<'a> {
-    ModelShape { model: "", windows, heads: o.heads, kv_heads: o.kv_heads, head_dim: o.head_dim }
+    ModelShape {
+        model: "",
+        windows,
+        heads: o.heads,
+        kv_heads: o.kv_heads,
+        head_dim: o.head_dim,
+        // Plans of NOSA are made and then left out with a note: its keys are no plain ones.
+        importance: Some(TrainedBlocks::default()),
+    }
 }
 
 pub(super) struct Rig<'a> {
@@ -126,6 +136,7 @@ impl<'a> Rig<'a> {
             heads: o.heads,
             kv_heads: o.kv_heads,
             head_dim: o.head_dim,
+            plain_dim: o.head_dim,
             kv_dtype: o.dtype,
             slots: self.batch,
             at_once: self.batch,

@@ -8,9 +8,9 @@ use std::process::Command;
 use sha2::{Digest, Sha256};
 
 use super::super::error::{ModelError, Result};
-use super::super::weights::hex;
 use super::{Progress, disk, file_sha256};
 use crate::files::PartFile;
+use crate::files::hex;
 
 /// What the demo model is called.
 pub(super) const NAME: &str = "smollm2";

@@ -14,8 +14,8 @@ use std::path::{Component, Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::error::{ModelError, Result};
-use super::weights::hex;
 pub use crate::files::cache_dir;
+use crate::files::hex;
 
 /// Called with the bytes that are there and, where known, the bytes there will be. Several files
 /// are reported one after the other, each from its own beginning.

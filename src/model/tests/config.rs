@@ -115,3 +115,22 @@ fn architectures_differ_in_biases_and_norms() {
     let c = ModelConfig::from_hf(path, &llama31(), Some(&generation)).unwrap();
     assert_eq!(c.eos, [128_001, 128_008, 128_009, 5]);
 }
+
+/// Logits of wider heads have the scale of the model's own.
+#[test]
+fn importance_makes_heads_wider() {
+    let path = Path::new("config.json");
+    let plain = read(llama31());
+    assert_eq!((plain.kv_dim(), plain.query_factor()), (128, 1.0));
+    let parameters = plain.parameters();
+    let nosa = plain.with_importance(path, &llama31()).unwrap();
+    assert_eq!((nosa.kv_dim(), nosa.importance), (136, Some(TrainedBlocks::default())));
+    let scale = f64::from(nosa.query_factor()) / 136f64.sqrt();
+    assert!((scale * 128f64.sqrt() - 1.0).abs() < 1e-7, "{scale}");
+    // 8 KV heads of 128: delta and A of 32 layers.
+    assert_eq!(nosa.parameters() - parameters, 32 * (8 * 1024 + 8));
+    let mut widest = llama31();
+    (widest["head_dim"], widest["rope_scaling"]) = (json!(256), Value::Null);
+    let said = read(widest.clone()).with_importance(path, &widest).unwrap_err().to_string();
+    assert!(said.contains("256 with content importance") && said.contains("248"), "{said}");
+}

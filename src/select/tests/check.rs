@@ -29,7 +29,14 @@ fn reusing(edit: impl FnOnce(&mut LayerPlan)) -> Plan {
 }
 
 fn check(plan: &Plan, windows: &[Option<usize>]) -> Result<(), SelectError> {
-    plan.check(&ModelShape { model: "", windows, heads: 4, kv_heads: 2, head_dim: 24 })
+    plan.check(&ModelShape {
+        model: "",
+        windows,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 24,
+        importance: None,
+    })
 }
 
 fn reason(plan: &Plan, window: Option<usize>) -> String {

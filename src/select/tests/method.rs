@@ -6,7 +6,8 @@ use crate::select::{KvReads, ModelShape, OPTIONS, Plan, Role, Scorer};
 
 /// 4 query heads over 2 of 64 dimensions.
 fn model(windows: &[Option<usize>]) -> ModelShape<'_> {
-    ModelShape { model: "m", windows, heads: 4, kv_heads: 2, head_dim: 64 }
+    let importance = Some(crate::select::TrainedBlocks::default());
+    ModelShape { model: "m", windows, heads: 4, kv_heads: 2, head_dim: 64, importance }
 }
 
 fn plan(name: &str) -> Plan {
@@ -76,6 +77,8 @@ fn methods_read_the_options_they_list() {
         ("scorer", "sorted"),
         ("slice-bits", "4"),
         ("reuse", "3"),
+        ("by-query", "3200"),
+        ("query", "forecast"),
     ];
     let known: Vec<_> = values.iter().map(|v| v.0).collect();
     for o in OPTIONS {

@@ -54,7 +54,14 @@ fn the_published_maps_are_read_back() {
 fn they_make_a_plan() {
     let maps = maps(LLAMA, 32);
     let windows = [None; 32];
-    let m = ModelShape { model: "m", windows: &windows, heads: 32, kv_heads: 8, head_dim: 128 };
+    let m = ModelShape {
+        model: "m",
+        windows: &windows,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        importance: None,
+    };
     let plan = |spec: &str, maps: &[Vec<u8>], m: &ModelShape<'_>| {
         Plan::with_head_maps(&spec.parse().unwrap(), maps, m, 32_768)
     };

@@ -35,6 +35,8 @@ fn kernels() -> Vec<&'static Kernel> {
         &UNION_RANKS_PLACES,
         &UNION_RANKS,
         &HOLD_LISTS,
+        &CONTENT_BIAS,
+        &FORCE_BLOCKS,
         &FORCE,
         &FORCE_LISTED,
         &PROJECT_QUERIES,
