@@ -1,4 +1,4 @@
-// top_k: the k largest scores per row as ascending indices; exact and deterministic.
+// top_k: the k largest scores per row as ascending indices; exact and deterministic. force_top_k: force before it.
 //
 // A radix select over digits of 11 + 11 + 10 bits of an order-preserving u32 image, counted from the row's smallest
 // finite score on and no wider than its range: pooled log probabilities differ in few of their bits. Comparing the row
@@ -41,6 +41,7 @@ struct TopKArgs {
     u64 stride;
     u32 rows_per_seq, k, unit, permille, at_least, among_k;
     u32 span;                 // scores of a block, a multiple of 64
+    u32 sinks, recent;        // tokens that are forced first, see `force`
     u32 pad;
 };
 
@@ -268,6 +269,14 @@ template <bool CLUSTER> struct Select {
     }
 };
 
+// force on the part of a row of `len` tokens, in place.
+DEVICE void force_part(const TopKArgs& a, const Part& p, u32 len) {
+    for (u32 i = threadIdx.x; i < a.sinks + a.recent; i += THREADS) {
+        u32 token = i < a.sinks ? i : len - 1 - (i - a.sinks);
+        if (token < len && token >= p.first && token - p.first < p.n) ((float*)p.x)[token - p.first] = POS_INF;
+    }
+}
+
 // Row `blockIdx.y` of sequence `blockIdx.z`; the blocks in x share it.
 template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     extern __shared__ uint4 shared4[];
@@ -285,6 +294,7 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     if (a.masks) masks = a.masks + (r * gridDim.x + rank) * (a.span / 16);
     s.larger = masks, s.candidates = masks + a.span / 32;
 
+    force_part(a, p, len);
     for (u32 i = t; i < 3 * BINS / 4; i += THREADS) shared4[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     float4* kept = (float4*)(s.hist + 3 * BINS + a.span / 16);

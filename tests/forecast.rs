@@ -8,7 +8,9 @@ use common::program::{Home, text};
 use longsight::backend::open;
 use longsight::calibrate::CalibrateError;
 use longsight::engine::{Engine, EngineError, LayerTrace, TraceParts, WantLogits};
-use longsight::forecast::{Forecast, Grid, Start, Teacher, TrainSettings, held_out, train};
+use longsight::forecast::{
+    Decay, Forecast, Grid, Schedule, Start, Teacher, TrainSettings, held_out, train,
+};
 use longsight::model::{LayerWeight, Weight};
 use longsight::select::Variant;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -98,6 +100,55 @@ fn a_training_that_was_stopped_ends_like_one_that_was_not() {
     let other = TrainSettings { every: 2, ..settings };
     let e = train(&mut engine, &texts, 5, &other, Some(&state), |_| (), &|| true).unwrap_err();
     assert!(matches!(e, CalibrateError::OtherRun { .. }), "{e}");
+}
+
+/// Texts that are kept, partly or not at all: the same run, asked for less often where they are kept.
+#[test]
+fn what_is_kept_of_a_text_changes_nothing() {
+    let model = Model::new();
+    let mut engine = cpu_engine(&model);
+    let texts = texts(3);
+    let mut run = |memory: u64| {
+        let settings =
+            TrainSettings { batch: 2, every: 3, memory, ..train_settings(&engine, &texts) };
+        let asked = AtomicUsize::new(0);
+        let go_on = || asked.fetch_add(1, Ordering::Relaxed) < usize::MAX;
+        let out = train(&mut engine, &texts, 8, &settings, None, |_| (), &go_on).unwrap();
+        (out, asked.into_inner())
+    };
+    let (all, few) = run(u64::MAX);
+    // A text of 120 tokens of which every third is learned from takes 100 KB and more.
+    for memory in [0, 150_000] {
+        let (anew, many) = run(memory);
+        assert_eq!(anew, all, "{memory} bytes");
+        assert!(many > few, "{memory} bytes: {many} {few}");
+    }
+}
+
+#[test]
+fn the_step_size_follows_its_schedule() {
+    let model = Model::new();
+    let mut engine = cpu_engine(&model);
+    let texts = texts(2);
+    let plain = train_settings(&engine, &texts);
+    let run = |engine: &mut Engine, schedule: Schedule, rate: f32, steps: usize| {
+        let mut settings = TrainSettings { schedule, ..plain.clone() };
+        settings.optimizer.rate = rate;
+        train(engine, &texts, steps, &settings, None, |_| (), &|| true)
+    };
+    let constant = Schedule::default();
+    let warm = Schedule { warmup: 4, ..constant };
+    // The first of four steps is as large as one of a quarter of the rate; without a warm-up it is not.
+    let (first, _) = run(&mut engine, warm, 5e-3, 1).unwrap();
+    assert_eq!(first, run(&mut engine, constant, 5e-3 / 4.0, 1).unwrap().0);
+    assert_ne!(first, run(&mut engine, constant, 5e-3, 1).unwrap().0);
+    // A cosine starts like a constant and is behind it at the end.
+    let cosine = Schedule { decay: Decay::Cosine, steps: 6, ..constant };
+    let of = |engine: &mut Engine, s: Schedule, steps| run(engine, s, 5e-3, steps).unwrap().0;
+    assert_eq!(of(&mut engine, cosine, 1), of(&mut engine, constant, 1));
+    assert_ne!(of(&mut engine, cosine, 6), of(&mut engine, constant, 6));
+    let e = run(&mut engine, cosine, 5e-3, 7).unwrap_err().to_string();
+    assert!(e.contains("after 6 steps"), "{e}");
 }
 
 #[test]

@@ -75,7 +75,7 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
     let data = Data::random(2, HEADS, TOKENS);
     let all: Vec<u32> = (0..TOKENS as u32).collect();
     for dev in backends() {
-        let mut l = Layer::filled(&dev, &data, HEADS.dim);
+        let l = Layer::filled(&dev, &data, HEADS.dim);
         let dense = l.attend_dense();
         for m in METHODS.iter().filter(|m| m.variant != Variant::Dense) {
             let spec = |budget| MethodSpec {
@@ -85,7 +85,6 @@ fn a_budget_of_all_tokens_gives_dense_attention() {
                 dense_below: Some(0),
                 ..m.variant.into()
             };
-            l.plain_dim = if m.variant == Variant::Nosa { HEADS.dim - 8 } else { HEADS.dim };
             let what = format!("{} on {}", m.name, dev.name());
             let picked = select(&l, &data.q, &spec(256));
             assert!(picked.lists.iter().all(|list| *list == all), "{what}");

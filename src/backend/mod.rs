@@ -186,6 +186,12 @@ pub trait Backend: Send + Sync {
     fn trim_scores(&self, p: &TrimScores<'_>) -> Result<()>;
     /// Exact deterministic top-k; see [`TopK`].
     fn top_k(&self, p: &TopK<'_>) -> Result<()>;
+    /// `force`, and `top_k` of the same scores, in one launch where the backend can.
+    fn force_top_k(&self, force: &Force<'_>, top_k: &TopK<'_>) -> Result<()> {
+        ops::check_forced(force, top_k)?;
+        self.force(force)?;
+        self.top_k(top_k)
+    }
 
     /// Orders tokens by the turns of the heads' rankings; see [`UnionRanks`].
     fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()>;

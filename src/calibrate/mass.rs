@@ -27,7 +27,15 @@ impl LayerTile {
 
 /// Numbers of the `k` largest values, ties to the smaller number; all where there are fewer.
 pub(crate) fn largest(values: &[f32], k: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..values.len() as u32).collect();
+    let mut order = Vec::new();
+    largest_in(values, k, &mut order);
+    order
+}
+
+/// [`largest`] into `order`.
+pub(crate) fn largest_in(values: &[f32], k: usize, order: &mut Vec<u32>) {
+    order.clear();
+    order.extend(0..values.len() as u32);
     if k == 0 {
         order.clear();
     } else if k < order.len() {
@@ -36,7 +44,6 @@ pub(crate) fn largest(values: &[f32], k: usize) -> Vec<u32> {
         });
         order.truncate(k);
     }
-    order
 }
 
 /// Keys that queries are compared with: key `j` of KV head `h` starts at `(j * kv_heads + h) * head_dim`.
@@ -58,7 +65,7 @@ pub(crate) fn probabilities(
     out: &mut Vec<f32>,
 ) {
     let (d, group, n, end) = (text.head_dim, text.group(), rows.len(), keys.count);
-    out.clear();
+    // Every element is written below.
     out.resize(group * n * end, 0.0);
     if end == 0 {
         return;

@@ -10,8 +10,8 @@ use crate::calibrate::{CalibrateError, pieces};
 use crate::engine::EngineError;
 use crate::eval::start_of_text;
 use crate::forecast::{
-    AdamW, Forecast, Grid, LayerRecall, Scores, Start, StepReport, Teacher, TrainSettings,
-    held_out, train,
+    AdamW, Decay, Forecast, Grid, LayerRecall, Schedule, Scores, Start, StepReport, Teacher,
+    TrainSettings, held_out, train,
 };
 use crate::select::parse_name;
 use anyhow::{Result, bail};
@@ -46,6 +46,16 @@ pub struct TrainForecastArgs {
     /// Step size
     #[arg(long, default_value_t = AdamW::default().rate, value_name = "RATE")]
     rate: f32,
+    /// First steps, in which the step size grows from 0
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    warmup: usize,
+    /// The step size after that: constant (as published) or cosine (falls towards 0; such a run ends after --steps)
+    #[arg(long, default_value = "constant", value_parser = parse_name::<Decay>, value_name = "SCHEDULE")]
+    schedule: Decay,
+    /// Memory for texts that were read and compared: each is read once where all fit, else in each of its steps.
+    /// A piece takes about 4 bytes x hidden size x layers x queries learned from
+    #[arg(long, default_value_t = 8, value_name = "GIB")]
+    memory: u64,
     /// What is learned from: fine (as published) or plain
     #[arg(long, default_value = "fine", value_parser = parse_name::<Teacher>, value_name = "TEACHER")]
     teacher: Teacher,
@@ -103,6 +113,13 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
         },
         teacher: a.teacher,
         start: a.start,
+        schedule: Schedule {
+            warmup: a.warmup,
+            decay: a.schedule,
+            // A run whose step size does not depend on its end may be prolonged.
+            steps: if a.schedule == Decay::Cosine { a.steps } else { 0 },
+        },
+        memory: a.memory.saturating_mul(1 << 30),
         optimizer: AdamW { rate: a.rate, ..AdamW::default() },
         batch: a.batch,
         every: a.every,

@@ -1,5 +1,6 @@
 //! Compressed keys and blocks: what stands for which tokens.
 
+use crate::calibrate::mass::largest_in;
 use crate::calibrate::{CalibrateError, TracedText};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
@@ -85,24 +86,42 @@ impl Grid {
         (r * block).min(windows)..(r * block + r).min(windows)
     }
 
-    /// Score of each block in `blocks`: the largest of the windows that overlap it, of those in `scores`.
-    pub fn block_scores(&self, scores: &[f32], blocks: Range<usize>) -> Vec<f32> {
+    /// [`Grid::of_block`] of several blocks.
+    pub(super) fn of_blocks(
+        self,
+        blocks: &[u32],
+        windows: usize,
+    ) -> impl Iterator<Item = usize> + Clone {
+        blocks.iter().flat_map(move |&b| self.of_block(b as usize, windows))
+    }
+
+    /// Score of a block: the largest of the windows that overlap it, of those in `scores`.
+    pub fn block_score(&self, scores: &[f32], block: usize) -> f32 {
         let r = self.block / self.stride;
         let before = (self.window - 1) / self.stride;
-        let of = |b: usize| {
-            let range = (r * b).saturating_sub(before)..(r * b + r).min(scores.len());
-            let inside = scores.get(range).unwrap_or_default();
-            inside.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-        };
-        blocks.map(of).collect()
+        let range = (r * block).saturating_sub(before)..(r * block + r).min(scores.len());
+        let inside = scores.get(range).unwrap_or_default();
+        inside.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
 
     /// The free picks of a query at `position` by window scores: blocks in no particular order, ties to the smaller.
     pub fn pick(&self, scores: &[f32], position: usize) -> Vec<u32> {
+        self.pick_in(scores, position, &mut Picker::default()).to_vec()
+    }
+
+    /// [`Grid::pick`] without an allocation.
+    pub(super) fn pick_in<'a>(
+        &self,
+        scores: &[f32],
+        position: usize,
+        room: &'a mut Picker,
+    ) -> &'a [u32] {
+        let Picker { scores: of_blocks, picks } = room;
         let blocks = self.candidates(position);
         let first = blocks.start as u32;
-        let of_blocks = self.block_scores(scores, blocks);
-        let mut picks = crate::calibrate::mass::largest(&of_blocks, self.free());
+        of_blocks.clear();
+        of_blocks.extend(blocks.map(|b| self.block_score(scores, b)));
+        largest_in(of_blocks, self.free(), picks);
         picks.iter_mut().for_each(|b| *b += first);
         picks
     }
@@ -111,6 +130,13 @@ impl Grid {
     pub(super) fn compressed(&self, text: &TracedText, layer: usize) -> Vec<f32> {
         means(text, layer, self.windows(text.tokens), self.window, self.stride)
     }
+}
+
+/// Room that picks are made in.
+#[derive(Default)]
+pub(super) struct Picker {
+    scores: Vec<f32>,
+    picks: Vec<u32>,
 }
 
 /// Means of the keys of `window` tokens each, every `stride` tokens, `count` of them.
@@ -156,11 +182,11 @@ mod tests {
         let mut scores = vec![0.0; 12];
         for (window, found) in [(2, false), (3, true), (4, true), (7, true), (8, false)] {
             scores[window] = 1.0;
-            assert_eq!(GRID.block_scores(&scores, 1..2) == [1.0], found, "window {window}");
+            assert_eq!(GRID.block_score(&scores, 1) == 1.0, found, "window {window}");
             scores[window] = 0.0;
         }
-        assert_eq!(GRID.block_scores(&scores[..2], 1..2), [f32::NEG_INFINITY]);
-        assert_eq!(GRID.block_scores(&[5.0, 0.0], 0..1), [5.0]);
+        assert_eq!(GRID.block_score(&scores[..2], 1), f32::NEG_INFINITY);
+        assert_eq!(GRID.block_score(&[5.0, 0.0], 0), 5.0);
     }
 
     #[test]

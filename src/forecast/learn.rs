@@ -1,15 +1,14 @@
 //! Loss, agreement and gradient of one KV head's rows of one matrix on one text.
 
-use super::grid::Grid;
+use super::grid::Picker;
+use super::lesson::project;
 use super::loss::restricted_kl;
+use super::prepared::Prepared;
 use super::rotary::Rotary;
-use super::teacher::LayerTeacher;
 use crate::backend::cpu::host::{Matrix, product};
-use crate::calibrate::TracedText;
-use crate::model::lookahead::source;
 
 /// Queries of one matrix product.
-const ROWS: usize = 128;
+const ROWS: usize = 256;
 
 /// What queries of one KV head agree on with their teacher.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -33,109 +32,80 @@ impl Tally {
     }
 }
 
-/// One text, the layer whose blocks are predicted, and the layer whose input predicts them.
-pub(super) struct Lesson<'a> {
-    pub text: &'a TracedText,
-    pub grid: Grid,
-    pub rotary: &'a Rotary,
-    /// The layer whose blocks are predicted.
-    pub target: usize,
+/// Room that [`study`] works in.
+#[derive(Default)]
+pub(super) struct Desk {
+    /// `[ROWS, head_dim]`: Forecast vectors, then their gradients.
+    vectors: Vec<f32>,
+    /// `[ROWS, windows]`: scores, then their gradients.
+    scores: Vec<f32>,
+    shares: Vec<f64>,
+    picker: Picker,
 }
 
-impl Lesson<'_> {
-    /// Forecast vectors `[rows.len(), head_dim]` of a KV head after the rotary embedding. `weight`: the head's rows of
-    /// the matrix, `[head_dim, hidden]`.
-    pub fn forecast(&self, weight: &[f32], rows: &[usize]) -> Vec<f32> {
-        let (d, hidden) = (self.text.head_dim, self.text.hidden);
-        let input = self.input(rows);
-        let mut out = vec![0.0; rows.len() * d];
-        let by = Matrix::columns(weight, hidden);
-        product((rows.len(), d, hidden), &mut out, d, false, Matrix::rows(&input, hidden), by);
-        for (x, &row) in out.chunks_exact_mut(d).zip(rows) {
-            self.rotary.turn(row, x);
-        }
-        out
+/// Compares the Forecast of KV head `head` for layer `target` with its teacher. `weight`: the head's rows of the
+/// matrix, `[head_dim, hidden]`. With `gradient` (like `weight`), the gradient of the summed loss is added to it.
+pub(super) fn study(
+    piece: &Prepared,
+    (target, head): (usize, usize),
+    weight: &[f32],
+    rotary: &Rotary,
+    mut gradient: Option<&mut [f32]>,
+    desk: &mut Desk,
+) -> Tally {
+    let (d, hidden, grid) = (piece.head_dim, piece.hidden, piece.grid);
+    let mut tally = Tally { queries: piece.rows.len(), ..Tally::default() };
+    // A layer with a sliding window reads no blocks: nothing to learn.
+    let Some((inputs, keys, truth)) = piece.of(target, head) else { return tally };
+    if piece.windows == 0 {
+        return tally;
     }
-
-    /// Normed inputs `[rows.len(), hidden]` of the layer whose input predicts.
-    pub fn input(&self, rows: &[usize]) -> Vec<f32> {
-        let (layer, hidden) = (&self.text.layers[source(self.target)], self.text.hidden);
-        rows.iter().flat_map(|r| &layer.normed[r * hidden..][..hidden]).copied().collect()
-    }
-
-    /// `q . compressed key / sqrt(head_dim)`, `[rows, windows]`, for queries `[rows, head_dim]` of a KV head.
-    pub fn scores(&self, q: &[f32], compressed: &[f32], head: usize) -> Vec<f32> {
-        let (d, kv_heads) = (self.text.head_dim, self.text.kv_heads);
-        let windows = self.grid.windows(self.text.tokens);
-        let rows = q.len() / d;
-        let mut out = vec![0.0; rows * windows];
-        if windows > 0 {
-            let keys = Matrix::columns(&compressed[head * d..], kv_heads * d);
-            product((rows, windows, d), &mut out, windows, false, Matrix::rows(q, d), keys);
+    for (block, rows) in piece.rows.chunks(ROWS).enumerate() {
+        let first = block * ROWS;
+        let input = &inputs[first * hidden..(first + rows.len()) * hidden];
+        // Nobody here sees what starts after the last row.
+        let windows = rows.last().map_or(0, |&last| grid.started(last)).min(piece.windows);
+        desk.vectors.resize(ROWS * d, 0.0);
+        desk.scores.resize(ROWS * piece.windows, 0.0);
+        let vectors = &mut desk.vectors[..rows.len() * d];
+        let scores = &mut desk.scores[..rows.len() * windows];
+        project(weight, input, rows, rotary, vectors);
+        keys.scores(vectors, windows, scores);
+        for (i, (scores, &row)) in scores.chunks_exact_mut(windows).zip(rows).enumerate() {
+            let (seen, truth) = (grid.started(row).min(windows), truth.row(first + i));
+            let (scores, unseen) = scores.split_at_mut(seen);
+            if truth.picks.len() < grid.candidates(row).len() {
+                let guess = grid.pick_in(scores, row, &mut desk.picker);
+                tally.wanted += truth.picks.len();
+                tally.found += truth.picks.iter().filter(|b| guess.contains(b)).count();
+            }
+            let selected = grid.of_blocks(truth.picks, seen);
+            let teacher = (truth.shares, truth.entropy);
+            tally.loss += restricted_kl(teacher, selected, scores, &mut desk.shares);
+            unseen.fill(0.0);
         }
+        let Some(gradient) = gradient.as_deref_mut() else { continue };
+        // Back through the products: scores to Forecast vectors, the rotation, then the matrix.
+        let by = Matrix::rows(scores, windows);
+        product((rows.len(), d, windows), vectors, d, false, by, keys.rows());
         let scale = 1.0 / (d as f32).sqrt();
-        out.iter_mut().for_each(|s| *s *= scale);
-        out
-    }
-
-    /// Compares the head's Forecast with its teacher at the queries `rows`. With `gradient` (like `weight`), the
-    /// gradient of the summed loss is added to it.
-    pub fn study(
-        &self,
-        weight: &[f32],
-        head: usize,
-        rows: &[usize],
-        (teacher, compressed): (&LayerTeacher<'_>, &[f32]),
-        mut gradient: Option<&mut [f32]>,
-    ) -> Tally {
-        let (text, grid) = (self.text, self.grid);
-        let (d, hidden) = (text.head_dim, text.hidden);
-        let windows = grid.windows(text.tokens);
-        let mut tally = Tally { queries: rows.len(), ..Tally::default() };
-        if windows == 0 {
-            return tally;
+        for (x, &row) in vectors.chunks_exact_mut(d).zip(rows) {
+            x.iter_mut().for_each(|x| *x *= scale);
+            rotary.turn_back(row, x);
         }
-        for rows in rows.chunks(ROWS) {
-            let truth = teacher.of(head, rows);
-            let mut scores = self.scores(&self.forecast(weight, rows), compressed, head);
-            let each = scores.chunks_exact_mut(windows).zip(truth.chunks_exact(windows));
-            for ((scores, truth), &row) in each.zip(rows) {
-                let seen = grid.started(row).min(windows);
-                let picks = grid.pick(&truth[..seen], row);
-                if picks.len() < grid.candidates(row).len() {
-                    let guess = grid.pick(&scores[..seen], row);
-                    tally.wanted += picks.len();
-                    tally.found += picks.iter().filter(|b| guess.contains(b)).count();
-                }
-                let of_block = |&b: &u32| grid.of_block(b as usize, seen).map(|j| j as u32);
-                let selected: Vec<u32> = picks.iter().flat_map(of_block).collect();
-                tally.loss += restricted_kl(truth, &mut scores[..seen], &selected);
-                scores[seen..].fill(0.0);
-            }
-            let Some(gradient) = gradient.as_deref_mut() else { continue };
-            // Back through the products: scores to Forecast vectors, the rotation, then the matrix.
-            let mut back = vec![0.0; rows.len() * d];
-            let keys = Matrix::rows(&compressed[head * d..], text.kv_heads * d);
-            let by = Matrix::rows(&scores, windows);
-            product((rows.len(), d, windows), &mut back, d, false, by, keys);
-            let scale = 1.0 / (d as f32).sqrt();
-            for (x, &row) in back.chunks_exact_mut(d).zip(rows) {
-                x.iter_mut().for_each(|x| *x *= scale);
-                self.rotary.turn_back(row, x);
-            }
-            let input = self.input(rows);
-            let by = Matrix::columns(&back, d);
-            let input = Matrix::rows(&input, hidden);
-            product((d, hidden, rows.len()), gradient, hidden, true, by, input);
-        }
-        tally
+        let by = Matrix::columns(vectors, d);
+        let input = Matrix::rows(input, hidden);
+        product((d, hidden, rows.len()), gradient, hidden, true, by, input);
     }
+    tally
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::grid::Grid;
     use super::super::teacher::Teacher;
     use super::*;
+    use crate::calibrate::TracedText;
 
     const GRID: Grid = Grid { window: 8, stride: 4, block: 8, init: 1, local: 1, budget: 5 };
 
@@ -146,12 +116,10 @@ mod tests {
         let weight: Vec<f32> = text.layers[1].normed[..8 * 12].iter().map(|x| x * 0.5).collect();
         let rows: Vec<usize> = (40..72).collect();
         for kind in [Teacher::Fine, Teacher::Plain] {
+            let piece = Prepared::new(&text, GRID, kind, rows.clone(), &|| true).unwrap();
             for target in [0, 1] {
-                let lesson = Lesson { text: &text, grid: GRID, rotary: &rotary, target };
-                let compressed = GRID.compressed(&text, target);
-                let teacher = LayerTeacher::new(&text, target, GRID, kind, &compressed);
                 let study = |weight: &[f32], gradient: Option<&mut [f32]>| {
-                    lesson.study(weight, 1, &rows, (&teacher, &compressed), gradient)
+                    study(&piece, (target, 1), weight, &rotary, gradient, &mut Desk::default())
                 };
                 let mut gradient = vec![0.0; weight.len()];
                 let tally = study(&weight, Some(&mut gradient));
@@ -170,5 +138,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// More queries than one product takes give what single queries give together.
+    #[test]
+    fn blocks_of_queries_add_up() {
+        let text = TracedText::random(12, 1, 2 * ROWS + 40);
+        let rotary = Rotary::new(&[1.0, 0.3, 0.1, 0.02], text.tokens);
+        let weight: Vec<f32> = text.layers[0].normed[..8 * 12].iter().map(|x| x * 0.5).collect();
+        let run = |rows: Vec<usize>, gradient: &mut [f32]| {
+            let piece = Prepared::new(&text, GRID, Teacher::Fine, rows, &|| true).unwrap();
+            study(&piece, (0, 0), &weight, &rotary, Some(gradient), &mut Desk::default())
+        };
+        let (mut all, mut one) = (vec![0.0; 96], vec![0.0; 96]);
+        let together = run((0..text.tokens).collect(), &mut all);
+        let mut alone = Tally::default();
+        (0..text.tokens).for_each(|row| alone.add(run(vec![row], &mut one)));
+        assert!((together.loss - alone.loss).abs() < 1e-5 * alone.loss, "{together:?} {alone:?}");
+        let counts = |t: Tally| (t.queries, t.wanted, t.found);
+        assert_eq!(counts(together), counts(alone));
+        let off = all.iter().zip(&one).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        let most = one.iter().fold(0.0, |m: f32, g| m.max(g.abs()));
+        assert!(off < 1e-4 * most, "{off} of {most}");
     }
 }

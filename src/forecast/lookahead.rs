@@ -1,6 +1,6 @@
 //! Queries of a layer as its input one layer earlier tells them, head by head: the rival that needs no training.
 
-use super::learn::Lesson;
+use super::lesson::Lesson;
 use crate::backend::cpu::host::{Matrix, product};
 use crate::calibrate::TracedText;
 use crate::calibrate::traced::TracedLayer;

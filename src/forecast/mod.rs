@@ -9,11 +9,15 @@
 
 mod grid;
 mod learn;
+mod lesson;
 mod lookahead;
 mod loss;
 mod optimizer;
+mod pieces;
+mod prepared;
 mod report;
 mod rotary;
+mod schedule;
 mod state;
 mod teacher;
 mod train;
@@ -22,6 +26,7 @@ mod weights;
 pub use grid::Grid;
 pub use optimizer::AdamW;
 pub use report::{LayerRecall, Scores, held_out};
+pub use schedule::{Decay, Schedule};
 pub use teacher::Teacher;
 pub use train::{StepReport, TrainSettings, train};
 pub use weights::{Forecast, Start};

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Rates of the optimizer; the default is the published recipe.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AdamW {
-    /// Step size, constant.
+    /// Step size; a [`Schedule`](super::Schedule) takes shares of it.
     pub rate: f32,
     /// Decay of the mean gradient and of the mean square.
     pub betas: (f32, f32),
@@ -29,11 +29,12 @@ impl AdamW {
         if norm > f64::from(self.clip) { self.clip / norm as f32 } else { 1.0 }
     }
 
-    /// One step, the `step`-th from 1. `mean` and `square` are the moments of `gradient`, which is scaled by `scale`
-    /// first; `weight` moves.
+    /// One step of this step size, the `step`-th from 1. `mean` and `square` are the moments of `gradient`, which is
+    /// scaled by `scale` first; `weight` moves.
     pub(super) fn apply(
         &self,
         step: u64,
+        rate: f32,
         scale: f32,
         gradient: &[f32],
         weight: &mut [f32],
@@ -47,7 +48,7 @@ impl AdamW {
             let g = g * scale;
             *m = b1 * *m + (1.0 - b1) * g;
             *v = b2 * *v + (1.0 - b2) * g * g;
-            *w -= self.rate * (self.decay * *w + *m / c1 / ((*v / c2).sqrt() + self.eps));
+            *w -= rate * (self.decay * *w + *m / c1 / ((*v / c2).sqrt() + self.eps));
         }
     }
 }
@@ -60,17 +61,17 @@ mod tests {
     fn steps_by_hand() {
         let o = AdamW { rate: 0.1, decay: 0.0, ..AdamW::default() };
         let (mut w, mut m, mut v) = ([1.0], [0.0], [0.0]);
-        o.apply(1, 1.0, &[2.0], &mut w, (&mut m, &mut v));
+        o.apply(1, o.rate, 1.0, &[2.0], &mut w, (&mut m, &mut v));
         // The first step moves by the rate, whatever the gradient.
         assert!(
             (w[0] - 0.9).abs() < 1e-5 && (m[0] - 0.2).abs() < 1e-6 && (v[0] - 0.2).abs() < 1e-6
         );
-        o.apply(2, 0.5, &[2.0], &mut w, (&mut m, &mut v));
+        o.apply(2, o.rate, 0.5, &[2.0], &mut w, (&mut m, &mut v));
         let (mean, square) = (0.28 / 0.19f32, 0.24 / 0.0975f32);
         assert!((w[0] - (0.9 - 0.1 * mean / square.sqrt())).abs() < 1e-4, "{w:?}");
         let decay = AdamW { rate: 0.1, decay: 0.5, ..AdamW::default() };
         let (mut w, mut m, mut v) = ([2.0], [0.0], [0.0]);
-        decay.apply(1, 1.0, &[0.0], &mut w, (&mut m, &mut v));
+        decay.apply(1, 0.1, 1.0, &[0.0], &mut w, (&mut m, &mut v));
         assert!((w[0] - 1.9).abs() < 1e-6);
     }
 

@@ -1,6 +1,6 @@
 //! What Forecasts find on text that they were not trained on.
 
-use super::learn::Lesson;
+use super::lesson::Lesson;
 use super::lookahead::Lookahead;
 use super::rotary::Rotary;
 use super::teacher::LayerTeacher;
@@ -154,11 +154,11 @@ fn compare(
         let head_len = d * text.hidden;
         let of_head = |w: &[f32], rows: &[usize]| {
             let q = lesson.forecast(&w[head * head_len..][..head_len], rows);
-            lesson.scores(&q, &compressed, head)
+            lesson.scores(q, &compressed, head)
         };
         for rows in rows.chunks(ROWS) {
             let [truth, ahead] = [&teacher, &ahead].map(|t| t.of(head, rows));
-            let own = lesson.scores(&mean_queries(text, layer, head, rows), &compressed, head);
+            let own = lesson.scores(mean_queries(text, layer, head, rows), &compressed, head);
             let [trained, untrained] = weights.map(|w| of_head(w, rows));
             let end = rows.iter().max().map_or(0, |r| r + 1);
             let keys = Keys { data: &text.layers[layer].k, count: end };

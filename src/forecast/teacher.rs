@@ -20,6 +20,17 @@ pub enum Teacher {
 /// Tokens of a fine key, and between two of them.
 const FINE: (usize, usize) = (2, 1);
 
+/// Room that [`LayerTeacher::of_in`] works in.
+#[derive(Default)]
+pub(super) struct Room {
+    /// `[heads of the group, rows, keys]`.
+    p: Vec<f32>,
+    /// `[keys]`.
+    sum: Vec<f32>,
+    /// `[rows, windows]`.
+    out: Vec<f32>,
+}
+
 /// A teacher with what it precomputes for one layer of one text.
 pub(super) struct LayerTeacher<'a> {
     text: &'a TracedText,
@@ -56,6 +67,11 @@ impl<'a> LayerTeacher<'a> {
     /// Probabilities of the query rows `rows` of a KV head over the windows, `[rows.len(), windows]`: summed over the
     /// query heads, then over the windows to 1. All 0 where a query sees none.
     pub fn of(&self, head: usize, rows: &[usize]) -> Vec<f32> {
+        self.of_in(head, rows, &mut Room::default()).to_vec()
+    }
+
+    /// [`LayerTeacher::of`] without an allocation.
+    pub fn of_in<'r>(&self, head: usize, rows: &[usize], room: &'r mut Room) -> &'r [f32] {
         let (text, grid) = (self.text, self.grid);
         let count = self.keys.len() / (text.kv_heads * text.head_dim);
         let last = rows.iter().copied().max().unwrap_or(0);
@@ -65,32 +81,33 @@ impl<'a> LayerTeacher<'a> {
             Teacher::Plain => count.min(grid.started(last)),
         };
         let keys = Keys { data: &self.keys, count };
-        let mut p = Vec::new();
+        let Room { p, sum, out } = room;
         let at = (self.layer, head);
         match self.kind {
             Teacher::Fine => {
-                probabilities(text, at, rows, keys, |row| causal(None, row), &mut p);
+                probabilities(text, at, rows, keys, |row| causal(None, row), p);
             }
             Teacher::Plain => {
                 let past = |row: usize| 0..grid.windows(row + 1);
-                probabilities(text, at, rows, keys, past, &mut p);
+                probabilities(text, at, rows, keys, past, p);
             }
         }
         let windows = grid.windows(text.tokens);
-        let mut out = vec![0.0; rows.len() * windows];
+        out.clear();
+        out.resize(rows.len() * windows, 0.0);
         if count == 0 || windows == 0 {
             return out;
         }
-        let mut sum = vec![0.0; count];
         for (i, target) in out.chunks_exact_mut(windows).enumerate() {
-            sum.fill(0.0);
+            sum.clear();
+            sum.resize(count, 0.0);
             for heads in p.chunks_exact(rows.len() * count) {
                 let of_row = &heads[i * count..][..count];
                 sum.iter_mut().zip(of_row).for_each(|(s, p)| *s += p);
             }
             match self.kind {
-                Teacher::Plain => target[..count].copy_from_slice(&sum),
-                Teacher::Fine => align(&sum, grid.stride, target),
+                Teacher::Plain => target[..count].copy_from_slice(sum),
+                Teacher::Fine => align(sum, grid.stride, target),
             }
             let total: f32 = target.iter().sum();
             target.iter_mut().for_each(|t| *t /= total + 1e-8);
@@ -104,8 +121,19 @@ fn align(fine: &[f32], stride: usize, out: &mut [f32]) {
     for (j, t) in out.iter_mut().enumerate() {
         let range = (stride * j).saturating_sub(1)..(stride * (j + 1)).min(fine.len());
         let inside = fine.get(range).unwrap_or_default();
-        *t = inside.iter().copied().fold(0.0, f32::max);
+        *t = peak(inside);
     }
+}
+
+/// The largest value, at least 0; eight at a time.
+fn peak(x: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let (eights, rest) = x.as_chunks::<8>();
+    let mut most = [0.0; 8];
+    for x in eights {
+        most.iter_mut().zip(x).for_each(|(m, &x)| *m = larger(*m, x));
+    }
+    most.iter().chain(rest).fold(0.0, |m, &x| larger(m, x))
 }
 
 #[cfg(test)]

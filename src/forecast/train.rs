@@ -1,13 +1,14 @@
 //! The training run.
 
-use super::learn::{Lesson, Tally};
+use super::learn::{Desk, Tally, study};
+use super::pieces::Pieces;
+use super::prepared::Prepared;
 use super::rotary::Rotary;
 use super::state::Progress;
-use super::teacher::LayerTeacher;
-use super::{AdamW, Forecast, Grid, Start, Teacher};
+use super::{AdamW, Decay, Forecast, Grid, Schedule, Start, Teacher};
+use crate::calibrate::CalibrateError;
 use crate::calibrate::state::text_name;
-use crate::calibrate::{CalibrateError, TracedText};
-use crate::engine::{Engine, EngineError, TraceParts};
+use crate::engine::{Engine, EngineError};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -23,6 +24,8 @@ pub struct TrainSettings {
     pub start: Start,
     /// Rates.
     pub optimizer: AdamW,
+    /// The step size from step to step.
+    pub schedule: Schedule,
     /// Texts of one step.
     pub batch: usize,
     /// Every how many-th query of a text is learned from; the first shifts from step to step.
@@ -37,7 +40,15 @@ pub struct TrainSettings {
     pub dtype: String,
     /// Hash of the texts.
     pub texts: String,
+    /// Bytes of prepared texts that are kept from step to step. A text takes, for each query that is learned from and
+    /// each layer, its `4 hidden` bytes of input and per KV head some 20 bytes for each block of the budget; texts that
+    /// do not fit are traced anew each time. The result is the same.
+    #[serde(skip)]
+    pub memory: u64,
 }
+
+/// Bytes of prepared texts that are kept unless said otherwise: 8 GiB.
+const MEMORY: u64 = 8 << 30;
 
 impl TrainSettings {
     /// The published recipe for this engine and these texts, one text a step.
@@ -54,6 +65,8 @@ impl TrainSettings {
             model: engine.fingerprint().into(),
             dtype: engine.decoder().weight_dtype().to_string(),
             texts: text_name(&texts.concat()),
+            schedule: Schedule::default(),
+            memory: MEMORY,
         }
     }
 
@@ -62,7 +75,7 @@ impl TrainSettings {
         serde_json::to_string(&kept).unwrap_or_default()
     }
 
-    fn check(&self, texts: &[Vec<u32>]) -> Result<(), CalibrateError> {
+    fn check(&self, texts: &[Vec<u32>], steps: usize) -> Result<(), CalibrateError> {
         self.grid.check()?;
         let bad = |what: String| Err(CalibrateError::BadOption(what));
         if self.batch == 0 || self.every == 0 || self.save_every == 0 || texts.is_empty() {
@@ -76,6 +89,12 @@ impl TrainSettings {
         let rates = o.rate > 0.0 && o.clip > 0.0 && o.eps > 0.0 && o.decay >= 0.0;
         if !(rates && share(o.betas.0) && share(o.betas.1)) {
             return bad("rates above 0 and decays below 1 are needed to learn".into());
+        }
+        if self.schedule.decay == Decay::Cosine && self.schedule.steps < steps {
+            return bad(format!(
+                "the cosine ends after {} steps, and {steps} are asked for",
+                self.schedule.steps
+            ));
         }
         let shortest = texts.iter().map(Vec::len).min().unwrap_or(0);
         if self.grid.candidates(shortest.saturating_sub(1)).is_empty() {
@@ -116,7 +135,7 @@ pub fn train(
     mut each: impl FnMut(StepReport),
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<(Forecast, Vec<f64>), CalibrateError> {
-    settings.check(texts)?;
+    settings.check(texts, steps)?;
     let start = Forecast::new(engine.checkpoint(), settings.start, settings.seed)?;
     let fresh = Progress::new(&start.matrices);
     let found = state.map(|path| Progress::load(path, settings, &fresh)).transpose()?.flatten();
@@ -124,12 +143,15 @@ pub fn train(
     let inv_freq = engine.decoder().config().inv_freq();
     let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
     let rotary = Rotary::new(&inv_freq, longest);
+    let mut pieces = Pieces::new(texts, settings, progress.steps..steps);
+    let mut gradients: Vec<Vec<f32>> =
+        progress.targets.iter().map(|t| vec![0.0; t[0].len()]).collect();
     let mut saved = progress.steps;
     let outcome = loop {
         if progress.steps >= steps {
             break Ok(());
         }
-        match step(engine, texts, settings, &rotary, &mut progress, go_on) {
+        match step(engine, &mut pieces, settings, &rotary, &mut progress, &mut gradients, go_on) {
             Ok(report) => each(report),
             Err(e) => break Err(e),
         }
@@ -152,31 +174,28 @@ pub fn train(
 
 fn step(
     engine: &mut Engine,
-    texts: &[Vec<u32>],
+    pieces: &mut Pieces<'_>,
     settings: &TrainSettings,
     rotary: &Rotary,
     progress: &mut Progress,
+    gradients: &mut [Vec<f32>],
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Result<StepReport, CalibrateError> {
-    let mut gradients: Vec<Vec<f32>> =
-        progress.targets.iter().map(|t| vec![0.0; t[0].len()]).collect();
+    gradients.par_iter_mut().for_each(|g| g.fill(0.0));
+    let weights: Vec<&[f32]> = progress.targets.iter().map(|t| &t[0][..]).collect();
     let mut tally = Tally::default();
     for i in 0..settings.batch {
-        let text = &texts[(progress.steps * settings.batch + i) % texts.len()];
-        let parts = TraceParts { normed: true, ..TraceParts::default() };
-        let traced = TracedText::read(engine, text, parts, |_| go_on())?;
-        let rows: Vec<usize> =
-            (progress.steps % settings.every..text.len()).step_by(settings.every).collect();
-        let weights: Vec<&[f32]> = progress.targets.iter().map(|t| &t[0][..]).collect();
-        let of_text = learn(&traced, settings, rotary, &weights, &rows, &mut gradients, go_on);
-        tally.add(of_text.ok_or(EngineError::Interrupted)?);
+        let piece = pieces.get(engine, (progress.steps, i), go_on)?;
+        let of_piece = learn(&piece, rotary, &weights, gradients, go_on);
+        tally.add(of_piece.ok_or(EngineError::Interrupted)?);
     }
     let queries = tally.queries.max(1) as f64;
     // A layer's loss is the mean over its heads and queries; each layer has a matrix of its own.
     let layers = gradients.len().max(1) as f64;
     let mean = (layers / queries) as f32;
     let square = |g: &Vec<f32>| g.iter().map(|&g| f64::from(g * mean).powi(2)).sum::<f64>();
-    let norm = gradients.iter().map(square).sum::<f64>().sqrt();
+    let squares: Vec<f64> = gradients.par_iter().map(square).collect();
+    let norm = squares.iter().sum::<f64>().sqrt();
     if !norm.is_finite() {
         return Err(CalibrateError::BadOption(
             "the gradient is not finite; try a smaller rate or another dtype (f32)".into(),
@@ -184,9 +203,11 @@ fn step(
     }
     let scale = mean * settings.optimizer.scale(norm);
     progress.steps += 1;
+    let rate = settings.optimizer.rate * settings.schedule.share(progress.steps);
     let number = progress.steps as u64;
-    progress.targets.par_iter_mut().zip(&gradients).for_each(|([weight, m, v], gradient)| {
-        settings.optimizer.apply(number, scale, gradient, weight, (m, v));
+    let moved = progress.targets.par_iter_mut().zip(gradients);
+    moved.for_each(|([weight, m, v], gradient)| {
+        settings.optimizer.apply(number, rate, scale, gradient, weight, (m, v));
     });
     let loss = tally.loss / queries;
     progress.losses.push(loss);
@@ -194,42 +215,27 @@ fn step(
     Ok(StepReport { step: progress.steps, loss, recall })
 }
 
-/// Adds the gradients of one text; `None` when the caller stopped.
+/// Adds the gradients of one piece; `None` when the caller stopped.
 fn learn(
-    text: &TracedText,
-    settings: &TrainSettings,
+    piece: &Prepared,
     rotary: &Rotary,
     weights: &[&[f32]],
-    rows: &[usize],
     gradients: &mut [Vec<f32>],
     go_on: &(dyn Fn() -> bool + Sync),
 ) -> Option<Tally> {
-    let head_len = text.head_dim * text.hidden;
-    let of_target = |(target, gradient): (usize, &mut Vec<f32>)| {
-        // A layer with a sliding window reads no blocks: nothing to learn.
-        if text.windows[target].is_some() {
-            return Some(Tally { queries: rows.len() * text.kv_heads, ..Tally::default() });
-        }
-        let grid = settings.grid;
-        let lesson = Lesson { text, grid, rotary, target };
-        let compressed = grid.compressed(text, target);
-        let teacher = LayerTeacher::new(text, target, grid, settings.teacher, &compressed);
-        let heads = gradient.par_chunks_exact_mut(head_len).enumerate();
-        let of_heads = heads.map(|(head, gradient)| {
-            let weight = &weights[target][head * head_len..][..head_len];
-            let keys = (&teacher, &compressed[..]);
-            go_on().then(|| lesson.study(weight, head, rows, keys, Some(gradient)))
-        });
-        let of_heads: Option<Vec<Tally>> = of_heads.collect();
-        of_heads.map(sum)
+    let head_len = piece.head_dim * piece.hidden;
+    let heads = gradients.iter_mut().enumerate().flat_map(|(target, gradient)| {
+        let of_head = move |(head, gradient)| (target, head, gradient);
+        gradient.chunks_exact_mut(head_len).enumerate().map(of_head)
+    });
+    let heads: Vec<(usize, usize, &mut [f32])> = heads.collect();
+    let of_head = |desk: &mut Desk, (target, head, gradient): (usize, usize, &mut [f32])| {
+        let weight = &weights[target][head * head_len..][..head_len];
+        go_on().then(|| study(piece, (target, head), weight, rotary, Some(gradient), desk))
     };
-    let targets = gradients.par_iter_mut().enumerate().with_max_len(1);
-    let of_targets: Option<Vec<Tally>> = targets.map(of_target).collect();
-    of_targets.map(sum)
-}
-
-fn sum(tallies: Vec<Tally>) -> Tally {
+    let heads = heads.into_par_iter().with_max_len(1);
+    let tallies: Option<Vec<Tally>> = heads.map_init(Desk::default, of_head).collect();
     let mut all = Tally::default();
-    tallies.into_iter().for_each(|t| all.add(t));
-    all
+    tallies?.into_iter().for_each(|t| all.add(t));
+    Some(all)
 }

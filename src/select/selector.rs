@@ -292,23 +292,26 @@ pub(super) fn pool_and_pick_among(
     if let Some(Follow::Mass { permille, at_least }) = plan.budget.follow {
         trim(Trim::Mass { permille, at_least })?;
     }
-    force(cx, (plan.keep.sinks, plan.keep.recent), out, among)?;
-    if let Some(Follow::Shared { mean, at_least }) = plan.budget.follow {
-        // Forced tokens are part of the total.
-        let tokens = u32::try_from(mean.saturating_mul(out.rows_per_seq)).unwrap_or(u32::MAX);
-        trim(Trim::Together { tokens, at_least })?;
-    }
-    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among)
+    let force = force(cx, (plan.keep.sinks, plan.keep.recent), out, among);
+    let take = take(cx, plan.budget.share.unwrap_or(Share::ALL), out, among);
+    let Some(Follow::Shared { mean, at_least }) = plan.budget.follow else {
+        return Ok(cx.backend.force_top_k(&force, &take)?);
+    };
+    cx.backend.force(&force)?;
+    // Forced tokens are part of the total.
+    let tokens = u32::try_from(mean.saturating_mul(out.rows_per_seq)).unwrap_or(u32::MAX);
+    trim(Trim::Together { tokens, at_least })?;
+    Ok(cx.backend.top_k(&take)?)
 }
 
 /// Puts sinks and recent tokens first.
-pub(super) fn force(
-    cx: &LayerContext<'_>,
+pub(super) fn force<'a>(
+    cx: &LayerContext<'a>,
     (sinks, recent): (usize, usize),
     out: &Selection,
-    among: Option<Among<'_>>,
-) -> Result<(), SelectError> {
-    Ok(cx.backend.force(&Force {
+    among: Option<Among<'a>>,
+) -> Force<'a> {
+    Force {
         scores: &cx.scratch.scores,
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
@@ -316,7 +319,7 @@ pub(super) fn force(
         sinks,
         recent,
         among,
-    })?)
+    }
 }
 
 /// As many tokens as `out` has room for, by the scores that the selector of this layer has just left in the shared
@@ -325,17 +328,17 @@ pub(super) fn force(
 /// # Errors
 /// [`SelectError::Backend`].
 pub fn hand_down(cx: &LayerContext<'_>, out: &Selection) -> Result<(), SelectError> {
-    take(cx, Share::ALL, out, None)
+    Ok(cx.backend.top_k(&take(cx, Share::ALL, out, None))?)
 }
 
 /// The best scores of each list.
-pub(super) fn take(
-    cx: &LayerContext<'_>,
+pub(super) fn take<'a>(
+    cx: &LayerContext<'a>,
     share: Share,
-    out: &Selection,
-    among: Option<Among<'_>>,
-) -> Result<(), SelectError> {
-    Ok(cx.backend.top_k(&TopK {
+    out: &'a Selection,
+    among: Option<Among<'a>>,
+) -> TopK<'a> {
+    TopK {
         scores: &cx.scratch.scores,
         seqs: cx.seqs,
         rows_per_seq: out.rows_per_seq,
@@ -346,7 +349,7 @@ pub(super) fn take(
         among,
         indices: &out.indices,
         counts: &out.counts,
-    })?)
+    }
 }
 
 /// The logits of every query head are kept apart until they are pooled.

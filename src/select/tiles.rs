@@ -36,6 +36,6 @@ pub fn select_tiles(
         })?,
     }
     let recent = plan.keep.recent.max(plan.tile.unwrap_or(1));
-    force(cx, (plan.keep.sinks, recent), out, None)?;
-    take(cx, plan.budget.share.unwrap_or(Share::ALL), out, None)
+    let take = take(cx, plan.budget.share.unwrap_or(Share::ALL), out, None);
+    Ok(cx.backend.force_top_k(&force(cx, (plan.keep.sinks, recent), out, None), &take)?)
 }

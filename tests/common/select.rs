@@ -7,8 +7,8 @@ use longsight::backend::{
     AttendRows, DType, KvSummaries, META_WORDS, Meta, Seqs, Summaries, SummaryKind, Tensor,
 };
 use longsight::select::{
-    Given, LayerContext, LayerPlan, MethodSpec, ModelShape, Scratch, Selection, TrainedBlocks,
-    build, correct,
+    Given, LayerContext, LayerPlan, LayerShape, MethodSpec, ModelShape, Scratch, Selection,
+    TrainedBlocks, Variant, build, correct,
 };
 
 /// Summaries of all tokens of the layer.
@@ -76,13 +76,19 @@ fn select_then(
 ) -> Picked {
     let heads = l.heads;
     let Heads { query, kv: kv_heads, dim: head_dim } = heads;
-    let importance = (l.plain_dim < head_dim).then(TrainedBlocks::default);
+    // NOSA ranks by what the last dimensions hold, whatever that is.
+    let plain_dim = match spec.variant {
+        Variant::Nosa if l.plain_dim == head_dim => head_dim - 8,
+        _ => l.plain_dim,
+    };
+    let shape = LayerShape { plain_dim, ..l.shape() };
+    let importance = (plain_dim < head_dim).then(TrainedBlocks::default);
     let windows = &[None];
     let model = ModelShape { model: "m", windows, heads: query, kv_heads, head_dim, importance };
     let plan = &spec.plan(&model, 4096).unwrap().layers[0];
     let profile = profile::random(1, kv_heads, head_dim);
     let given = Given { profile: Some(&profile), ..Given::default() };
-    let mut selector = build(&*l.dev, &l.shape(), plan, given).unwrap().expect("a sparse layer");
+    let mut selector = build(&*l.dev, &shape, plan, given).unwrap().expect("a sparse layer");
     let rows = l.rows(plan.pool);
     let scratch = Scratch {
         scores: l.alloc(DType::F32, rows * l.capacity),
@@ -112,7 +118,7 @@ fn select_then(
         value_stats: Some(&l.value_stats),
         summaries: data.as_ref().map(|(data, kind)| Summaries { data, kind: *kind }),
         forecast: Some(&forecast),
-        shape: l.shape(),
+        shape,
         scratch: &scratch,
     };
     selector.select(&cx, &l.q, &out).unwrap();

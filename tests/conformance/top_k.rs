@@ -108,6 +108,13 @@ pub fn cases(c: &mut Cases) {
     for (room, k) in [(1, 1), (500, 100), (500, 600), (3000, 256)] {
         c.add("top_k", format!("among_{room}_k{k}"), move |rig, _| among(rig, ragged, room, k));
     }
+    for (sinks, recent, k) in [(4, 32, 100), (0, 1, 1), (64, 1000, 256), (9000, 1, 50)] {
+        for (name, kv) in [("edges", edges), ("long", long), ("far", &[40_000, 300, 100_000])] {
+            let name = format!("{name}_sinks{sinks}_recent{recent}_k{k}");
+            c.add("force_top_k", name, move |rig, _| force_top_k(rig, kv, (sinks, recent), k));
+        }
+    }
+    c.add("force_top_k", "bad_arguments", |rig, _| forced_badly(rig));
     c.add("top_k", "forced_then_smallest", |rig, _| {
         let b = Batch::decode(rig, &[300, 64, 5])?;
         let (stride, rows_per_seq, k) = (b.stride(), 2, 100);
@@ -175,6 +182,39 @@ fn pick(
     };
     let outs = reference::top_k(&p, &*rig.dev)?;
     rig.check(DType::F32, &outs, &|dev| dev.top_k(&p))
+}
+
+/// Both in one call: the scores with the forced ones in place, and the lists.
+fn force_top_k(rig: &mut Rig, kv: &[usize], (sinks, recent): (usize, usize), k: usize) -> Outcome {
+    const ROWS: usize = 2;
+    let b = Batch::decode(rig, kv)?;
+    let (stride, seqs, share) = (b.stride(), b.seqs(), Share { permille: 100, at_least: 60 });
+    let values = b.scores(rig, ROWS, 1.0);
+    let scores = &rig.input(DType::F32, &values)?;
+    let indices = &rig.output(DType::U32, b.n() * ROWS * k)?;
+    let counts = &rig.output(DType::U32, b.n() * ROWS)?;
+    let (rows_per_seq, unit, among) = (ROWS, 1, None);
+    let f = Force { scores, seqs, rows_per_seq, stride, sinks, recent, among };
+    let p = TopK { scores, seqs, rows_per_seq, stride, unit, k, share, among, indices, counts };
+    let outs = reference::force_top_k(&f, &p, &*rig.dev)?;
+    rig.check(DType::F32, &outs, &|dev| dev.force_top_k(&f, &p))
+}
+
+fn forced_badly(rig: &mut Rig) -> Outcome {
+    let b = Batch::decode(rig, &[100, 30])?;
+    let (seqs, stride, share, among) = (b.seqs(), b.stride(), Share::ALL, None);
+    let scores = &rig.output(DType::F32, b.n() * stride)?;
+    let other = &rig.output(DType::F32, b.n() * stride)?;
+    let indices = &rig.output(DType::U32, b.n() * 8)?;
+    let counts = &rig.output(DType::U32, b.n())?;
+    let f = || Force { scores, seqs, rows_per_seq: 1, stride, sinks: 1, recent: 1, among };
+    let (rows_per_seq, unit, k) = (1, 1, 8);
+    let p = || TopK { scores, seqs, rows_per_seq, stride, unit, k, share, among, indices, counts };
+    let dev = rig.dev.clone();
+    rig.refuses("other scores", dev.force_top_k(&Force { scores: other, ..f() }, &p()))?;
+    rig.refuses("no recent token", dev.force_top_k(&Force { recent: 0, ..f() }, &p()))?;
+    rig.refuses("blocks of tokens", dev.force_top_k(&f(), &TopK { unit: 2, ..p() }))?;
+    rig.refuses("no list", dev.force_top_k(&f(), &TopK { k: 0, ..p() }))
 }
 
 /// The best `k` of lists of up to `room` candidates; some lists are empty, some claim to be longer than they are.

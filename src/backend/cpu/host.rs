@@ -33,7 +33,7 @@ pub(crate) fn softmax(x: &mut [f32]) {
         return x.fill(0.0);
     }
     let sum = simd::exp_sub(x, max);
-    x.iter_mut().for_each(|p| *p /= sum);
+    simd::scale(x, 1.0 / sum);
 }
 
 #[cfg(test)]

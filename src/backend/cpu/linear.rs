@@ -49,7 +49,8 @@ fn few_rows<T: Lane>(p: &Linear<'_>, x: &[f32], w: &[T], bias: Option<&[f32]>, y
     let y = Parts::new(y);
     par::tasks(p.outputs.div_ceil(panel), p.outputs * n, |task| {
         let outputs = task * panel..p.outputs.min((task + 1) * panel);
-        let w = &w[outputs.start * n..outputs.end * n];
+        // With what follows: the thread's next task.
+        let w = &w[outputs.start * n..];
         let mut sums = [0.0; PANEL * FEW_ROWS];
         let sums = &mut sums[..outputs.len() * rows];
         if rows == 1 {

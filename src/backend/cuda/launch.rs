@@ -216,6 +216,13 @@ impl Kernels {
     }
 }
 
+/// The kernels of `op` hold `line`: what both languages must agree on.
+#[cfg(test)]
+pub(super) fn holds(op: &str, line: &str) {
+    let source = SOURCES.iter().find(|s| s.op == op).unwrap_or_else(|| panic!("no {op}.cu"));
+    assert!(source.text.contains(line), "{op}.cu does not hold: {line}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

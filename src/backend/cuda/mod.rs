@@ -30,6 +30,7 @@ mod replay;
 mod score;
 mod tiles;
 
+use super::ops::check_forced;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, ContentBias, DType,
     Embed, ExpandBlocks, Force, ForceBlocks, GatherRows, HoldLists, KeyStats, KvAppend, KvPool,
@@ -345,7 +346,15 @@ impl Backend for CudaBackend {
         self.trim_scores_op(p)
     }
     fn top_k(&self, p: &TopK<'_>) -> Result<()> {
-        self.top_k_op(p)
+        self.top_k_op(p, None)
+    }
+    fn force_top_k(&self, force: &Force<'_>, top_k: &TopK<'_>) -> Result<()> {
+        check_forced(force, top_k)?;
+        if force.among.is_some() {
+            self.force_op(force)?;
+            return self.top_k_op(top_k, None);
+        }
+        self.top_k_op(top_k, Some(force))
     }
     fn union_ranks(&self, p: &UnionRanks<'_>) -> Result<()> {
         self.union_ranks_op(p)

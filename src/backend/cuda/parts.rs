@@ -64,6 +64,17 @@ pub(super) fn splits(l: &Limits, pairs: usize, keys: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cuda::launch::holds;
+
+    #[test]
+    fn kernels_have_the_same_limits() {
+        for op in ["attend_dense", "attend_rows"] {
+            holds(op, "warps = D > 128 ? 2 : 4;");
+            holds(op, "stages = D <= 64 ? 4 : 2;");
+            holds(op, &format!("const u32 MOST = {MOST_BLOCKS};"));
+            holds(op, &format!("#define DECODE_BLOCKS {RESIDENT}"));
+        }
+    }
 
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {

@@ -54,6 +54,8 @@ struct TopKArgs {
     at_least: u32,
     among_k: u32,
     span: u32,
+    sinks: u32,
+    recent: u32,
     pad: u32,
 }
 
@@ -309,7 +311,8 @@ impl CudaBackend {
         }
     }
 
-    pub(super) fn top_k_op(&self, p: &TopK<'_>) -> Result<()> {
+    /// `forced`: what runs before it, of the same scores and of all tokens.
+    pub(super) fn top_k_op(&self, p: &TopK<'_>, forced: Option<&Force<'_>>) -> Result<()> {
         const OP: &str = "top_k";
         const THREADS: usize = 1024;
         /// Shared memory beside masks and scores: three histograms of 2048 bins, and more than the kernel declares.
@@ -349,6 +352,8 @@ impl CudaBackend {
             at_least: p.share.at_least,
             among_k: p.among.map_or(Ok(0), |a| word(OP, "candidates", a.k))?,
             span: word(OP, "scores of a block", span)?,
+            sinks: forced.map_or(0, |f| f.sinks.min(p.seqs.max_kv) as u32),
+            recent: forced.map_or(0, |f| f.recent.min(p.seqs.max_kv) as u32),
             pad: 0,
         };
         let kind = if cached { "cached" } else { "streamed" };
@@ -356,5 +361,52 @@ impl CudaBackend {
         let grid = [blocks, p.rows_per_seq, p.seqs.n];
         let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS + shared).cluster(blocks);
         self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::launch::holds;
+
+    #[test]
+    fn kernels_have_the_instances_that_are_launched() {
+        holds("pool_scores", &format!("#define CHUNK {LSE_CHUNK}u"));
+        holds("score_dims", &format!("#define GATHER {GATHER}u"));
+        let of = |op, keys, heads, n, source| {
+            kernel(op, (DType::BF16, keys), HeadPool::MaxLogit, heads, (n, source)).unwrap()
+        };
+        for (heads, tiles) in [(8, 1), (16, 2)] {
+            for n in [32, 64, 128] {
+                for (keys, source, all) in [
+                    (DType::BF16, 0, "bf16, bf16_lead, LEAD"),
+                    (DType::BF16, 2, "bf16, bf16_slice, SLICE"),
+                    (DType::I8, 1, "i8, int8, INT8"),
+                    (DType::I8, 4, "i8, slice8, SLICE8"),
+                    (DType::I8, 5, "i8, slice4, SLICE4"),
+                ] {
+                    let k = of("score_dims", keys, heads, n, source);
+                    assert_eq!(k.suffix, format!("c{}_t{tiles}", n / 32));
+                    let (rows, resident) = (k.rows, k.resident);
+                    match (n, tiles) {
+                        (32, 1) => {
+                            holds("score_dims", &format!("MMA_ALL({all}, {rows}, {resident})"))
+                        }
+                        _ => {
+                            let which = format!("SOURCE, {}, {tiles}, {rows}, {resident})", n / 32);
+                            holds("score_dims", &which);
+                        }
+                    }
+                }
+                let k = of("score_rows", DType::BF16, heads, n, 0);
+                holds("score_rows", &format!("MMA(K, {}, {tiles}, {})", n / 32, k.resident));
+                assert_eq!(k.rows, 4);
+            }
+        }
+        for (g, rows) in GROUPS {
+            holds("score_dims", &format!("KERNEL(K, NAME, SOURCE, {g}, {rows})"));
+        }
+        assert_eq!(of("score_dims", DType::BF16, 4, 48, 0).suffix, "g4");
+        assert_eq!(of("score_dims", DType::F16, 4, 32, 0).suffix, "g4");
     }
 }

@@ -176,42 +176,6 @@ impl ScoreDims<'_> {
     }
 }
 
-/// Sets the scores of the first `sinks` and the last `recent` tokens to +infinity, in place.
-/// The newest token is always forced (`recent >= 1`). Both ranges are cut to `kv_len`. With `among` the scores are
-/// those of listed tokens, in list order; a forced token that is not on the list stays off it. A sequence's rows share
-/// its scores; how many there are makes no difference.
-#[derive(Debug)]
-pub struct Force<'a> {
-    /// f32 `[n, rows_per_seq, stride]`, in and out.
-    pub scores: &'a Tensor,
-    /// The sequences.
-    pub seqs: Seqs<'a>,
-    /// Score rows of a sequence.
-    pub rows_per_seq: usize,
-    /// Elements between score rows; at least `seqs.max_kv`, a multiple of 64.
-    pub stride: usize,
-    /// First tokens to force.
-    pub sinks: usize,
-    /// Last tokens to force, the newest included; at least 1.
-    pub recent: usize,
-    /// The tokens that the scores belong to; None: tokens `0..kv_len`.
-    pub among: Option<Among<'a>>,
-}
-
-impl Force<'_> {
-    /// Shapes and dtypes fit.
-    pub fn check(&self) -> Result<()> {
-        const OP: &str = "force";
-        self.seqs.check(OP)?;
-        ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
-        if let Some(among) = &self.among {
-            among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
-            apart(OP, &[("scores", self.scores)], &among.named())?;
-        }
-        check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
-    }
-}
-
 /// A share of a sequence's tokens: `max(at_least, floor(permille * kv_len / 1000))` (Kascade's k: 100 and 128).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Share {

@@ -163,7 +163,22 @@ pub fn force<'a>(p: &Force<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
 
 /// See [`TopK`].
 pub fn top_k<'a>(p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
-    let scores = floats(dev, p.scores)?;
+    best(p, &floats(dev, p.scores)?, dev)
+}
+
+/// See [`Backend::force_top_k`].
+pub fn force_top_k<'a>(f: &Force<'a>, p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
+    let (mut scores, mut outs) = (floats(dev, p.scores)?, force(f, dev)?);
+    for (x, cell) in scores.iter_mut().zip(&outs[0].cells) {
+        if let Cell::Is(v) = cell {
+            *x = *v;
+        }
+    }
+    outs.extend(best(p, &scores, dev)?);
+    Ok(outs)
+}
+
+fn best<'a>(p: &TopK<'a>, scores: &[f64], dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let mut indices = Output::exact("top_k", "indices", p.indices);
     let mut counts = Output::exact("top_k", "counts", p.counts);
     let among = p.among.map(|a| Ok((words(dev, a.indices)?, words(dev, a.counts)?, a.k)));

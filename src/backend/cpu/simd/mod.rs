@@ -118,10 +118,11 @@ macro_rules! kernels {
 }
 
 kernels! {
-    /// `y[o] = sum_i x[i] * w[o * x.len() + i]` for every `o` of `y`.
+    /// `y[o] = sum_i x[i] * w[o * x.len() + i]` for every `o` of `y`; what follows in `w` is read next.
     gemv / gemv_on [T] (x: &[f32], w: &[T], y: &mut [f32]);
 
-    /// `y[o * rows + r] = sum_i x[r * n + i] * w[o * n + i]` for 1 to 8 rows of `n` inputs, reading `w` once.
+    /// `y[o * rows + r] = sum_i x[r * n + i] * w[o * n + i]` for 1 to 8 rows of `n` inputs, reading `w` once;
+    /// what follows in `w` is read next.
     gemv_rows / gemv_rows_on [T] (x: &[f32], rows: usize, n: usize, w: &[T], y: &mut [f32]);
 
     /// `dst[i] = src[i]`, widened.

@@ -69,9 +69,17 @@ fn dots<T: FromF32>() {
             for (o, &y) in y.iter().enumerate() {
                 close(y, exact(&x[..n], row(o)), &format!("gemv {isa:?} {n}"));
             }
+            // Rows that follow are no part of the result.
+            let more = [&w[..], &elements::<T>(9 * n, 8)].concat();
+            let mut again = vec![f32::NAN; 7];
+            gemv_on(isa, &x[..n], &more, &mut again);
+            assert_eq!(again, y, "gemv {isa:?} {n}");
             for rows in 1..=8 {
                 let mut y = vec![f32::NAN; 7 * rows];
                 gemv_rows_on(isa, &x, rows, n, &w, &mut y);
+                let mut again = y.clone();
+                gemv_rows_on(isa, &x, rows, n, &more, &mut again);
+                assert_eq!(again, y, "gemv_rows {isa:?} {n}");
                 for (i, y) in y.iter().enumerate() {
                     let (o, r) = (i / rows, i % rows);
                     close(*y, exact(&x[r * n..(r + 1) * n], row(o)), &format!("gemv_rows {isa:?}"));

@@ -11,6 +11,8 @@ pub(in crate::backend::cpu) trait Vector: Copy {
     /// 8 or 16.
     const LANES: usize;
     unsafe fn splat(x: f32) -> Self;
+    /// Asks for the cache line at `p`, which need not be valid.
+    fn prefetch<T>(p: *const T);
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn load_f16(p: *const f16) -> Self;
     unsafe fn load_bf16(p: *const bf16) -> Self;
@@ -121,6 +123,8 @@ impl Portable {
 
 impl Vector for Portable {
     const LANES: usize = 8;
+    #[inline(always)]
+    fn prefetch<T>(_: *const T) {}
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         Portable([x; 8])

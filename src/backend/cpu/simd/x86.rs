@@ -32,6 +32,11 @@ macro_rules! methods {
 
 impl Vector for Avx512 {
     const LANES: usize = 16;
+    #[inline(always)]
+    fn prefetch<T>(p: *const T) {
+        // SAFETY: a hint; it reads nothing and every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
     methods! {
         fn splat(x: f32) -> Self { Avx512(_mm512_set1_ps(x)) }
         fn load(p: *const f32) -> Self { Avx512(_mm512_loadu_ps(p)) }
@@ -73,6 +78,11 @@ impl Vector for Avx512 {
 
 impl Vector for Avx2 {
     const LANES: usize = 8;
+    #[inline(always)]
+    fn prefetch<T>(p: *const T) {
+        // SAFETY: a hint; it reads nothing and every x86-64 has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
     methods! {
         fn splat(x: f32) -> Self { Avx2(_mm256_set1_ps(x)) }
         fn load(p: *const f32) -> Self { Avx2(_mm256_loadu_ps(p)) }
