@@ -2,8 +2,8 @@
 //
 // mma m16n8k16 with keys as the left operand: a quad holds a key row in pieces of 8 dimensions, as it loads them. Which
 // dimension is which of the operand's columns does not matter as long as queries and keys agree, so nothing is moved
-// between lanes. Heads are the 8 columns of a result, NT times. Integers become f16 without rounding; so does a query
-// that a power of two has brought below 1.
+// between lanes. Heads are the 8 columns of a result, NT times. Integers become f16 without rounding, and a query that
+// a power of two has brought below 1 does up to 2^-24 of its largest value.
 #pragma once
 #include "mma.cuh"
 #include "score.cuh"
@@ -30,7 +30,7 @@ DEVICE void operand(const Raw8<i8>& r, u32 (&x)[4]) {
 }
 
 // Largest magnitude of a head's query below 2^result.
-DEVICE int exponent_above(float x) { return x > 0.0f ? ilogbf(x) + 1 : 0; }
+DEVICE int exponent_above(float x) { return x > 0.0f && x < POS_INF ? ilogbf(x) + 1 : 0; }
 
 template <class K, u32 SOURCE, int NC, int NT, int ROWS, class Keys>
 DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& keys) {

@@ -336,7 +336,7 @@ fn every_test_that_the_page_names_is_there() {
     assert!(missing.is_empty(), "{missing:#?}");
     // A line that names no test says why.
     for line in page.lines().filter(|l| l.starts_with("| ") && !l.contains("::")) {
-        let known = ["| invariant |", "not here", "with NOSA"].iter().any(|w| line.contains(w));
+        let known = ["| invariant |", "not here"].iter().any(|w| line.contains(w));
         assert!(known, "{line}");
     }
     assert!(!is_test("#[test]\nfn other() {}", "name") && !is_test("fn name() {}", "name"));

@@ -93,7 +93,8 @@ pub trait Backend: Send + Sync {
     fn free_memory(&self) -> Option<u64>;
     /// Measures host-to-device and device-read bandwidth (takes about a second).
     fn bandwidth(&self) -> Result<Bandwidth>;
-    /// Runs `f` and returns the device time of what it recorded, in milliseconds.
+    /// Runs `f` and returns the device time of what it recorded, in milliseconds; on CUDA from the first work on, so that
+    /// the host's way to it does not count.
     fn time(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         self.sync()?;
         let t = std::time::Instant::now();
@@ -102,7 +103,8 @@ pub trait Backend: Send + Sync {
         Ok(t.elapsed().as_secs_f64() * 1e3)
     }
     /// Runs `f`, which records ops in a way that repeats from call to call: a backend may list what they launch and
-    /// replay the list as one. Where `f` answers false, nothing of it need run. By default `f` just runs.
+    /// replay the list in parts. Where `f` answers false, what no part has begun with need not run. Whoever calls keeps
+    /// the tensors that `f` uses until the call ends. By default `f` just runs.
     fn replayable(&self, f: &mut dyn FnMut() -> bool) -> Result<()> {
         f();
         Ok(())

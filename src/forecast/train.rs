@@ -84,6 +84,10 @@ impl TrainSettings {
                     .into(),
             );
         }
+        const MOST: usize = 10_000_000;
+        if steps > MOST || self.batch > MOST || self.every > MOST {
+            return bad(format!("steps, texts a step and queries between two: at most {MOST}"));
+        }
         let o = self.optimizer;
         let share = |b: f32| (0.0..1.0).contains(&b);
         let rates = o.rate > 0.0 && o.clip > 0.0 && o.eps > 0.0 && o.decay >= 0.0;

@@ -177,7 +177,12 @@ fn trained_blocks(f: &Fields<'_>) -> Result<TrainedBlocks> {
     }
     let own = TrainedBlocks::default();
     let sinks = s.uint("init_blocks")?.unwrap_or(own.sinks);
-    let local = s.uint("window_size")?.map_or(own.local, |tokens| tokens / 64);
+    let window = s.uint("window_size")?.unwrap_or(own.local * 64);
+    if window % 64 != 0 {
+        let what = format!("a window_size of {window}, which is no whole number of blocks of 64");
+        return Err(ModelError::unsupported(f.path, what));
+    }
+    let local = window / 64;
     let more = s.uint("select_blocks")?.unwrap_or(own.by_query - own.sinks - own.local);
     let topk = s.uint("topk")?.unwrap_or(own.total - own.local);
     Ok(TrainedBlocks {

@@ -42,6 +42,8 @@ pub fn cases(c: &mut Cases) {
         (128, 2, 4, 32, false, 48, MaxLogit, Coverage, PerKvHead, 300),
         (128, 1, 16, 128, false, 128, MeanSoftmax, InvSqrtDim, PerKvHead, 64),
         (128, 2, 4, 32, false, 128, AllSoftmax, InvSqrtDim, One, 130),
+        (64, 1, 16, 64, false, 32, MaxLogit, InvSqrtDim, PerKvHead, 90),
+        (64, 1, 12, 32, false, 64, SumLogit, Coverage, PerKvHead, 90),
         (96, 2, 3, 16, false, 96, None, InvSqrtDim, PerHead, 70),
         (80, 2, 4, 80, false, 24, None, Coverage, PerKvHead, 70),
         (64, 2, 3, 32, false, 64, SumLogit, InvSqrtDim, One, 70),

@@ -28,6 +28,10 @@ pub fn cases(c: &mut Cases) {
         (64, 3, 3, 64, 16, MaxSoftmax, Coverage),
         (128, 2, 4, 32, 32, SumLogit, InvSqrtDim),
         (128, 1, 16, 16, 64, MaxLogit, Coverage),
+        (64, 2, 4, 64, 64, SumLogit, InvSqrtDim),
+        (128, 1, 6, 32, 128, None, InvSqrtDim),
+        (64, 1, 9, 32, 32, MaxLogit, InvSqrtDim),
+        (128, 1, 16, 128, 128, MaxSoftmax, Coverage),
         (80, 2, 1, 80, 8, None, InvSqrtDim),
         (96, 1, 2, 16, 96, SumLogit, Coverage),
     ] {

@@ -110,6 +110,7 @@ impl Report {
             devices.iter().map(|(name, caps)| json!({ "name": name, "caps": caps })).collect();
         let all = json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "commit": std::env::var("LONGSIGHT_COMMIT").ok(),
             "devices": devices,
             "absent": absent,
             "results": results,

@@ -4,7 +4,7 @@ use super::Cases;
 use super::batch::Batch;
 use super::errors::{WRAPS, short};
 use super::rig::{Outcome, Rig};
-use longsight::backend::{Among, DType, Force, Share, TopK, reference};
+use longsight::backend::{Among, DType, Force, Seqs, Share, TopK, reference};
 
 /// Changes the scores of one row.
 type Edit = fn(&mut [f64]);
@@ -212,6 +212,8 @@ fn forced_badly(rig: &mut Rig) -> Outcome {
     let p = || TopK { scores, seqs, rows_per_seq, stride, unit, k, share, among, indices, counts };
     let dev = rig.dev.clone();
     rig.refuses("other scores", dev.force_top_k(&Force { scores: other, ..f() }, &p()))?;
+    let fewer = Seqs { max_kv: 50, ..seqs };
+    rig.refuses("other lengths", dev.force_top_k(&Force { seqs: fewer, ..f() }, &p()))?;
     rig.refuses("no recent token", dev.force_top_k(&Force { recent: 0, ..f() }, &p()))?;
     rig.refuses("blocks of tokens", dev.force_top_k(&f(), &TopK { unit: 2, ..p() }))?;
     rig.refuses("no list", dev.force_top_k(&f(), &TopK { k: 0, ..p() }))

@@ -2,7 +2,7 @@
 
 use super::error::Said;
 use super::memory::Memory;
-use crate::backend::{DType, Result};
+use crate::backend::{BackendError, DType, Result};
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::CudaStream;
 use std::collections::HashMap;
@@ -53,6 +53,12 @@ unsafe impl Send for Blas {}
 // SAFETY: as above.
 unsafe impl Sync for Blas {}
 
+/// A product that cuBLASLt was to run and cannot: [`Blas::takes`] was not asked.
+pub(super) fn missing() -> BackendError {
+    let what = "cuBLASLt has no kernel for this product".into();
+    BackendError::Unsupported { op: "linear", backend: "cuda", what }
+}
+
 impl Blas {
     /// None when the library is missing, does not start, or `LONGSIGHT_CUBLAS=off`.
     pub fn open(stream: &Arc<CudaStream>) -> Option<Self> {
@@ -100,7 +106,7 @@ impl Blas {
         let (desc, [a, b, d]) = (Desc::new()?, p.layouts()?);
         let workspace = self.workspace.lock().unwrap_or_else(|e| e.into_inner());
         let (space, bytes) = workspace.as_ref().map_or((0, 0), |w| (w.ptr(), WORKSPACE));
-        let Some(algo) = self.algorithm(p, bytes, &desc, [&a, &b, &d])? else { return Ok(()) };
+        let algo = self.algorithm(p, bytes, &desc, [&a, &b, &d])?.ok_or_else(missing)?;
         let (alpha, beta) = (1.0f32, if p.accumulate { 1.0f32 } else { 0.0 });
         // SAFETY: descriptors live until the end of this call, which copies what it needs; the rest is the
         // caller's promise.

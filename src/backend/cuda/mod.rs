@@ -29,6 +29,7 @@ mod parts;
 mod replay;
 mod score;
 mod tiles;
+mod top_k;
 
 use super::ops::check_forced;
 use super::{

@@ -6,7 +6,7 @@
 //! buffer that moved or a bound that grew makes another list. A recording is cut into parts, each a list of its own, so
 //! that the device works on the first while the host still goes through the ops of the rest.
 
-use super::blas::{Blas, Product};
+use super::blas::{self, Blas, Product};
 use super::clock;
 use super::error::Said;
 use super::launch::{Args, Kernels, Shape, lock};
@@ -51,7 +51,7 @@ impl Runner<'_> {
             Node::Product { product, x, w, y } => match self.blas {
                 // SAFETY: the caller's promise.
                 Some(blas) => unsafe { blas.run(stream, *product, *x, *w, *y) },
-                None => Ok(()),
+                None => Err(blas::missing()),
             },
             // SAFETY: the caller's promise.
             Node::Zero { at, bytes } => {
@@ -229,12 +229,11 @@ impl Replays {
         let mut known = lock(&self.known);
         let now = known.iter().map(|k| k.used).max().unwrap_or(0) + 1;
         let Some(k) = known.iter_mut().find(|k| k.hash == hash && k.nodes == nodes) else {
-            if known.len() >= MOST
-                && let Some(oldest) = (0..known.len()).min_by_key(|&i| known[i].used)
-            {
-                // Its graph may still run.
+            if known.len() >= MOST {
+                // Their graphs may still run.
                 stream.synchronize().said("waiting for the device")?;
-                known.swap_remove(oldest);
+                known.sort_unstable_by_key(|k| std::cmp::Reverse(k.used));
+                known.truncate(MOST * 3 / 4);
             }
             known.push(Known { hash, nodes: nodes.to_vec(), graph: None, tried: false, used: now });
             drop(known);
@@ -270,7 +269,8 @@ impl Replays {
 }
 
 fn run_all(runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {
-    // SAFETY: nodes come from ops that were checked; what they use is alive, or freed later by this thread.
+    // SAFETY: nodes come from ops that were checked; what they use is kept by the caller of `replayable`, or freed later
+    // by this thread.
     nodes.iter().try_for_each(|n| unsafe { runner.run(n, stream) })
 }
 
@@ -279,7 +279,8 @@ struct End;
 
 impl Drop for End {
     fn drop(&mut self) {
-        RECORDING.set(None);
+        // Outside the borrow: memory that goes with it asks whether something is recorded.
+        drop(RECORDING.take());
         for (stream, ptr) in FREED.take() {
             Memory::free(&stream, ptr);
         }

@@ -36,7 +36,7 @@ pub struct ContentBias<'a> {
     pub kv_heads: usize,
     /// Dimensions of a head, those of the bias included.
     pub head_dim: usize,
-    /// First dimension of the bias; two at least.
+    /// First dimension of the bias; at least two are left from there on.
     pub at: usize,
 }
 
