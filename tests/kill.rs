@@ -139,8 +139,10 @@ fn a_killed_calibration_ends_like_one_that_ran_through() {
 #[test]
 fn a_killed_training_ends_like_one_that_ran_through() {
     let steps = ALL.to_string();
-    let sizes = ["--tokens", "500", "--pieces", "2", "--blocks", "4", "--local-blocks", "1"];
-    let options = [&sizes[..], &["--steps", &steps, "--save-every", "1"]].concat();
+    // A step takes long enough to be killed in.
+    let sizes = ["--tokens", "900", "--pieces", "4", "--batch", "4", "--every", "1"];
+    let blocks = ["--blocks", "4", "--local-blocks", "1"];
+    let options = [&sizes[..], &blocks, &["--steps", &steps, "--save-every", "1"]].concat();
     let steps = |key: &str, value: &str| (key == "steps").then(|| value.parse().unwrap());
     let [whole, killed] = [(); 2].map(|()| Run::new("train-forecast", &options, steps));
     let want = whole.home.run(&whole.arguments()).json();

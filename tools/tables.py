@@ -18,6 +18,13 @@ def table(head, rows):
     print()
 
 
+def label(row):
+    """The method, with the pool that its plan has where that is not the default."""
+    layers = (row.get("plan") or {}).get("layers", [])
+    logits = any(layer.get("pool") == "max_logit" for layer in layers if layer.get("role") != "dense")
+    return f"`{row['method']}:pool=max-logit`" if logits else f"`{row['method']}`"
+
+
 def kernels(run):
     read = run["bandwidth_gb_s"]["device_read"]
     print(f"Device read {read:.0f} GB/s.\n")
@@ -39,7 +46,7 @@ def end_to_end(run):
     for r in run["rows"]:
         x, share = r.get("x_dense"), (r.get("traffic") or {}).get("share")
         rows.append([
-            r["test"], r["method"], r["budget"] or "-",
+            r["test"], label(r), r["budget"] or "-",
             f"{r['tokens_per_second']['mean']:,.1f} +- {r['tokens_per_second']['sd']:.1f}",
             f"{x:.2f}" if x else "-", f"{100 * share:.0f} %" if share else "-",
         ])
@@ -59,7 +66,7 @@ def attention(run, peers):
         assert r["check"]["passed"], f"wrong result of {r['method']}"
         peer = fa3.get(r["batch"])
         rows.append([
-            f"`{r['method']}`", r["batch"], f"{r['bytes'] / 1e6:,.1f} MB", f"{r['ms']['mean']:.4f}", f"{100 * r['share']:.0f} %",
+            label(r), r["batch"], f"{r['bytes'] / 1e6:,.1f} MB", f"{r['ms']['mean']:.4f}", f"{100 * r['share']:.0f} %",
             f"{r['x_dense']:.2f}", f"{peer / r['ms']['mean']:.2f}" if peer else "-",
         ])
     table(["method", "batch", "bytes a layer", "ms a layer", "of read", "x our dense", "x FA3"], rows)

@@ -101,7 +101,8 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
         }
         let mut s = String::new();
         std::io::stdin().read_to_string(&mut s).context("cannot read standard input")?;
-        parts.push(s);
+        // The newline that ends the last line is none of the prompt's.
+        parts.push(s.trim_end_matches(['\r', '\n']).to_owned());
     }
     let text = parts.join("\n\n");
     if text.trim().is_empty() {

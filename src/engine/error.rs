@@ -35,7 +35,7 @@ pub enum EngineError {
     /// More tokens than the engine has room for.
     #[error(
         "the text has {tokens} tokens{room}, but the context is {limit} tokens{hint}; \
-         shorten the text or use a longer context"
+         shorten the text, or use a longer context or a model that was trained for one"
     )]
     ContextTooLong {
         /// Tokens of the prompt.

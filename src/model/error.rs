@@ -6,6 +6,12 @@ use std::path::{Path, PathBuf};
 /// name that was asked for) and says what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
+    /// No file with Forecast projections.
+    #[error("there is no Forecast in {}; `train-forecast` makes one, `lookahead` needs none", .path.display())]
+    NoForecast {
+        /// File that was asked for.
+        path: PathBuf,
+    },
     /// Nothing under this name.
     #[error(
         "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, `smollm2` or `tiny`",

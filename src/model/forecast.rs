@@ -42,8 +42,12 @@ impl Forecast {
     ///
     /// # Errors
     /// [`ModelError::WrongForecast`] when the file says that it was trained for a model other than `fingerprint`;
-    /// [`ModelError::MissingTensor`], [`ModelError::ShapeMismatch`] and every variant that speaks of a file.
+    /// [`ModelError::NoForecast`], [`ModelError::MissingTensor`], [`ModelError::ShapeMismatch`] and every variant that
+    /// speaks of a file.
     pub fn open(path: &Path, config: &ModelConfig, fingerprint: &str) -> Result<Self> {
+        if !path.exists() {
+            return Err(ModelError::NoForecast { path: path.to_owned() });
+        }
         let file = Mapped::open(path)?;
         let header = read_header(&file)?;
         let trained_for = header.metadata.get(MODEL);

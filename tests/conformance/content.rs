@@ -66,7 +66,8 @@ fn bias(
     }
     let mut weights = rig.normal(kv_heads * width, 1.0 / (width as f64).sqrt());
     weights.chunks_exact_mut(width).for_each(|w| w[0] += shift);
-    let mut a = rig.normal(kv_heads, 1.0);
+    // Small sums are multiplied back into the normal range of f16.
+    let mut a = rig.normal(kv_heads, if shift < 0.0 { 1000.0 } else { 1.0 });
     // A head without importance, as an untrained one is.
     if kv_heads > 1 {
         a[0] = 0.0;
