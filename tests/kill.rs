@@ -140,7 +140,7 @@ fn a_killed_calibration_ends_like_one_that_ran_through() {
 fn a_killed_training_ends_like_one_that_ran_through() {
     let steps = ALL.to_string();
     // A step takes long enough to be killed in.
-    let sizes = ["--tokens", "900", "--pieces", "4", "--batch", "4", "--every", "1"];
+    let sizes = ["--tokens", "500", "--pieces", "4", "--batch", "4", "--every", "1"];
     let blocks = ["--blocks", "4", "--local-blocks", "1"];
     let options = [&sizes[..], &blocks, &["--steps", &steps, "--save-every", "1"]].concat();
     let steps = |key: &str, value: &str| (key == "steps").then(|| value.parse().unwrap());
