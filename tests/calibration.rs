@@ -3,7 +3,6 @@
 
 mod common;
 
-use common::cache::backends;
 use common::model::{CONTEXT, Model, dense, on_both, prompt, sparse};
 use common::program::{Home, text};
 use longsight::backend::{DType, open};

@@ -97,7 +97,7 @@ options! {
     recent, "recent": usize = parse("TOKENS"), sparse;
     /// Leading layers that stay dense [default: 2]
     dense_layers, "dense-layers": usize = parse("LAYERS"), alone;
-    /// Stay dense up to this many tokens [default: 2048, in eval and for sparcas-paper 0]
+    /// Stay dense up to this many tokens [default: 2048; in eval, for sparcas-paper and kascade 0]
     dense_below, "dense-below": usize = parse("TOKENS"), sparse;
     /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
     percent, "percent": f32 = parse("PERCENT"), takes_a_share;
