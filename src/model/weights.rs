@@ -9,11 +9,8 @@ use sha2::{Digest, Sha256};
 
 use super::config::ModelConfig;
 use super::error::{ModelError, Result};
-use super::gguf::Gguf;
-use super::mapped::Mapped;
-use super::quant::Quant;
 use super::random::{self, RandomWeights};
-use super::weights_gguf::interleaved_row;
+use super::{gguf::Gguf, mapped::Mapped, quant::Quant};
 use super::{weights_gguf, weights_hf};
 use crate::files::hex;
 
@@ -332,12 +329,12 @@ impl Checkpoint {
                 let mut row = vec![0.0; cols];
                 place.quant.dequantize(stored(rows), &mut row);
                 for (r, o) in out.iter_mut().enumerate() {
-                    *o = row[interleaved_row(r, head_dim)];
+                    *o = row[weights_gguf::interleaved_row(r, head_dim)];
                 }
             }
             Some(head_dim) => {
                 for (r, o) in rows.zip(out.chunks_exact_mut(cols)) {
-                    let from = interleaved_row(r, head_dim);
+                    let from = weights_gguf::interleaved_row(r, head_dim);
                     place.quant.dequantize(stored(from..from + 1), o);
                 }
             }
