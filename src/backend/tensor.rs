@@ -125,6 +125,11 @@ impl Tensor {
         Arc::ptr_eq(&self.buffer, &other.buffer)
     }
 
+    /// True when both views begin at the same byte of one buffer.
+    pub fn same_place(&self, other: &Tensor) -> bool {
+        self.same_buffer(other) && self.byte_offset() == other.byte_offset()
+    }
+
     /// True when the views share bytes.
     pub fn overlaps(&self, other: &Tensor) -> bool {
         self.same_buffer(other)

@@ -255,8 +255,9 @@ impl MethodSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::select::Plan;
 
-    fn roles(spec: &str, windows: &[Option<usize>]) -> Result<Vec<Role>, SelectError> {
+    fn plan(spec: &str, windows: &[Option<usize>]) -> Result<Plan, SelectError> {
         let m = ModelShape {
             model: "m",
             windows,
@@ -265,7 +266,11 @@ mod tests {
             head_dim: 64,
             importance: None,
         };
-        let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
+        spec.parse::<MethodSpec>()?.plan(&m, 8192)
+    }
+
+    fn roles(spec: &str, windows: &[Option<usize>]) -> Result<Vec<Role>, SelectError> {
+        let plan = plan(spec, windows)?;
         Ok(plan.layers.into_iter().map(|l| l.role).collect())
     }
 
@@ -306,19 +311,7 @@ mod tests {
 
     #[test]
     fn filter_layers_are_dense_and_choose_for_those_behind_them() {
-        let plan = |spec: &str, n: usize| {
-            let windows = vec![None; n];
-            let windows = &windows;
-            let m = ModelShape {
-                model: "m",
-                windows,
-                heads: 8,
-                kv_heads: 4,
-                head_dim: 64,
-                importance: None,
-            };
-            spec.parse::<MethodSpec>().unwrap().plan(&m, 8192).unwrap()
-        };
+        let plan = |spec: &str, n: usize| plan(spec, &vec![None; n]).unwrap();
         let layers = |spec: &str, n: usize, role: fn(&Role) -> bool| -> Vec<usize> {
             let p = plan(spec, n);
             (0..n).filter(|l| role(&p.layers[*l].role)).collect()

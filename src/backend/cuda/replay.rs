@@ -171,8 +171,7 @@ impl Replays {
         });
         let Some(nodes) = nodes.filter(|n| !n.is_empty()) else { return Ok(()) };
         let _turn = lock(runner.scratch);
-        clock::begin(stream)?;
-        run_all(runner, &nodes, stream)
+        run_now(runner, &nodes, stream)
     }
 
     /// Runs what this thread has listed so far if that is enough for a part. No op of this thread is under way.
@@ -220,8 +219,7 @@ impl Replays {
 
     fn run(&self, runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {
         if nodes.len() < LEAST {
-            clock::begin(stream)?;
-            return run_all(runner, nodes, stream);
+            return run_now(runner, nodes, stream);
         }
         let mut hasher = DefaultHasher::new();
         nodes.hash(&mut hasher);
@@ -237,8 +235,7 @@ impl Replays {
             }
             known.push(Known { hash, nodes: nodes.to_vec(), graph: None, tried: false, used: now });
             drop(known);
-            clock::begin(stream)?;
-            return run_all(runner, nodes, stream);
+            return run_now(runner, nodes, stream);
         };
         k.used = now;
         if !k.tried {
@@ -246,8 +243,8 @@ impl Replays {
             k.tried = true;
             k.graph = self.captured(runner, nodes).ok().flatten();
         }
+        let Some(graph) = &k.graph else { return run_now(runner, nodes, stream) };
         clock::begin(stream)?;
-        let Some(graph) = &k.graph else { return run_all(runner, nodes, stream) };
         stream.context().bind_to_thread().said("binding the context")?;
         // SAFETY: the graph is live; its nodes are those just listed, whose memory is live.
         unsafe { result::graph::launch(graph.0.cu_graph_exec(), stream.cu_stream()) }
@@ -266,6 +263,12 @@ impl Replays {
         listed?;
         Ok(graph?.map(Graph))
     }
+}
+
+/// [`run_all`] on the stream that measurements run on.
+fn run_now(runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {
+    clock::begin(stream)?;
+    run_all(runner, nodes, stream)
 }
 
 fn run_all(runner: Runner<'_>, nodes: &[Node], stream: &CudaStream) -> Result<()> {

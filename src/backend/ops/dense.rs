@@ -154,8 +154,7 @@ pub(crate) fn check_gated(linear: &Linear<'_>, swiglu: &SwiGlu<'_>) -> Result<()
     ensure(OP, linear.bias.is_none() && !linear.accumulate, || {
         "neither a bias nor a sum is taken".into()
     })?;
-    let one = linear.y.same_buffer(swiglu.x) && linear.y.byte_offset() == swiglu.x.byte_offset();
-    ensure(OP, one && linear.y.dtype() == swiglu.x.dtype(), || {
+    ensure(OP, linear.y.same_place(swiglu.x) && linear.y.dtype() == swiglu.x.dtype(), || {
         "y of the product is not x of swiglu".into()
     })?;
     let sizes = [(linear.rows, linear.outputs), (swiglu.rows, 2 * swiglu.ffn)];

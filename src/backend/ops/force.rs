@@ -45,17 +45,21 @@ pub(crate) fn check_forced(force: &Force<'_>, top_k: &TopK<'_>) -> Result<()> {
     const OP: &str = "force_top_k";
     force.check()?;
     top_k.check()?;
-    let same = |a: &Tensor, b: &Tensor| a.same_buffer(b) && a.byte_offset() == b.byte_offset();
-    ensure(OP, same(force.scores, top_k.scores), || "force and top_k of different scores".into())?;
+    ensure(OP, force.scores.same_place(top_k.scores), || {
+        "force and top_k of different scores".into()
+    })?;
     let rows = [
         (force.seqs.n, force.rows_per_seq, force.stride),
         (top_k.seqs.n, top_k.rows_per_seq, top_k.stride),
     ];
     ensure(OP, rows[0] == rows[1], || format!("sequences, rows and strides {rows:?} differ"))?;
-    let seqs = same(force.seqs.meta, top_k.seqs.meta) && force.seqs.max_kv == top_k.seqs.max_kv;
+    let seqs =
+        force.seqs.meta.same_place(top_k.seqs.meta) && force.seqs.max_kv == top_k.seqs.max_kv;
     ensure(OP, seqs, || "force and top_k of different sequences".into())?;
     let lists = match (&force.among, &top_k.among) {
-        (Some(a), Some(b)) => same(a.indices, b.indices) && same(a.counts, b.counts) && a.k == b.k,
+        (Some(a), Some(b)) => {
+            a.indices.same_place(b.indices) && a.counts.same_place(b.counts) && a.k == b.k
+        }
         _ => true,
     };
     ensure(OP, lists, || "force and top_k among different candidates".into())?;
