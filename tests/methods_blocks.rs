@@ -331,7 +331,7 @@ fn forecasts_of_other_models_and_damaged_ones_are_refused() {
             Err(e) => panic!("{e}"),
         }
     };
-    assert!(matches!(build(), Some(ModelError::Missing { .. })));
+    assert!(matches!(build(), Some(ModelError::NoForecast { .. })));
     forecast::write(&path, shape, Some("0123456789abcdef"), &all);
     let e = build().expect("another model's");
     let said = e.to_string();
