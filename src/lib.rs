@@ -1,7 +1,7 @@
 //! Longsight runs long-context language models with sparse attention, on any GPU.
 //!
 //! Layers, each importing only those below: `cli`, `eval`, `bench` | `calibrate`, `forecast` | `engine` | `model` |
-//! `select`, `kv` | `backend` | `files`, `tensor_file`. See `DESIGN.md`.
+//! `select`, `kv` | `backend` | `files`, `names`, `tensor_file`. See `DESIGN.md`.
 
 #![warn(missing_debug_implementations)]
 #![warn(missing_docs)]
@@ -17,5 +17,6 @@ mod files;
 pub mod forecast;
 pub mod kv;
 pub mod model;
+mod names;
 pub mod select;
 mod tensor_file;

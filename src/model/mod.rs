@@ -32,6 +32,7 @@ mod step;
 pub mod tokenizer;
 mod tokenizer_gguf;
 mod trace;
+mod weight_names;
 pub mod weights;
 mod weights_gguf;
 mod weights_hf;

@@ -1,7 +1,6 @@
 //! Checkpoints: weights under canonical names, mapped, read as f32 rows.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -84,15 +83,6 @@ impl LayerWeight {
         LayerWeight::ImportanceScale,
         LayerWeight::Importance,
     ];
-}
-
-impl fmt::Display for Weight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Weight::Layer(layer, weight) => write!(f, "{weight:?} of layer {layer}"),
-            other => write!(f, "{other:?}"),
-        }
-    }
 }
 
 impl Weight {
@@ -372,7 +362,7 @@ impl Checkpoint {
             let Some(place) = self.places.get(&weight) else {
                 continue;
             };
-            hash.update(format!("{weight} {} {:?}", place.quant.name(), place.shape));
+            hash.update(format!("{} {} {:?}", weight.key(), place.quant.name(), place.shape));
             let bytes = self.stored(place);
             let from = bytes.len() / 2;
             hash.update(&bytes[from..bytes.len().min(from + 64)]);

@@ -50,6 +50,11 @@ pub enum AnchorScorer {
     Blocks,
 }
 
+/// Layers as options name them: `0+2+8`.
+fn listed(layers: &[usize]) -> String {
+    layers.iter().map(usize::to_string).collect::<Vec<_>>().join("+")
+}
+
 /// The layers of a published list, given for 32 layers, among those that are free. Few layers have one filter.
 fn spread(free: &[usize], of_32: &[usize]) -> Vec<usize> {
     let at = |&f: &usize| free[(f * free.len() + 16) / 32];
@@ -199,9 +204,8 @@ impl MethodSpec {
         match &self.anchors {
             Some(Anchors::Layers(layers)) => {
                 if layers.windows(2).any(|w| w[0] >= w[1]) {
-                    return Err(
-                        self.bad(format!("anchors {layers:?}: give them in ascending order"))
-                    );
+                    return Err(self
+                        .bad(format!("anchors {}: give them in ascending order", listed(layers))));
                 }
                 match layers.iter().find(|l| !free.contains(l)) {
                     Some(l) => Err(self.bad(format!(

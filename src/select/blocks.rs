@@ -53,7 +53,7 @@ pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
     let Scorer::Blocks { summary, unit, query, by_query } = plan.scorer else { return Ok(()) };
     if !summary.is_sound() || !matches!(unit, 16 | 32 | 64) || !unit.is_multiple_of(summary.run()) {
         return Err(format!(
-            "{summary:?} in blocks of {unit} tokens: give blocks of 16, 32 or 64 tokens, each a whole number of \
+            "{summary} in blocks of {unit} tokens: give blocks of 16, 32 or 64 tokens, each a whole number of \
              summaries of 16, 32 or 64"
         ));
     }

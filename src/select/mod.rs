@@ -33,6 +33,7 @@ mod tiles;
 mod union;
 mod window;
 
+pub use crate::names::parse_name;
 pub use anchors::{AnchorScorer, Anchors};
 pub use blocks::{BlockSelector, Query};
 pub use catalog::{METHODS, MethodInfo, Variant};
@@ -44,7 +45,7 @@ pub use labels::LabelsSelector;
 pub use mean_value::correct;
 pub use nosa::TrainedBlocks;
 pub use npy::read_head_maps;
-pub use options::{MethodSpec, OPTIONS, OptionInfo, parse_name};
+pub use options::{MethodSpec, OPTIONS, OptionInfo};
 pub use oracle::ExactSelector;
 pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
 pub use random::{RandomSelector, noise};

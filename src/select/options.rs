@@ -5,6 +5,7 @@ use super::anchors::{AnchorScorer, Anchors};
 use super::blocks::Query;
 use super::catalog::Variant;
 use crate::backend::{DimMetric, HeadPool};
+use crate::names::parse_name;
 use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 use std::str::FromStr;
@@ -22,14 +23,20 @@ pub struct OptionInfo {
     pub reads: fn(Variant) -> bool,
 }
 
-/// A value of an enum by its name in plans; dashes may stand for underscores.
-pub fn parse_name<T: serde::de::DeserializeOwned>(s: &str) -> Result<T, String> {
-    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
-        .map_err(|e| e.to_string())
-}
-
 fn parse<T: FromStr<Err: Display>>(s: &str) -> Result<T, String> {
     s.parse().map_err(|e: T::Err| e.to_string())
+}
+
+fn whole<T: FromStr>(s: &str) -> Result<T, String> {
+    s.parse().map_err(|_| "give one whole number".into())
+}
+
+fn number(s: &str) -> Result<f32, String> {
+    s.parse().map_err(|_| "give one number, such as 0.5".into())
+}
+
+fn truth(s: &str) -> Result<bool, String> {
+    s.parse().map_err(|_| "give true or false".into())
 }
 
 macro_rules! options {
@@ -77,57 +84,58 @@ macro_rules! options {
 
 options! {
     /// Tokens attended to per KV head [default: context / 32, 512 to 2048]
-    budget, "budget": usize = parse("TOKENS"), sparse;
+    budget, "budget": usize = whole("TOKENS"), sparse;
     /// Key dimensions scored [default: a quarter of the head dimension; 32 for the query-chosen profiles]
-    dims, "dims": usize = parse("DIMS"), prunes;
+    dims, "dims": usize = whole("DIMS"), prunes;
     /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
-    update, "update": u32 = parse("STEPS"), asks_query;
+    update, "update": u32 = whole("STEPS"), asks_query;
     /// Importance of a dimension: abs-q, pair-norm, abs-qk, pair-qk
     metric, "metric": DimMetric = parse_name("METRIC"), asks_query;
     /// Choose dimensions anew when coverage falls below this share of a fresh choice
-    beta, "beta": f32 = parse("SHARE"), asks_query;
+    beta, "beta": f32 = number("SHARE"), asks_query;
     /// Dimensions chosen together: 1, 2, 8 or 16; for quest and arkvale tokens of a page: 16, 32 or 64
-    unit, "unit": usize = parse("DIMS"), units;
+    unit, "unit": usize = whole("DIMS"), units;
     /// How query heads share a token set: sum-logit, max-logit, max-softmax, mean-softmax, none; one for all heads:
     /// all-softmax, any-softmax, union (the heads' rankings in turn, as LessIsMore published it)
     pool, "pool": HeadPool = parse_name("POOL"), pools;
     /// First tokens that are always attended to
-    sinks, "sinks": usize = parse("TOKENS"), sparse;
+    sinks, "sinks": usize = whole("TOKENS"), sparse;
     /// Last tokens that are always attended to
-    recent, "recent": usize = parse("TOKENS"), sparse;
+    recent, "recent": usize = whole("TOKENS"), sparse;
     /// Leading layers that stay dense [default: 2]
-    dense_layers, "dense-layers": usize = parse("LAYERS"), alone;
+    dense_layers, "dense-layers": usize = whole("LAYERS"), alone;
     /// Stay dense up to this many tokens [default: 2048; in eval, for sparcas-paper and kascade 0]
-    dense_below, "dense-below": usize = parse("TOKENS"), sparse;
+    dense_below, "dense-below": usize = whole("TOKENS"), sparse;
     /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
-    percent, "percent": f32 = parse("PERCENT"), takes_a_share;
+    percent, "percent": f32 = number("PERCENT"), takes_a_share;
     /// Least tokens of such a share [default: 128]
-    budget_min, "budget-min": usize = parse("TOKENS"), takes_a_share;
-    /// Layers whose choice the layers after them reuse: how many, or which (0+2+8) [default: one in seven]
+    budget_min, "budget-min": usize = whole("TOKENS"), takes_a_share;
+    /// Layers whose choice the layers after them reuse: how many, or which (0+2+8) [default: one layer in
+    /// seven; omnikv and lessismore: three and two, placed as published]
     anchors, "anchors": Anchors = parse("LAYERS"), anchored;
     /// Tokens that an anchor hands down, to be scored once more [default: refined: 4 times the budget; else none]
-    candidates, "candidates": usize = parse("TOKENS"), hands_down;
+    candidates, "candidates": usize = whole("TOKENS"), hands_down;
     /// Let the prompt, too, be read sparsely: so many of its tokens share a choice (kascade, oracle and window: 32 as
     /// published by Kascade; other methods: 1) [default: 0, prompts are read densely]
-    tile, "tile": usize = parse("TOKENS"), tiles;
+    tile, "tile": usize = whole("TOKENS"), tiles;
     /// Leading layers that read the prompt densely all the same [default: 0]
-    prompt_dense, "prompt-dense": usize = parse("LAYERS"), tiles;
+    prompt_dense, "prompt-dense": usize = whole("LAYERS"), tiles;
     /// End a list where its tokens hold this share of the estimated softmax mass (top-p), at the budget at the latest
-    mass, "mass": f32 = parse("SHARE"), scores_tokens;
+    mass, "mass": f32 = number("SHARE"), scores_tokens;
     /// Let the KV heads of a layer share their budgets by the scores; each is sure of this share of its own
-    floor, "floor": f32 = parse("SHARE"), scores_tokens;
+    floor, "floor": f32 = number("SHARE"), scores_tokens;
     /// Let the mean of all values stand for the tokens left out: true or false [default: sparq: true; else false]
-    correct, "correct": bool = parse("BOOL"), scores_tokens;
+    correct, "correct": bool = truth("BOOL"), scores_tokens;
     /// Decode steps that share a choice of tokens; those that are appended meanwhile are attended to as well
     /// [default: 1]
-    reuse, "reuse": usize = parse("STEPS"), chooses;
+    reuse, "reuse": usize = whole("STEPS"), chooses;
     /// Bits of a number in the slice of double-sparsity: 4, 8, or 16 for those of the cache [default: 16]
-    slice_bits, "slice-bits": usize = parse("BITS"), has_labels;
+    slice_bits, "slice-bits": usize = whole("BITS"), has_labels;
     /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
     scorer, "scorer": AnchorScorer = parse_name("SCORER"), hands_down;
     /// Of the budget, tokens of the blocks that the query chooses, forced ones included; the others are chosen by the
     /// content importance of their tokens [default: as the model was trained; NOSA-8B: 41 blocks of 96]
-    by_query, "by-query": usize = parse("TOKENS"), two_stages;
+    by_query, "by-query": usize = whole("TOKENS"), two_stages;
     /// Whose query chooses: own, forecast [default: own]
     query, "query": Query = parse_name("QUERY"), two_stages;
 }

@@ -101,7 +101,11 @@ pub(super) fn sequences(io: &Io<'_>, seqs: &Seqs<'_>) -> Result<Vec<Sequence>> {
         .collect();
     for s in &all {
         if s.q_start + s.q_len > seqs.rows || s.q_len > s.kv_len || s.q_len > seqs.max_q {
-            return Err(io.bad(format!("{s:?} in a batch of {} rows", seqs.rows)));
+            let Sequence { q_start, q_len, kv_len, .. } = s;
+            return Err(io.bad(format!(
+                "{q_len} rows from row {q_start} on, of {kv_len} tokens, in a batch of {} rows of at most {} each",
+                seqs.rows, seqs.max_q
+            )));
         }
         if s.kv_len > seqs.max_kv {
             return Err(io.bad(format!("{} tokens, max_kv = {}", s.kv_len, seqs.max_kv)));

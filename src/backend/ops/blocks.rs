@@ -34,6 +34,17 @@ pub enum SummaryKind {
     },
 }
 
+impl std::fmt::Display for SummaryKind {
+    /// In words.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Bounds { page } => write!(f, "bounds of {page} keys"),
+            Self::Cuboid { page } => write!(f, "cuboids of {page} keys"),
+            Self::Windows { size, stride } => write!(f, "means of {size} keys every {stride}"),
+        }
+    }
+}
+
 impl SummaryKind {
     /// Tokens from one summary to the next.
     pub const fn run(self) -> usize {
@@ -107,7 +118,7 @@ pub struct Summaries<'a> {
 }
 
 fn check_kind(op: &'static str, kind: SummaryKind) -> Result<()> {
-    ensure(op, kind.is_sound(), || format!("{kind:?} does not fit pages of 64 tokens"))
+    ensure(op, kind.is_sound(), || format!("{kind} do not fit pages of 64 tokens"))
 }
 
 /// Makes the summaries that the step's new keys complete or change, from the pages (after
@@ -273,7 +284,7 @@ impl PoolBlocks<'_> {
                 | HeadPool::MaxSoftmax
                 | HeadPool::MeanSoftmax
         );
-        ensure(OP, known, || format!("blocks are not pooled by {:?}", self.pool))?;
+        ensure(OP, known, || format!("blocks are not pooled by {}", self.pool))?;
         check_rows(OP, "scores", self.scores, self.seqs, self.heads, self.stride, run)?;
         let rows = self.rows_per_seq();
         check_rows(OP, "out", self.out, self.seqs, rows, self.block_stride, self.unit)?;

@@ -24,6 +24,13 @@ pub enum DimMetric {
     PairQk,
 }
 
+impl std::fmt::Display for DimMetric {
+    /// The name in options.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&crate::names::option_name(self))
+    }
+}
+
 impl DimMetric {
     /// Needs [`KeyStats`](super::KeyStats).
     pub const fn needs_stats(self) -> bool {

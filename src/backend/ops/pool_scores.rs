@@ -42,7 +42,7 @@ impl PoolScores<'_> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
         ensure(OP, !matches!(self.pool, HeadPool::None | HeadPool::Union), || {
-            format!("{:?} pools no logits", self.pool)
+            format!("{} pools no logits", self.pool)
         })?;
         ensure(OP, self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), || {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)

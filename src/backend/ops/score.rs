@@ -57,6 +57,13 @@ pub enum HeadPool {
     None,
 }
 
+impl std::fmt::Display for HeadPool {
+    /// The name in options.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&crate::names::option_name(self))
+    }
+}
+
 impl HeadPool {
     /// Can be pooled inside [`ScoreDims`]; the softmax modes need [`PoolScores`](super::PoolScores) after it.
     pub const fn in_score(self) -> bool {

@@ -78,7 +78,7 @@ impl ScoreRows<'_> {
         }
         let own = self.lists == self.heads && !self.pool.in_score();
         ensure(OP, self.lists == 1 || self.lists == hkv || own, || {
-            format!("{} lists a sequence for {hkv} KV heads and {:?}", self.lists, self.pool)
+            format!("{} lists a sequence for {hkv} KV heads and the pool {}", self.lists, self.pool)
         })?;
         self.among.check(OP, self.seqs.n, self.lists, self.stride)?;
         let ([meta, pages], keys) = (self.seqs.named(), self.cache.named()[0]);

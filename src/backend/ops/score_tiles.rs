@@ -45,7 +45,7 @@ impl ScoreTiles<'_> {
         self.seqs.check(OP)?;
         self.cache.check(OP)?;
         ensure(OP, matches!(self.pool, HeadPool::MeanSoftmax | HeadPool::AllSoftmax), || {
-            format!("{:?}: probabilities of a tile are summed", self.pool)
+            format!("{}: probabilities of a tile are summed", self.pool)
         })?;
         let (rows, heads) = (self.seqs.rows, self.heads);
         check_heads(OP, self.q, rows, heads, self.cache.kv_heads, self.cache.head_dim)?;
