@@ -21,6 +21,8 @@ pub struct Capabilities {
     pub device: String,
     /// Driver name and version.
     pub driver: String,
+    /// A driver that renders on the CPU (Mesa's llvmpipe, SwiftShader, WARP): slower there than the `cpu` backend.
+    pub software: bool,
     /// Total device memory in bytes, when known.
     pub memory: Option<u64>,
     /// Memory topology.

@@ -41,7 +41,7 @@ pub mod wgpu;
 
 pub use caps::{Bandwidth, Capabilities, Topology};
 pub use error::{BackendError, Result};
-pub use open::{is_software, open, open_all};
+pub use open::{open, open_all};
 pub use ops::*;
 pub use tensor::{DType, DeviceBuffer, Tensor};
 

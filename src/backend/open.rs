@@ -1,6 +1,6 @@
 //! Finding and opening devices.
 
-use super::{Backend, BackendError, Capabilities, Result};
+use super::{Backend, BackendError, Result};
 use std::sync::Arc;
 
 /// Opens every backend of this build: (`cpu`, `wgpu` or `cuda`; the backend, or why it cannot be used).
@@ -49,17 +49,9 @@ fn auto() -> Result<Arc<dyn Backend>> {
         return Ok(gpu);
     }
     match wgpu(None) {
-        Ok(gpu) if !is_software(gpu.caps()) => Ok(gpu),
+        Ok(gpu) if !gpu.caps().software => Ok(gpu),
         _ => cpu(),
     }
-}
-
-/// The adapter renders on the CPU (Mesa's llvmpipe, SwiftShader, WARP): slower there than the `cpu` backend.
-pub fn is_software(caps: &Capabilities) -> bool {
-    let device = caps.device.to_lowercase();
-    ["llvmpipe", "lavapipe", "softpipe", "swiftshader", "basic render driver"]
-        .iter()
-        .any(|name| device.contains(name))
 }
 
 fn cpu() -> Result<Arc<dyn Backend>> {

@@ -59,7 +59,7 @@ pub fn backends() -> Vec<(String, bool)> {
         .into_iter()
         .filter(|(name, _)| only.as_ref().is_none_or(|o| o.split(',').any(|n| n == name)))
         .filter_map(|(name, b)| match b {
-            Ok(b) => Some((name, longsight::backend::is_software(b.caps()))),
+            Ok(b) => Some((name, b.caps().software)),
             Err(e) => {
                 println!("{name} is not compared: {e}");
                 None

@@ -39,6 +39,7 @@ impl Oracle {
             backend: "oracle",
             device: "f64 reference".into(),
             driver: "none".into(),
+            software: false,
             memory: None,
             topology: Topology::Unified,
             f16: true,

@@ -73,6 +73,7 @@ impl CpuBackend {
             backend: "cpu",
             device: device_name(),
             driver: format!("{}, {} threads", isa.name(), par::threads()),
+            software: false,
             memory: memory::installed(),
             topology: Topology::Unified,
             f16: false,

@@ -99,6 +99,7 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
         backend: "cuda",
         device: name,
         driver: driver_version(),
+        software: false,
         memory: Some(memory),
         topology: if unified { Topology::Unified } else { Topology::Discrete },
         f16: true,

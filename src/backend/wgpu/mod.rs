@@ -132,6 +132,7 @@ fn capabilities(adapter: &wgpu::Adapter) -> Capabilities {
         backend: "wgpu",
         driver: format!("{:?} {} {}", info.backend, info.driver, info.driver_info),
         device: info.name,
+        software: info.device_type == DeviceType::Cpu,
         memory: None,
         topology: if unified { Topology::Unified } else { Topology::Discrete },
         f16: features.contains(wgpu::Features::SHADER_F16),
