@@ -99,7 +99,9 @@ fn a_training_that_was_stopped_ends_like_one_that_was_not() {
     assert_eq!((resumed, again), (whole, losses));
     let other = TrainSettings { every: 2, ..settings };
     let e = train(&mut engine, &texts, 5, &other, Some(&state), |_| (), &|| true).unwrap_err();
-    assert!(matches!(e, CalibrateError::OtherRun { .. }), "{e}");
+    assert!(matches!(e, CalibrateError::OtherSettings { .. }), "{e}");
+    assert!(e.to_string().contains("\n  every: was 3, is 2\n"), "{e}");
+    assert_eq!(e.to_string().lines().count(), 3, "{e}");
 }
 
 /// Texts that are kept, partly or not at all: the same run, asked for less often where they are kept.

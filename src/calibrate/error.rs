@@ -1,5 +1,6 @@
 //! Errors of calibration and training.
 
+use super::changed::{Changed, lines};
 use crate::engine::EngineError;
 use crate::model::ModelError;
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ pub enum CalibrateError {
     Model(#[from] ModelError),
     /// Not enough text.
     #[error(
-        "the texts hold {have} pieces of {tokens} tokens, {need} are needed; give more text, or shorter pieces"
+        "of {need} pieces of {tokens} tokens that are needed the texts hold {have}; give more text, shorter pieces or \
+         fewer"
     )]
     TooLittleText {
         /// Whole pieces in the texts.
@@ -32,6 +34,32 @@ pub enum CalibrateError {
     /// The model computes no numbers.
     #[error("layer {0} computes values that are not finite; try another dtype (f32)")]
     NotFinite(usize),
+    /// Pieces of text in which nothing can be chosen.
+    #[error(
+        "a piece has {tokens} tokens, and a budget of {budget} blocks of {block} keeps {} of them anyway: nothing is \
+         left to choose, so nothing to learn; give longer pieces or a smaller budget",
+        .budget.saturating_mul(*.block)
+    )]
+    NoChoice {
+        /// Tokens of the shortest piece.
+        tokens: usize,
+        /// Tokens of a block.
+        block: usize,
+        /// Blocks read in all.
+        budget: usize,
+    },
+    /// A file of an interrupted run with other settings.
+    #[error(
+        "{} is of a run with other settings:{}\nremove it to start anew, or name another output",
+        .path.display(),
+        lines(.changed)
+    )]
+    OtherSettings {
+        /// The file.
+        path: PathBuf,
+        /// What differs.
+        changed: Vec<Changed>,
+    },
     /// A file of an interrupted run that does not belong to this one.
     #[error("{} cannot be continued: {what}; remove it to start anew, or name another output", .path.display())]
     OtherRun {

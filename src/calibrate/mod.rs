@@ -10,6 +10,7 @@
 //! The engine prefills densely, so the statistics are those of a dense forward pass.
 
 mod anchors;
+mod changed;
 mod error;
 pub(crate) mod mass;
 mod outcome;
@@ -21,6 +22,7 @@ mod text;
 pub(crate) mod traced;
 
 pub use anchors::{Placement, least_anchors, place_anchors, placements};
+pub use changed::Changed;
 pub use error::CalibrateError;
 pub use mass::{LayerTile, step_of, tile_of};
 pub use outcome::{Calibration, Choice};

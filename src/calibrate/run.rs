@@ -44,20 +44,9 @@ impl Settings {
         }
     }
 
-    /// One line for files and messages.
+    /// For files.
     pub(super) fn line(&self) -> String {
-        let own = match self.own {
-            OwnTile::Right => "right",
-            OwnTile::Published => "published",
-        };
-        let generated = match self.generated {
-            0 => String::new(),
-            n => format!(", {n} generated"),
-        };
-        format!(
-            "model {}, {}, tiles of {}, {} keys, {} permille, {own} own tile{generated}",
-            self.model, self.dtype, self.tile, self.keys, self.permille
-        )
+        serde_json::to_string(self).unwrap_or_default()
     }
 
     fn tiles(&self) -> Tiles {
@@ -72,7 +61,8 @@ impl Settings {
 /// on; it is called from several threads.
 ///
 /// # Errors
-/// [`EngineError::Interrupted`] when `progress` says so; [`CalibrateError::OtherRun`] for a state of something else;
+/// [`EngineError::Interrupted`] when `progress` says so; [`CalibrateError::OtherSettings`] and [`CalibrateError::OtherRun`] for a state of
+/// something else;
 /// [`CalibrateError::BadOption`] for settings that leave nothing to compare.
 pub fn gather(
     engine: &mut Engine,

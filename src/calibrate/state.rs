@@ -1,5 +1,6 @@
 //! Statistics on disk, so that an interrupted calibration goes on where it was.
 
+use super::changed::changed;
 use super::similarity::len;
 use super::statistics::{Objective, Statistics};
 use super::{CalibrateError, Settings};
@@ -9,7 +10,7 @@ use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// Raised when the statistics change their meaning.
-const VERSION: &str = "kascade 1";
+const VERSION: &str = "kascade 2";
 
 /// Name of a text in the state: a hash of its tokens.
 pub(crate) fn text_name(tokens: &[u32]) -> String {
@@ -24,7 +25,7 @@ pub(crate) fn failed(
     move |source| CalibrateError::File { doing, path: path.into(), source }
 }
 
-/// A state file to fill, of this version and these settings.
+/// A state file to fill, of this version and these settings (JSON).
 pub(crate) fn begin(version: &str, settings: String) -> TensorFile {
     let mut file = TensorFile::default();
     file.about.insert("version".into(), version.into());
@@ -32,10 +33,11 @@ pub(crate) fn begin(version: &str, settings: String) -> TensorFile {
     file
 }
 
-/// A state that was saved before; `None` when there is none. `what`: what it should hold.
+/// A state that was saved before; `None` when there is none. `what`: what it should hold; `settings`: as [`begin`] has
+/// them.
 ///
 /// # Errors
-/// [`CalibrateError::OtherRun`] for another version or other settings, [`CalibrateError::File`].
+/// [`CalibrateError::OtherRun`] for another version, [`CalibrateError::OtherSettings`], [`CalibrateError::File`].
 pub(crate) fn resume(
     path: &Path,
     version: &str,
@@ -48,11 +50,14 @@ pub(crate) fn resume(
     if file.word("version") != version {
         return Err(other(path, format!("{what} of this version of the program")));
     }
-    let was = file.word("settings");
-    if was != settings {
-        return Err(other(path, format!("it was made with {was}, this run has {settings}")));
+    let read = |settings: &str| serde_json::from_str(settings);
+    let (Ok(was), Ok(now)) = (read(file.word("settings")), read(settings)) else {
+        return Err(other(path, "its settings cannot be read".into()));
+    };
+    match changed(&was, &now) {
+        none if none.is_empty() => Ok(Some(file)),
+        changed => Err(CalibrateError::OtherSettings { path: path.into(), changed }),
     }
-    Ok(Some(file))
 }
 
 /// A state that does not belong to this run.
@@ -79,7 +84,7 @@ pub(super) fn save(
 /// Statistics saved before of the first of `texts`; `None` when there are none.
 ///
 /// # Errors
-/// [`CalibrateError::OtherRun`] when they are of another model, other settings or other texts.
+/// [`CalibrateError::OtherSettings`], [`CalibrateError::OtherRun`] when they are of other texts.
 pub(super) fn load(
     path: &Path,
     settings: &Settings,

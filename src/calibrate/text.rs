@@ -44,7 +44,10 @@ mod tests {
         assert_eq!(all, [[9, 0, 1], [9, 10, 11], [9, 2, 3], [9, 12, 13], [9, 4, 5]]);
         assert_eq!(pieces(&texts, &[9], 3, 2).unwrap(), all[..2]);
         let short = pieces(&texts, &[9], 3, 6).unwrap_err().to_string();
-        assert!(short.contains("5 pieces of 3 tokens, 6"), "{short}");
+        assert!(
+            short.contains("of 6 pieces of 3 tokens that are needed the texts hold 5"),
+            "{short}"
+        );
         assert!(pieces(&texts, &[9], 1, 1).is_err());
     }
 }

@@ -59,6 +59,18 @@ impl Grid {
         Ok(())
     }
 
+    /// Checks that some query of a text of `tokens` tokens has more blocks than the budget.
+    ///
+    /// # Errors
+    /// [`CalibrateError::NoChoice`].
+    pub fn chooses_in(&self, tokens: usize) -> Result<(), CalibrateError> {
+        let Grid { block, budget, .. } = *self;
+        match tokens > block.saturating_mul(budget) {
+            true => Ok(()),
+            false => Err(CalibrateError::NoChoice { tokens, block, budget }),
+        }
+    }
+
     /// Complete windows of a text.
     pub fn windows(&self, tokens: usize) -> usize {
         if tokens < self.window { 0 } else { (tokens - self.window) / self.stride + 1 }
@@ -174,6 +186,15 @@ mod tests {
         assert_eq!(GRID.candidates(0), 0..0);
         assert_eq!(GRID.started(15), 1);
         assert_eq!((GRID.of_block(1, 9), GRID.of_block(2, 9)), (4..8, 8..9));
+    }
+
+    /// One token more than the budget holds, and its query may choose.
+    #[test]
+    fn a_text_longer_than_the_budget_leaves_a_choice() {
+        for tokens in 1..64 * 8 {
+            let choice = (0..tokens).any(|row| GRID.candidates(row).len() > GRID.free());
+            assert_eq!(GRID.chooses_in(tokens).is_ok(), choice, "{tokens} tokens");
+        }
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl Progress {
     /// A run saved before; `None` when there is none.
     ///
     /// # Errors
-    /// [`CalibrateError::OtherRun`] when it has other settings.
+    /// [`CalibrateError::OtherSettings`], [`CalibrateError::OtherRun`] when it is no run.
     pub fn load(
         path: &Path,
         settings: &TrainSettings,

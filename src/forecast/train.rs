@@ -101,13 +101,7 @@ impl TrainSettings {
             ));
         }
         let shortest = texts.iter().map(Vec::len).min().unwrap_or(0);
-        if self.grid.candidates(shortest.saturating_sub(1)).is_empty() {
-            return bad(format!(
-                "in {shortest} tokens every block of {} is among those always read; give longer pieces",
-                self.grid.block
-            ));
-        }
-        Ok(())
+        self.grid.chooses_in(shortest)
     }
 }
 
@@ -128,7 +122,8 @@ pub struct StepReport {
 /// `each` hears of finished steps; `go_on` is asked often, and false stops the run after the last whole step.
 ///
 /// # Errors
-/// [`EngineError::Interrupted`] when stopped; [`CalibrateError::OtherRun`] for a state of another run;
+/// [`EngineError::Interrupted`] when stopped; [`CalibrateError::OtherSettings`] for a state of another run;
+/// [`CalibrateError::NoChoice`] for texts that fit the budget;
 /// [`CalibrateError::BadOption`] for settings that cannot be.
 pub fn train(
     engine: &mut Engine,

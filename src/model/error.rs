@@ -12,6 +12,17 @@ pub enum ModelError {
         /// File that was asked for.
         path: PathBuf,
     },
+    /// A file without Forecast projections.
+    #[error(
+        "{} holds no Forecast ({what}); `train-forecast` makes one for this model, `lookahead` needs none",
+        .path.display()
+    )]
+    NotAForecast {
+        /// The file.
+        path: PathBuf,
+        /// What it lacks.
+        what: String,
+    },
     /// Nothing under this name.
     #[error(
         "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, `smollm2` or `tiny`",

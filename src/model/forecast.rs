@@ -42,14 +42,18 @@ impl Forecast {
     ///
     /// # Errors
     /// [`ModelError::WrongForecast`] when the file says that it was trained for a model other than `fingerprint`;
-    /// [`ModelError::NoForecast`], [`ModelError::MissingTensor`], [`ModelError::ShapeMismatch`] and every variant that
-    /// speaks of a file.
+    /// [`ModelError::NoForecast`], [`ModelError::NotAForecast`], [`ModelError::MissingTensor`],
+    /// [`ModelError::ShapeMismatch`] and every variant that speaks of a file.
     pub fn open(path: &Path, config: &ModelConfig, fingerprint: &str) -> Result<Self> {
         if !path.exists() {
             return Err(ModelError::NoForecast { path: path.to_owned() });
         }
         let file = Mapped::open(path)?;
-        let header = read_header(&file)?;
+        let not = |what: String| ModelError::NotAForecast { path: path.to_owned(), what };
+        let header = read_header(&file).map_err(|_| not("it is no safetensors file".into()))?;
+        if (0..config.n_layers).all(|l| !header.tensors.contains_key(&name_of(l))) {
+            return Err(not(format!("no tensor is called like {}", name_of(1))));
+        }
         let trained_for = header.metadata.get(MODEL);
         if let Some(trained_for) = trained_for.filter(|m| *m != fingerprint) {
             return Err(ModelError::WrongForecast {
