@@ -27,8 +27,10 @@ fn sparse_rows_stand_beside_a_dense_one() {
         prompts: vec![32],
         generate: vec![4],
         depths: vec![130, 0],
-        methods: vec![MethodSpec::from(Variant::Dense), sparse()],
-        budgets: vec![],
+        methods: vec![
+            ("dense".into(), MethodSpec::from(Variant::Dense)),
+            ("sparcas-int8:budget=48".into(), sparse()),
+        ],
         plans: vec![],
         repeats: 2,
         warmup: 1,
@@ -51,7 +53,7 @@ fn sparse_rows_stand_beside_a_dense_one() {
         ("tg4", "dense"),
         ("pp32@d130", "dense"),
         ("tg4@d130", "dense"),
-        ("tg4@d130", "sparcas-int8"),
+        ("tg4@d130", "sparcas-int8:budget=48"),
     ];
     assert_eq!(names, want);
     // At depth 0 everything fits the budget: said, not measured as if it were sparse.

@@ -22,6 +22,7 @@ def label(row):
     """The method, with the pool that its plan has where that is not the default."""
     layers = (row.get("plan") or {}).get("layers", [])
     logits = any(layer.get("pool") == "max_logit" for layer in layers if layer.get("role") != "dense")
+    logits = logits and "pool=" not in row["method"]
     return f"`{row['method']}:pool=max-logit`" if logits else f"`{row['method']}`"
 
 

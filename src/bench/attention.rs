@@ -34,8 +34,8 @@ pub struct AttentionBench {
     pub head_dim: usize,
     /// Of the KV cache.
     pub dtype: DType,
-    /// Methods with their options; dense attention is measured before them.
-    pub methods: Vec<MethodSpec>,
+    /// Methods with their options under the names of their rows; dense attention is measured before them.
+    pub methods: Vec<(String, MethodSpec)>,
     /// Finished plans under their names, measured after the methods.
     pub plans: Vec<(String, Plan)>,
     /// Steps that are timed; methods that refresh their choice every so many steps are right in the mean.
@@ -47,7 +47,7 @@ pub struct AttentionBench {
 /// One line of the result.
 #[derive(Clone, Debug, Serialize)]
 pub struct AttentionRow {
-    /// Name of the method.
+    /// Method as it was asked for.
     pub method: String,
     /// Sequences decoded together.
     pub batch: usize,
@@ -166,6 +166,14 @@ impl AttentionBench {
             };
             let mut dense = None;
             for (at, (name, plan)) in plans.iter().enumerate() {
+                if let Some(until) = plan.dense_until().filter(|&n| n >= self.depth) {
+                    done += 1;
+                    report.notes.push(format!(
+                        "{name}, batch {batch} is left out: it attends to every token up to {until} (--dense-below, \
+                         --budget)"
+                    ));
+                    continue;
+                }
                 progress(&format!("{name}, batch {batch}"), done, all);
                 done += 1;
                 let (ms, check) = match rig.measure(plan) {
@@ -203,9 +211,10 @@ impl AttentionBench {
         let model = rig::model_shape(self, &windows);
         let mut all = Vec::new();
         let dense = MethodSpec::from(Variant::Dense);
-        let sparse = self.methods.iter().filter(|m| m.variant != Variant::Dense);
-        for spec in std::iter::once(&dense).chain(sparse) {
-            all.push((spec.name().to_owned(), spec.plan(&model, self.depth)?));
+        let dense = (dense.name().to_owned(), dense);
+        let sparse = self.methods.iter().filter(|(_, m)| m.variant != Variant::Dense);
+        for (name, spec) in std::iter::once(&dense).chain(sparse) {
+            all.push((name.clone(), spec.plan(&model, self.depth)?));
         }
         for (name, plan) in &self.plans {
             let plan = Plan { model: String::new(), ..plan.clone() };

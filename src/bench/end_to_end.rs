@@ -20,10 +20,8 @@ pub struct EndToEnd {
     pub generate: Vec<usize>,
     /// Tokens that are in the cache before.
     pub depths: Vec<usize>,
-    /// Methods with their options; dense attention is always measured too, before them.
-    pub methods: Vec<MethodSpec>,
-    /// Budgets of the sparse methods; empty leaves each its own.
-    pub budgets: Vec<usize>,
+    /// Methods with their options under the names of their rows; dense attention is always measured too, before them.
+    pub methods: Vec<(String, MethodSpec)>,
     /// Finished plans under their names, measured after the methods.
     pub plans: Vec<(String, Plan)>,
     /// Samples per test.
@@ -171,12 +169,10 @@ impl Run<'_, '_> {
         depths.sort_unstable();
         depths.dedup();
         let tests = |v: &[usize]| v.iter().filter(|&&n| n > 0).count();
-        let budgets = self.o.budgets.len().max(1);
         self.all = depths.len()
             * self.o.repeats
             * (tests(&self.o.prompts)
-                + tests(&self.o.generate)
-                    * (1 + self.o.methods.len() * budgets + self.o.plans.len()));
+                + tests(&self.o.generate) * (1 + self.o.methods.len() + self.o.plans.len()));
         let dense = self.plan(&Variant::Dense.into(), 0)?;
         let base = self.engine.open_sequence()?;
         for depth in depths {
@@ -264,24 +260,14 @@ impl Run<'_, '_> {
         Ok(())
     }
 
-    /// Every method with every budget, and the plans, for sequences of `tokens` tokens.
+    /// Every method and the plans, for sequences of `tokens` tokens.
     fn sparse(&self, tokens: usize) -> Result<Vec<(String, Plan)>> {
-        let mut sparse = Vec::new();
-        for spec in self.o.methods.iter().filter(|m| m.variant != Variant::Dense) {
-            let budgets: Vec<Option<usize>> = match self.o.budgets.as_slice() {
-                [] => vec![spec.budget],
-                some => some.iter().copied().map(Some).collect(),
-            };
-            for budget in budgets {
-                let plan = self.plan(&MethodSpec { budget, ..spec.clone() }, tokens)?;
-                sparse.push((spec.name().to_owned(), plan));
-            }
-        }
-        sparse.extend(self.o.plans.iter().cloned());
-        Ok(sparse)
+        let methods = self.o.methods.iter().filter(|(_, m)| m.variant != Variant::Dense);
+        let named = methods.map(|(name, m)| Ok((name.clone(), self.plan(m, tokens)?)));
+        named.chain(self.o.plans.iter().cloned().map(Ok)).collect()
     }
 
-    /// Dense first, then every method and budget that does not attend to everything at this depth.
+    /// Dense first, then every method that does not attend to everything at this depth.
     fn contenders(&mut self, test: &str, depth: usize, n: usize) -> Result<Vec<Contender>> {
         let tokens = depth + self.o.warmup + n;
         let mut all = vec![Contender {
@@ -291,10 +277,8 @@ impl Run<'_, '_> {
         }];
         let mut left_out = Vec::new();
         for (name, plan) in self.sparse(tokens)? {
-            let layers = plan.layers.iter().filter(|l| l.sparse());
-            let dense_until = layers.map(|l| l.budget.dense_until()).min();
             let budget = most_tokens(&plan, tokens);
-            match dense_until {
+            match plan.dense_until() {
                 Some(until) if tokens > until => all.push(Contender { name, budget, plan }),
                 until => {
                     self.all -= self.o.repeats;

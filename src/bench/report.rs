@@ -30,7 +30,7 @@ pub struct Row {
     pub tokens: usize,
     /// Tokens in the cache before.
     pub depth: usize,
-    /// Method name; prefill is dense under every method.
+    /// Method as it was asked for; prefill is dense under every method that reads prompts densely.
     pub method: String,
     /// T_b of its sparse layers.
     pub budget: Option<usize>,

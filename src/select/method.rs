@@ -2,6 +2,7 @@
 //! them into plans.
 
 use super::SelectError;
+use super::blocks::Query;
 use super::catalog::{METHODS, Variant};
 use super::options::MethodSpec;
 
@@ -39,9 +40,8 @@ impl std::str::FromStr for MethodSpec {
                     read()
                 )));
             }
-            if spec.set(key, value).is_err() {
-                return Err(bad(format!("{value:?} is no value for {key}")));
-            }
+            spec.set(key, value)
+                .map_err(|why| bad(format!("{value:?} is no value for {key}: {why}")))?;
         }
         Ok(spec)
     }
@@ -51,6 +51,12 @@ impl MethodSpec {
     /// Name on the command line.
     pub fn name(&self) -> &'static str {
         METHODS.iter().find(|m| m.variant == self.variant).map_or("dense", |m| m.name)
+    }
+
+    /// Its plans are scored with a Forecast ([`Plan::wants_forecast`](super::Plan::wants_forecast)).
+    pub fn wants_forecast(&self) -> bool {
+        let asks = self.variant.takes("query") && self.query == Some(Query::Forecast);
+        asks || self.variant == Variant::Sparda
     }
 }
 

@@ -5,7 +5,7 @@ use crate::backend::DType;
 use crate::backend::cpu::CpuBackend;
 use crate::select::{METHODS, MethodSpec, Variant};
 
-fn bench(methods: Vec<MethodSpec>) -> AttentionBench {
+fn bench(methods: &[MethodSpec]) -> AttentionBench {
     AttentionBench {
         depth: 300,
         batches: vec![2],
@@ -14,7 +14,7 @@ fn bench(methods: Vec<MethodSpec>) -> AttentionBench {
         kv_heads: 2,
         head_dim: 32,
         dtype: DType::F32,
-        methods,
+        methods: methods.iter().map(|m| (m.name().to_owned(), m.clone())).collect(),
         plans: Vec::new(),
         steps: 3,
         seed: 1,
@@ -30,7 +30,7 @@ fn every_method_is_measured_against_the_reference() {
         ..variant.into()
     };
     let methods: Vec<MethodSpec> = METHODS.iter().map(|m| spec(m.variant)).collect();
-    let report = bench(methods.clone()).run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = bench(&methods).run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
     let wrong: Vec<_> = report.failures().map(|r| (&r.method, r.check.value)).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     let missing: Vec<&str> = methods
@@ -46,7 +46,7 @@ fn every_method_is_measured_against_the_reference() {
 #[test]
 fn options_that_cannot_be_measured_are_refused() {
     let refused = |b: AttentionBench| b.validate().unwrap_err().to_string();
-    let base = || bench(Vec::new());
+    let base = || bench(&[]);
     assert!(refused(AttentionBench { steps: usize::MAX, ..base() }).contains("--steps"));
     assert!(refused(AttentionBench { steps: 300, ..base() }).contains("--steps"));
     assert!(refused(AttentionBench { heads: 3, ..base() }).contains("--kv-heads"));

@@ -25,6 +25,18 @@ fn every_method_makes_a_valid_plan_that_survives_json() {
 }
 
 #[test]
+fn a_method_knows_whether_its_plan_wants_a_forecast() {
+    let names = METHODS.iter().map(|m| m.name).chain(["nosa:query=forecast", "nosa:query=own"]);
+    for name in names {
+        let spec: MethodSpec = name.parse().unwrap();
+        assert_eq!(spec.wants_forecast(), plan(name).wants_forecast(), "{name}");
+    }
+    // An option that the method does not read.
+    let unread = MethodSpec { query: Some(Query::Forecast), ..Variant::Infllm2.into() };
+    assert!(!unread.wants_forecast());
+}
+
+#[test]
 fn dense_layers_and_sliding_windows_stay_dense() {
     let spec: MethodSpec = "sparcas".parse().unwrap();
     let p = spec.plan(&model(&[None, None, Some(128), None]), 8192).unwrap();
