@@ -58,7 +58,7 @@ ci:
 bench *options:
     cargo run --release --locked --quiet -- bench {{ options }}
 
-# Quality: ppl, passkey or copy
+# Quality: ppl, copy, passkey, needle, multikey, long-output, ruler or recall
 eval task *options:
     cargo run --release --locked --quiet -- eval {{ task }} {{ options }}
 

@@ -230,10 +230,21 @@ fn every_evaluation_explains_itself() {
     let home = Home::new();
     let help = home.run(&["eval", "--help"]);
     assert_eq!(help.code, Some(0));
-    for name in ["ppl", "copy", "passkey", "needle", "multikey", "long-output", "ruler", "recall"] {
+    for (name, about) in [
+        ("ppl", "paired bootstrap"),
+        ("copy", "half the length back"),
+        ("passkey", "seven and nine tenths"),
+        ("needle", "Every cell of the grid"),
+        ("multikey", "spread evenly"),
+        ("long-output", "two solved examples"),
+        ("ruler", "not comparable with published"),
+        ("recall", "dims churn"),
+    ] {
         assert!(help.out.contains(&format!("  {name} ")), "{}", help.out);
         let own = home.run(&["eval", name, "--help"]);
         assert_eq!(own.code, Some(0), "{own:?}");
+        let words = own.out.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains(about), "{name}: {words}");
         assert!(own.out.contains("--methods") && own.out.contains("--output"), "{}", own.out);
     }
 }

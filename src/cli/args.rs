@@ -10,13 +10,16 @@ use clap::{Args, ValueEnum};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+/// The model where none is named.
+pub const DEFAULT_MODEL: &str = "smollm2";
+
 /// Which model, and what it takes in memory.
 #[derive(Args, Clone, Debug)]
 pub struct SizeArgs {
     /// Model folder, .gguf file, hub id (org/name or org/name:file.gguf), `smollm2` (fetched once), `tiny`
     /// (built in, for tests), or random weights for timing: random:llama-3.1-8b, random:qwen3-8b,
     /// random:minicpm4.1-8b, random:nosa-8b, random:smollm2-135m
-    #[arg(short, long, default_value = "smollm2", value_name = "MODEL")]
+    #[arg(short, long, default_value = DEFAULT_MODEL, value_name = "MODEL")]
     pub model: String,
     /// Dtype of the weights on the device: f32, f16 or bf16 [default: bf16 for bf16 checkpoints and on
     /// CUDA, else f16]
@@ -25,8 +28,7 @@ pub struct SizeArgs {
     /// Dtype of the KV cache [default: that of the weights]
     #[arg(long, value_name = "DTYPE")]
     pub kv_dtype: Option<DType>,
-    /// Most tokens of a sequence [default: what run, eval or bench needs; chat: the model's limit, at
-    /// most 32,768; plan: the model's limit]
+    /// Most tokens of a sequence [default: the model's limit]
     #[arg(long, value_name = "TOKENS")]
     pub ctx: Option<usize>,
 }
@@ -42,10 +44,6 @@ pub struct ModelArgs {
     /// Prompt tokens per step [default: 4096 on CUDA, else 512]
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     pub chunk: Option<usize>,
-    /// Forecast trained for this model, which sparda and nosa with --query forecast choose blocks with (safetensors); `lookahead`: the
-    /// next layer's own queries, read off this layer's input, without training
-    #[arg(long, value_name = "FILE")]
-    pub forecast: Option<PathBuf>,
 }
 
 /// A number from 1 on.
@@ -101,7 +99,6 @@ impl ModelArgs {
 
     /// A builder with these options and progress bars.
     pub fn builder(&self) -> EngineBuilder<'static> {
-        let lookahead = self.forecast.as_deref() == Some(Path::new("lookahead"));
         Engine::builder()
             .model(&self.size.model)
             .device(&self.device)
@@ -109,8 +106,6 @@ impl ModelArgs {
             .kv_dtype(self.size.kv_dtype)
             .context(self.size.ctx)
             .chunk(self.chunk)
-            .forecast(self.forecast.clone().filter(|_| !lookahead))
-            .lookahead(lookahead)
             .on_progress(ui::build_progress())
     }
 }
@@ -176,7 +171,7 @@ pub struct AnswerArgs {
     /// Text that ends the answer; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    /// Every N steps, measure the attention mass and output error of the selection
+    /// Every N steps, measure the attention mass and output error of the selection [default: 0, never]
     #[arg(long, value_name = "N")]
     pub audit: Option<usize>,
 }
@@ -195,7 +190,7 @@ impl AnswerArgs {
 
     /// Audit settings.
     pub fn audit(&self) -> Option<AuditConfig> {
-        self.audit.map(|every| AuditConfig { every, layers: 0 })
+        self.audit.filter(|&n| n > 0).map(|every| AuditConfig { every, layers: 0 })
     }
 }
 

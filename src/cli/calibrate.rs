@@ -1,10 +1,10 @@
 //! `longsight calibrate`: which layers reuse the token lists of which.
 
-use super::args::{Format, ModelArgs};
+use super::args::{Format, ModelArgs, at_least_one};
 use super::interrupt::{EXIT_CODE, Interrupt};
-use super::output::OutputFile;
+use super::output::{OutputFile, Written};
 use super::table::Table;
-use super::texts::{encoded, state_of};
+use super::texts::{encoded, fits, state_of};
 use super::ui;
 use crate::calibrate::{
     CalibrateError, Calibration, Choice, Objective, OwnTile, Settings, gather, pieces,
@@ -12,12 +12,15 @@ use crate::calibrate::{
 use crate::engine::EngineError;
 use crate::eval::start_of_text;
 use crate::select::{MethodSpec, parse_name};
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+const CTX: &str = "Tokens that the plan is made for, at most [default: the model's limit]";
+
 #[derive(Args)]
+#[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct CalibrateArgs {
     /// Text to read; may be given several times [default: a built-in text of about 5,000 tokens, enough for a trial]
     #[arg(long, value_name = "FILE")]
@@ -29,7 +32,7 @@ pub struct CalibrateArgs {
     #[arg(long, default_value_t = 2048, value_name = "TOKENS")]
     tokens: usize,
     /// Number of layers that make lists [default: the fewest that --within allows]
-    #[arg(long, value_name = "M")]
+    #[arg(long, value_name = "M", value_parser = at_least_one)]
     anchors: Option<usize>,
     /// Without --anchors: the fewest that keep this share of what every layer for itself would have
     #[arg(long, default_value_t = 0.95, value_name = "SHARE")]
@@ -79,9 +82,19 @@ const GENERATED: usize = 32;
 
 pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let interrupt = Interrupt::install();
+    ensure!(
+        a.method.variant.takes("anchors"),
+        "--method {}: its layers share no lists; take kascade, kascade-pooled or refined",
+        a.method.name()
+    );
     let output = OutputFile::create(&a.output)?;
     let state = state_of(&a.output);
     let (checkpoint, tokenizer) = a.model.open()?;
+    fits(a.tokens, &checkpoint)?;
+    let most = checkpoint.config().windows.iter().filter(|w| w.is_none()).count();
+    if let Some(anchors) = a.anchors.filter(|m| !(1..=most).contains(m)) {
+        bail!("--anchors {anchors}: this model can have 1 to {most}");
+    }
     let start = start_of_text(&tokenizer)?;
     let texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, a.prompts)?;
     let report = a.report.as_deref().map(OutputFile::create).transpose()?;
@@ -117,14 +130,15 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     let c = engine.decoder().config();
     let context = a.model.size.ctx.unwrap_or(c.max_context);
     let plan = calibration.plan(&a.method, &c.plan_shape(engine.fingerprint()), context)?;
-    output.finish(&serde_json::to_vec_pretty(&plan)?)?;
-    if let Some(file) = report {
-        file.finish(&serde_json::to_vec_pretty(&calibration)?)?;
-    }
+    let written = output.finish(&serde_json::to_vec_pretty(&plan)?)?;
+    let report = report.map(|f| f.finish(&serde_json::to_vec_pretty(&calibration)?));
+    let report = report.transpose()?;
     match a.format {
         Format::Json => ui::print(&(serde_json::to_string_pretty(&calibration)? + "\n"))?,
         Format::Table => ui::print(&tables(&calibration, a.weigh))?,
     }
+    report.iter().for_each(Written::tell);
+    written.tell_use(&a.model.size.model, "--plan");
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,7 +3,8 @@
 use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::Interrupt;
 use super::method_args::MethodArgs;
-use super::run::{answer, statistics};
+use super::run::answer;
+use super::statistics::{statistics, unaudited};
 use super::ui;
 use crate::engine::{EngineError, Prompt, Request};
 use crate::model::Message;
@@ -15,8 +16,10 @@ use std::process::ExitCode;
 /// What a line can say beside a message.
 const COMMANDS: &str = "Ctrl-C stops an answer; Ctrl-D, /quit or /exit leaves; /new starts over; /help says this again.";
 
+const CTX: &str = "Most tokens of the conversation [default: the model's limit, at most 32,768]";
+
 #[derive(Args)]
-#[command(after_help = COMMANDS)]
+#[command(after_help = COMMANDS, mut_arg("ctx", |a| a.help(CTX)))]
 pub struct ChatArgs {
     /// First message of the system, instead of the template's own
     #[arg(long, value_name = "TEXT")]
@@ -32,7 +35,7 @@ pub struct ChatArgs {
 pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     a.answer.sampling().check()?;
     let interrupt = Interrupt::install();
-    let mut engine = a.method.apply(a.model.builder())?.audit(a.answer.audit()).build()?;
+    let mut engine = a.method.builder(&a.model)?.audit(a.answer.audit()).build()?;
     ui::notes(&engine);
     if engine.template().is_none() {
         bail!("this model brings no chat template; use `longsight run --raw`");
@@ -75,6 +78,9 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         match result {
             Ok(done) => {
                 ui::note(statistics(&done, &engine.plan().method));
+                if let Some(why) = unaudited(&done, engine.plan(), a.answer.audit()) {
+                    ui::note(why);
+                }
                 messages.push(Message::new("assistant", done.text));
             }
             Err(e) if matches!(e.downcast_ref(), Some(EngineError::ContextTooLong { .. })) => {

@@ -3,6 +3,7 @@
 use super::args::Format;
 use super::ui;
 use crate::backend::{Backend, BackendError, Capabilities, open_all};
+use crate::names::option_name;
 use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
@@ -43,7 +44,8 @@ pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
     for c in others(&opened) {
         match a.format {
             Format::Table => {
-                ui::print(&format!("{:<5} {} (choose it with --device)\n", c.backend, c.device))?;
+                let (of, name, software) = (c.backend, &c.device, software(&c));
+                ui::print(&format!("{of:<5} {name} (choose it with --device){software}\n"))?;
             }
             Format::Json => rows.push(serde_json::json!({ "capabilities": c })),
         }
@@ -73,6 +75,11 @@ fn others(opened: &[&str]) -> Vec<Capabilities> {
     all
 }
 
+/// What there is to say of a driver without a device.
+fn software(c: &Capabilities) -> &'static str {
+    if c.software { " (a software driver: -d cpu is faster)" } else { "" }
+}
+
 /// A device as lines of text and as JSON.
 fn describe(b: &Arc<dyn Backend>, measure: bool) -> (String, serde_json::Value) {
     let c = b.caps();
@@ -87,8 +94,8 @@ fn describe(b: &Arc<dyn Backend>, measure: bool) -> (String, serde_json::Value) 
     let storage: Vec<_> = c.storage.iter().map(|d| d.name()).collect();
     let mut lines = vec![
         format!("{:<5} {}", c.backend, c.device),
-        format!("      driver         {}", c.driver),
-        format!("      memory         {memory}{free}, {:?}", c.topology),
+        format!("      driver         {}{}", c.driver, software(c)),
+        format!("      memory         {memory}{free}, {}", option_name(&c.topology)),
         format!("      storage        {}", storage.join(", ")),
         format!(
             "      f16 arithmetic {}, subgroups {subgroup}, matrix units {}",

@@ -2,39 +2,82 @@
 //! calls it.
 
 use crate::backend::BackendError;
+use crate::calibrate::CalibrateError;
 use crate::engine::EngineError;
 use crate::eval::SampleError;
 use crate::model::LoadError;
 use crate::select::SelectError;
 
 /// A line for the first cause that options can change.
-pub fn hint(e: &anyhow::Error) -> Option<&'static str> {
-    e.chain().find_map(|cause| {
-        if let Some(e) = cause.downcast_ref() {
-            engine(e)
-        } else if let Some(e) = cause.downcast_ref() {
-            select(e)
-        } else if let Some(e) = cause.downcast_ref() {
-            backend(e)
-        } else if let Some(LoadError::Backend(e)) = cause.downcast_ref() {
-            backend(e)
-        } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
-            Some("--text gives the text, --lengths the tokens of a sample")
-        } else if let Some(SampleError::TooFewTokens { .. }) = cause.downcast_ref() {
-            Some(
-                "--lengths gives the tokens of a sample; --score, --steps, --keys and --needles, where there are \
-                 any, say what has to fit",
-            )
-        } else {
-            None
-        }
+pub fn hint(e: &anyhow::Error) -> Option<String> {
+    e.chain().find_map(|cause| match cause.downcast_ref() {
+        Some(e) => calibrate(e),
+        None => fixed(cause).map(String::from),
     })
+}
+
+fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+    if let Some(e) = cause.downcast_ref() {
+        engine(e)
+    } else if let Some(e) = cause.downcast_ref() {
+        select(e)
+    } else if let Some(e) = cause.downcast_ref() {
+        backend(e)
+    } else if let Some(LoadError::Backend(e)) = cause.downcast_ref() {
+        backend(e)
+    } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
+        Some("--text gives the text, --lengths the tokens of a sample")
+    } else if let Some(SampleError::TooFewTokens { .. }) = cause.downcast_ref() {
+        Some(
+            "--lengths gives the tokens of a sample; --score, --steps, --keys and --needles, where there are \
+                 any, say what has to fit",
+        )
+    } else {
+        None
+    }
+}
+
+fn calibrate(e: &CalibrateError) -> Option<String> {
+    match e {
+        CalibrateError::Engine(e) => engine(e).map(String::from),
+        CalibrateError::TooLittleText { .. } => Some(
+            "--text gives the texts, --tokens the tokens of a piece, --prompts or --pieces how many there are".into(),
+        ),
+        CalibrateError::NoChoice { tokens, block, budget } => Some(format!(
+            "--tokens gives the tokens of a piece (here at least {}), --blocks the budget (here at most {})",
+            budget.saturating_mul(*block).saturating_add(1),
+            tokens.saturating_sub(1) / block.max(&1)
+        )),
+        CalibrateError::OtherSettings { changed, .. } => {
+            let options: Vec<String> = changed.iter().map(|c| option(&c.name)).collect();
+            Some(format!("to go on with that run, give its own {}", options.join(", ")))
+        }
+        _ => None,
+    }
+}
+
+/// The option that sets a setting of a run.
+fn option(setting: &str) -> String {
+    let name = match setting {
+        "grid.budget" => "blocks",
+        "grid.init" => "init-blocks",
+        "grid.local" => "local-blocks",
+        "optimizer.rate" => "rate",
+        "schedule.decay" => "schedule",
+        "own" => "own-tile",
+        "generated" => "generate",
+        "texts" => "text (and --tokens, --pieces)",
+        other => other.rsplit('.').next().unwrap_or(other),
+    };
+    format!("--{}", name.replace('_', "-"))
 }
 
 fn engine(e: &EngineError) -> Option<&'static str> {
     match e {
         EngineError::Backend(e) => backend(e),
         EngineError::Select(e) => select(e),
+        // Where the model itself ends, no option helps.
+        EngineError::ContextTooLong { hint, .. } if !hint.is_empty() => None,
         EngineError::BadContext { .. } | EngineError::ContextTooLong { .. } => {
             Some("--ctx sets the context, in tokens")
         }
@@ -110,6 +153,8 @@ mod tests {
                 .into(),
                 "longsight plan",
             ),
+            (CalibrateError::NoChoice { tokens: 9, block: 4, budget: 3 }.into(), "at most 2"),
+            (CalibrateError::TooLittleText { have: 1, tokens: 9, need: 2 }.into(), "--tokens"),
             (SampleError::TooFewTokens { tokens: 1, least: 2 }.into(), "--lengths"),
             (SampleError::TextTooShort { text: "a.txt".into(), have: 1, need: 2 }.into(), "--text"),
         ];

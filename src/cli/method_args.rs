@@ -1,6 +1,7 @@
 //! Which method, with which options.
 
-use super::args::read_plan;
+use super::args::{ModelArgs, read_plan};
+use super::forecast_args::ForecastArgs;
 use crate::engine::EngineBuilder;
 use crate::select::{METHODS, MethodSpec, OPTIONS, OptionInfo};
 use anyhow::{Result, anyhow, bail};
@@ -27,6 +28,8 @@ pub struct MethodArgs {
     /// A plan file instead of --method and its options (see `longsight plan --save`)
     #[arg(long, value_name = "FILE", conflicts_with_all = planned())]
     pub plan: Option<PathBuf>,
+    #[command(flatten)]
+    pub forecast: ForecastArgs,
     #[command(flatten)]
     pub options: MethodOptions,
 }
@@ -129,14 +132,23 @@ impl MethodArgs {
         Ok(specs.into_iter().next().unwrap_or_default())
     }
 
-    /// Sets the method on a builder.
+    /// A builder with this method on this model.
     ///
     /// # Errors
     /// A plan file that cannot be read, or an option that the method does not read.
-    pub fn apply<'a>(&self, builder: EngineBuilder<'a>) -> Result<EngineBuilder<'a>> {
+    pub fn builder(&self, model: &ModelArgs) -> Result<EngineBuilder<'static>> {
+        let builder = self.forecast.set(model.builder());
         Ok(match &self.plan {
-            Some(path) => builder.plan(read_plan(path)?),
-            None => builder.method(self.spec()?),
+            Some(path) => {
+                let plan = read_plan(path)?;
+                self.forecast.read_by_one(&[(&plan.method, plan.wants_forecast())])?;
+                builder.plan(plan)
+            }
+            None => {
+                let spec = self.spec()?;
+                self.forecast.read_by_one(&[(spec.name(), spec.wants_forecast())])?;
+                builder.method(spec)
+            }
         })
     }
 }

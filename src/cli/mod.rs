@@ -6,6 +6,7 @@ mod calibrate;
 mod chat;
 mod devices;
 mod eval;
+mod forecast_args;
 mod hint;
 mod interrupt;
 mod method_args;
@@ -13,6 +14,7 @@ mod output;
 mod plan;
 mod plot;
 mod run;
+mod statistics;
 mod sweep;
 mod table;
 mod texts;
@@ -30,11 +32,10 @@ Examples:
   longsight chat -m path/to/model.gguf --device wgpu
   longsight devices
   longsight plan --method sparcas --budget 1024
-  longsight eval copy --text a.txt --text b.txt --lengths 4096 --methods sparcas:dims=16:budget=256
-  longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32   (a row for each pair)
-  longsight eval ruler --text a.txt --lengths 4096 --tasks vt,niah_multikey_1 --samples 10
-  longsight eval needle --text a.txt --lengths 1024,2048 -o needle.svg   (eval --help lists eight)
-  longsight calibrate --text a.txt --text b.txt --prompts 16 -o kascade.plan.json
+  longsight eval copy --text a.txt --methods sparcas:dims=16:budget=256
+  longsight eval copy --text a.txt --budget 128,256,512 --dims 16,32
+  longsight eval needle --text a.txt --lengths 1024,2048 -o needle.svg
+  longsight calibrate --text a.txt --prompts 16 -o kascade.plan.json
   longsight bench -D 4096 --methods sparcas,sparcas-int8";
 
 #[derive(Parser)]

@@ -5,13 +5,17 @@ use super::method_args::MethodArgs;
 use super::output::OutputFile;
 use super::ui;
 use crate::engine::EngineError;
+use crate::model::Checkpoint;
 use crate::select::{Budget, Follow, LayerPlan, Plan, Query, Role, Scorer, read_head_maps};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+const CTX: &str = "Tokens that the plan is made for [default: the model's limit]";
+
 #[derive(Args)]
+#[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct PlanArgs {
     /// Write the plan here (for --plan)
     #[arg(long, value_name = "FILE")]
@@ -42,20 +46,50 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
         (Some(path), _) => read_plan(path)?,
         (None, None) => a.method.spec()?.plan(&shape, context)?,
         (None, Some(path)) => {
-            let maps = read_head_maps(&read_file(path, "the head maps")?)?;
+            let maps = read_head_maps(&read_file(path, "the head maps")?)
+                .with_context(|| path.display().to_string())?;
             Plan::with_head_maps(&a.method.spec()?, &maps, &shape, context)?
         }
     };
     plan.check(&shape)?;
-    if let Some(path) = &a.save {
-        OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?)?;
+    let wanted = plan.wants_forecast();
+    a.method.forecast.read_by_one(&[(&plan.method, wanted)])?;
+    let given = a.method.forecast.check(&checkpoint)?;
+    let saved = a
+        .save
+        .as_deref()
+        .map(|path| OutputFile::create(path)?.finish(&serde_json::to_vec_pretty(&plan)?));
+    let saved = saved.transpose()?;
+    match a.format {
+        Format::Json => ui::print(&(serde_json::to_string_pretty(&plan)? + "\n"))?,
+        Format::Table => {
+            ui::print(&table(&a, &checkpoint, &plan, context))?;
+            if wanted && !given {
+                ui::print(&format!("{NO_FORECAST}\n"))?;
+            }
+        }
     }
-    if a.format == Format::Json {
-        ui::print(&(serde_json::to_string_pretty(&plan)? + "\n"))?;
-        return Ok(ExitCode::SUCCESS);
+    if let Some(file) = saved {
+        let forecast = match &a.method.forecast {
+            _ if !wanted => String::new(),
+            f => format!("{} ", f.option()),
+        };
+        file.tell_use(&a.model.model, &format!("{forecast}--plan"));
     }
-    let mut text =
-        format!("{} on {} ({} layers, {} tokens)\n", plan.method, c.name, c.n_layers, context);
+    Ok(ExitCode::SUCCESS)
+}
+
+const NO_FORECAST: &str = "To run it, name a Forecast: --forecast FILE (made by `longsight train-forecast`), or --forecast lookahead.";
+
+fn table(a: &PlanArgs, checkpoint: &Checkpoint, plan: &Plan, context: usize) -> String {
+    let c = checkpoint.config();
+    let mut text = format!(
+        "{} on {} ({} layers, {} tokens)\n",
+        plan.method,
+        c.name,
+        c.n_layers,
+        ui::thousands(context as u64)
+    );
     // Neighbouring layers that do the same share a line.
     let mut start = 0;
     while start < plan.layers.len() {
@@ -69,7 +103,7 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     }
     let elem = a.model.kv_dtype.or(a.model.dtype).map_or(2, |d| d.bytes());
     let bytes = |p: &Plan| p.bytes_read(context, &c.kv_reads(elem));
-    let (sparse, dense) = (bytes(&plan), bytes(&Plan::dense(c.n_layers)));
+    let (sparse, dense) = (bytes(plan), bytes(&Plan::dense(c.n_layers)));
     text += &format!(
         "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)\n",
         ui::thousands(context as u64),
@@ -77,8 +111,7 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
         ui::bytes(dense),
         100.0 * sparse as f64 / dense as f64
     );
-    ui::print(&text)?;
-    Ok(ExitCode::SUCCESS)
+    text
 }
 
 fn describe(l: &LayerPlan) -> String {
@@ -91,31 +124,35 @@ fn describe(l: &LayerPlan) -> String {
     match &l.role {
         Role::Dense => "dense".into(),
         Role::Select => format!(
-            "{}; {:?}; {tokens} {forced}{}; dense up to {until} tokens",
+            "{}{}; {tokens} {forced}{}; dense up to {until} tokens",
             scores(&l.scorer),
-            l.pool,
+            pool(l),
             if l.correct { "; mean value for the rest" } else { "" }
         ),
         Role::DenseAnchor => format!(
-            "dense; lists for later layers: {}; {:?}; {tokens} {forced}; from {until} tokens on",
+            "dense; lists for later layers: {}{}; {tokens} {forced}; from {until} tokens on",
             scores(&l.scorer),
-            l.pool
+            pool(l)
         ),
         Role::Reuse { from, head_map, refine } => {
             let map: Vec<String> = head_map.iter().map(u8::to_string).collect();
             let again = refine.as_ref().map_or(String::new(), |r| {
-                let pool = l.pool;
-                format!(
-                    "; of {} candidates by {}; {pool:?}; {forced}",
-                    r.candidates,
-                    scores(&r.scorer)
-                )
+                let (n, by, pool) = (r.candidates, scores(&r.scorer), l.pool);
+                format!("; of {n} candidates by {by}; pool {pool}; {forced}")
             });
             format!(
                 "tokens of layer {from}, heads {}{again}; {tokens}; dense up to {until} tokens",
                 map.join(" ")
             )
         }
+    }
+}
+
+/// How query heads share the scores, where there are some.
+fn pool(l: &LayerPlan) -> String {
+    match l.scorer {
+        Scorer::None => String::new(),
+        _ => format!("; pool {}", l.pool),
     }
 }
 
@@ -179,7 +216,7 @@ fn scores(scorer: &Scorer) -> String {
                 }
             };
             let from = if *slice { "compact slice" } else { "read from the keys" };
-            format!("{dims} dimensions by {metric:?} in units of {unit}, {when}, {from}")
+            format!("{dims} dimensions by {metric} in units of {unit}, {when}, {from}")
         }
         Scorer::Blocks { summary, unit, query, by_query } => {
             let from = match query {
@@ -189,7 +226,7 @@ fn scores(scorer: &Scorer) -> String {
             let rest = by_query.map_or(String::new(), |n| {
                 format!(", {n} of them; the rest by the content importance of their tokens")
             });
-            format!("blocks of {unit} tokens by {summary:?}{from}{rest}")
+            format!("blocks of {unit} tokens by {summary}{from}{rest}")
         }
         Scorer::Custom { name } => format!("custom scorer {name}"),
     }

@@ -1,4 +1,4 @@
-//! Methods of one evaluation: every method under every combination of option values.
+//! Methods of one evaluation or measurement: every method under every combination of option values.
 
 use super::method_args::{OtherOptions, SWEPT, read_by_one};
 use crate::backend::DimMetric;
@@ -13,7 +13,7 @@ pub struct Sweep {
     /// Tokens attended to per KV head, comma separated [default: context / 32, 512 to 2048]. Each value is a row:
     /// 128,256,512 runs every method three times. --dims, --update and --metric multiply the rows the same way,
     /// for the methods that know them
-    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',')]
+    #[arg(long, visible_alias = "budgets", value_name = "TOKENS,...", value_delimiter = ',')]
     pub budget: Vec<usize>,
     /// Key dimensions scored, comma separated [default: a quarter of the head dimension; 32 for the query-chosen
     /// profiles]

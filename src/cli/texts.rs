@@ -1,8 +1,8 @@
 //! Texts for commands that measure or train.
 
 use crate::calibrate::BUILT_IN_TEXT;
-use crate::model::Tokenizer;
-use anyhow::{Context, Result};
+use crate::model::{Checkpoint, Tokenizer};
+use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 
 /// Token ids of each file; of the built-in text where no file is given.
@@ -23,6 +23,16 @@ pub fn encoded(files: &[PathBuf], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>
 pub fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path)
         .with_context(|| format!("cannot read the text {}", path.display()))
+}
+
+/// Refuses pieces of text that are longer than what the model was trained for.
+///
+/// # Errors
+/// Such pieces.
+pub fn fits(tokens: usize, checkpoint: &Checkpoint) -> Result<()> {
+    let most = checkpoint.config().max_context;
+    ensure!(tokens <= most, "--tokens {tokens}: this model was trained for {most}; give no more");
+    Ok(())
 }
 
 /// Name of the file beside `output` that an interrupted run leaves.

@@ -2,9 +2,9 @@
 
 use super::args::{Format, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
-use super::output::OutputFile;
+use super::output::{OutputFile, Written};
 use super::table::Table;
-use super::texts::{encoded, state_of};
+use super::texts::{encoded, fits, state_of};
 use super::ui;
 use crate::calibrate::{CalibrateError, pieces};
 use crate::engine::EngineError;
@@ -14,13 +14,16 @@ use crate::forecast::{
     TrainSettings, held_out, train,
 };
 use crate::select::parse_name;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
+const CTX: &str = "Most tokens of a sequence [default: --tokens]";
+
 #[derive(Args)]
+#[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct TrainForecastArgs {
     /// Text to learn from; may be given several times
     #[arg(long, value_name = "FILE", required = true)]
@@ -96,8 +99,13 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
     if a.held_out == 0 || a.pieces == 0 {
         bail!("give at least one piece to learn from and one to measure on");
     }
+    let grid =
+        Grid { budget: a.blocks, init: a.init_blocks, local: a.local_blocks, ..Grid::default() };
+    grid.check().context("--blocks, --init-blocks and --local-blocks")?;
+    grid.chooses_in(a.tokens)?;
     let state = state_of(&a.output);
     let (checkpoint, tokenizer) = a.model.open()?;
+    fits(a.tokens, &checkpoint)?;
     let start = start_of_text(&tokenizer)?;
     let all = a.pieces.saturating_add(a.held_out);
     let mut texts = pieces(&encoded(&a.text, &tokenizer)?, &start, a.tokens, all)?;
@@ -105,12 +113,7 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
     let context = a.model.size.ctx.unwrap_or(a.tokens);
     let mut engine = a.model.reader(checkpoint, tokenizer, context)?;
     let settings = TrainSettings {
-        grid: Grid {
-            budget: a.blocks,
-            init: a.init_blocks,
-            local: a.local_blocks,
-            ..Grid::default()
-        },
+        grid,
         teacher: a.teacher,
         start: a.start,
         schedule: Schedule {
@@ -178,12 +181,27 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
             ui::print(&(serde_json::to_string_pretty(&report)? + "\n"))?;
         }
     }
+    let method = match engine.decoder().config().importance {
+        Some(_) => "--method nosa --query forecast --forecast",
+        None => "--method sparda --forecast",
+    };
+    Written::at(&a.output).tell_use(&a.model.size.model, method);
     Ok(ExitCode::SUCCESS)
 }
 
 type Way = fn(&LayerRecall) -> Scores;
 
 fn table(layers: &[LayerRecall]) -> String {
+    const NAMES: [&str; 8] = [
+        ">layer",
+        ">forecast",
+        ">untrained",
+        ">lookahead",
+        ">own query",
+        ">previous",
+        ">random",
+        ">teacher",
+    ];
     let ways: [Way; 7] = [
         |l| l.forecast,
         |l| l.untrained,
@@ -193,34 +211,20 @@ fn table(layers: &[LayerRecall]) -> String {
         |l| l.random,
         |l| l.teacher,
     ];
-    let mut t = Table::new(&[
-        ">layer",
-        ">forecast",
-        ">untrained",
-        ">lookahead (all heads)",
-        ">own query",
-        ">previous",
-        ">random",
-        ">mass: forecast",
-        ">untrained",
-        ">lookahead (all heads)",
-        ">own query",
-        ">previous",
-        ">random",
-        ">teacher",
-    ]);
-    let share = |x: f64| format!("{:.1} %", 100.0 * x);
     let measured: Vec<&LayerRecall> = layers.iter().filter(|l| l.samples > 0).collect();
-    for l in &measured {
-        let recall = ways[..6].iter().map(|w| share(w(l).recall));
-        let mass = ways.iter().map(|w| share(w(l).mass));
-        t.row(std::iter::once(l.layer.to_string()).chain(recall).chain(mass));
-    }
-    let mean = |f: &dyn Fn(&LayerRecall) -> f64| {
-        measured.iter().map(|l| f(l)).sum::<f64>() / measured.len().max(1) as f64
+    let table = |title: &str, of: fn(Scores) -> f64| {
+        let mut t = Table::new(&NAMES).titled(title);
+        let share = |x: f64| format!("{:.1} %", 100.0 * x);
+        for l in &measured {
+            let shares = ways.iter().map(|way| share(of(way(l))));
+            t.row(std::iter::once(l.layer.to_string()).chain(shares));
+        }
+        let n = measured.len().max(1) as f64;
+        let mean = |way: &Way| share(measured.iter().map(|l| of(way(l))).sum::<f64>() / n);
+        t.row(std::iter::once("mean".to_string()).chain(ways.iter().map(mean)));
+        t
     };
-    let recall = ways[..6].iter().map(|w| share(mean(&|l| w(l).recall)));
-    let mass = ways.iter().map(|w| share(mean(&|l| w(l).mass)));
-    t.row(std::iter::once("mean".to_string()).chain(recall).chain(mass));
-    format!("recall of the teacher's free picks, then attention mass on all blocks read\n{t}")
+    let recall =
+        table("recall of the teacher's free picks (lookahead: with all heads)", |s| s.recall);
+    format!("{recall}\n{}", table("attention mass on all blocks read", |s| s.mass))
 }

@@ -1,8 +1,10 @@
 //! Progress bars and small formatting.
 
+use crate::backend::Capabilities;
 use crate::engine::{Engine, Progress};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::Write;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 fn style(template: &str) -> ProgressStyle {
@@ -26,10 +28,21 @@ pub fn go_on(bar: &ProgressBar, cancel: &AtomicBool, done: u64, all: u64) -> boo
     !cancel.load(Ordering::Relaxed)
 }
 
-/// Says what the engine had to say while it was built.
+/// Says what the engine had to say while it was built, and what there is to say of its device.
 pub fn notes(engine: &Engine) {
+    about_device(engine.backend().caps());
     for n in engine.notes() {
         note(format!("note: {n}"));
+    }
+}
+
+/// A hint at devices that are slower than the CPU which they run on, once in a process.
+pub fn about_device(caps: &Capabilities) {
+    static SAID: Once = Once::new();
+    if caps.software {
+        SAID.call_once(|| {
+            note(format!("note: {} is a software driver; -d cpu is faster", caps.device));
+        });
     }
 }
 

@@ -1,28 +1,28 @@
 //! `longsight bench attention`.
 
-use super::{ReportArgs, origin, percent, refuse_wrong, with_bar};
-use crate::backend::{DType, open};
+use super::{ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
+use crate::backend::DType;
 use crate::bench::attention::{AttentionBench, AttentionReport};
 use crate::cli::args::read_plans;
-use crate::cli::method_args::MethodOptions;
+use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
-use crate::select::MethodSpec;
 use anyhow::{Result, bail};
 use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const ABOUT: &str = "\
-Times the attention of all layers of a decode step without the rest of the model: scoring, selection and attention of
-every method beside dense attention, as the mean layer. Keys and values are random, in mixed pages; layers take turns with
-a few KV pools, so that a batch of long sequences fits one GPU and caches do not help. One sequence and KV head of the last
-layer is compared with f64 attention over the tokens that it chose; a wrong one ends the command with an error.
+/// What `--help` says of it.
+pub const ABOUT: &str = "\
+Times the attention of all layers of a decode step without the rest of the model: scoring, selection and \
+attention of every method beside dense attention, as the mean layer. Keys and values are random, in mixed pages; \
+layers take turns with a few KV pools, so that a batch of long sequences fits one GPU and caches do not help. \
+One sequence and KV head of the last layer is compared with f64 attention over the tokens that it chose; a wrong \
+one ends the command with an error.
 
 The default shape is Llama 3.1 8B.";
 
 #[derive(Args)]
-#[command(long_about = ABOUT)]
 pub struct AttentionArgs {
     /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
     #[arg(short, long, default_value = "auto")]
@@ -48,14 +48,15 @@ pub struct AttentionArgs {
     /// Dtype of the KV cache: f32, f16 or bf16
     #[arg(long, default_value = "bf16", value_name = "DTYPE")]
     dtype: DType,
-    /// Methods to compare with dense attention (`longsight run --help` lists them)
+    /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
+    /// `longsight run --help` lists them
     #[arg(
         long,
         value_delimiter = ',',
         default_value = "sparcas,kascade",
         value_name = "METHOD,..."
     )]
-    methods: Vec<MethodSpec>,
+    methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
     #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
     plan: Vec<PathBuf>,
@@ -68,7 +69,7 @@ pub struct AttentionArgs {
     #[command(flatten)]
     report: ReportArgs,
     #[command(flatten)]
-    method: MethodOptions,
+    method: Sweep,
 }
 
 pub fn run(a: AttentionArgs) -> Result<ExitCode> {
@@ -80,14 +81,14 @@ pub fn run(a: AttentionArgs) -> Result<ExitCode> {
         kv_heads: a.kv_heads,
         head_dim: a.head_dim,
         dtype: a.dtype,
-        methods: a.method.apply(&a.methods)?,
+        methods: a.method.specs(&a.methods)?,
         plans: read_plans(&a.plan)?,
         steps: a.steps,
         seed: a.seed,
     };
     bench.validate()?;
     let file = a.report.file()?;
-    let device = open(&a.device)?;
+    let device = opened(&a.device)?;
     let report = with_bar(|on| bench.run(&*device, on))?;
     a.report.finish(file, &report, || table(&report))?;
     if report.rows.is_empty() {

@@ -3,7 +3,8 @@
 use super::{ReportArgs, origin, percent};
 use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
 use crate::cli::args::{ModelArgs, read_plans};
-use crate::cli::method_args::MethodOptions;
+use crate::cli::forecast_args::ForecastArgs;
+use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
 use crate::engine::EngineError;
@@ -16,7 +17,10 @@ use std::process::ExitCode;
 /// Base sequence, and the one that is measured.
 const SEQUENCES: usize = 2;
 
+const CTX: &str = "Most tokens of a sequence [default: what the longest test needs]";
+
 #[derive(Args)]
+#[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct EndToEndArgs {
     /// Prompt lengths to read (prefill speed); 0 for none
     #[arg(short, long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,...")]
@@ -39,12 +43,10 @@ pub struct EndToEndArgs {
         value_name = "TOKENS,..."
     )]
     depth: Vec<usize>,
-    /// Methods to compare with dense attention (`longsight run --help` lists them)
+    /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
+    /// `longsight run --help` lists them
     #[arg(long, value_delimiter = ',', default_value = "sparcas", value_name = "METHOD,...")]
-    methods: Vec<MethodSpec>,
-    /// Budgets to try with each method, instead of --budget
-    #[arg(long, value_delimiter = ',', value_name = "TOKENS,...")]
-    budgets: Vec<usize>,
+    methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
     #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
     plan: Vec<PathBuf>,
@@ -59,22 +61,25 @@ pub struct EndToEndArgs {
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
-    method: MethodOptions,
+    forecast: ForecastArgs,
+    #[command(flatten)]
+    method: Sweep,
 }
 
 pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
-    let methods: Vec<MethodSpec> = a.method.apply(&a.methods)?;
+    let methods = a.method.specs(&a.methods)?;
+    let specs: Vec<MethodSpec> = methods.iter().map(|m| m.1.clone()).collect();
     let bench = EndToEnd {
         prompts: a.prompt,
         generate: a.generate,
         depths: a.depth,
-        methods: methods.clone(),
-        budgets: a.budgets,
+        methods,
         plans: read_plans(&a.plan)?,
         repeats: a.repeats,
         warmup: a.warmup,
     };
     bench.validate()?;
+    a.forecast.read_by_one_of(&bench.methods, &bench.plans)?;
     let need = bench.context();
     let context = a.model.size.ctx.unwrap_or(need);
     if context < need {
@@ -82,13 +87,13 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     }
     let file = a.report.file()?;
     let mut engine = a
-        .model
-        .builder()
+        .forecast
+        .set(a.model.builder())
         .context(context)
         .sequences(SEQUENCES)
         .kv_tokens(bench.kv_tokens())
-        .method(methods.first().cloned().unwrap_or_default())
-        .summaries_for(&methods)
+        .method(specs.first().cloned().unwrap_or_default())
+        .summaries_for(&specs)
         .summaries_for_plans(&bench.plans.iter().map(|p| p.1.clone()).collect::<Vec<_>>())
         .build()
         .map_err(|e| match e {

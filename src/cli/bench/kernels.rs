@@ -1,7 +1,7 @@
 //! `longsight bench kernels`.
 
-use super::{ReportArgs, origin, percent, refuse_wrong, with_bar};
-use crate::backend::{DType, open};
+use super::{ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
+use crate::backend::DType;
 use crate::bench::kernels::{KernelBench, KernelReport};
 use crate::cli::table::Table;
 use crate::cli::ui;
@@ -9,16 +9,17 @@ use anyhow::Result;
 use clap::Args;
 use std::process::ExitCode;
 
-const ABOUT: &str = "\
-Times one layer's decode ops at one shape and says how many bytes a second of what they must move they reach,
-as a share of the device-read bandwidth measured first. Inputs are random, in pages of random order, and launches
-take turns over several of them so that caches do not help. One sequence and KV head of every result is compared
-with an f64 reference; a wrong one ends the command with an error. Shapes that do not fit are skipped with a note.
+/// What `--help` says of it.
+pub const ABOUT: &str = "\
+Times one layer's decode ops at one shape and says how many bytes a second of what they must move they reach, as \
+a share of the device-read bandwidth measured first. Inputs are random, in pages of random order, and launches \
+take turns over several of them so that caches do not help. One sequence and KV head of every result is compared \
+with an f64 reference; a wrong one ends the command with an error. Shapes that do not fit are skipped with a \
+note.
 
 The default shape is one layer of Llama 3.1 8B at 32,768 tokens; batch 64 needs 9 GB of device memory.";
 
 #[derive(Args)]
-#[command(long_about = ABOUT)]
 pub struct KernelArgs {
     /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
     #[arg(short, long, default_value = "auto")]
@@ -76,7 +77,7 @@ pub fn run(a: KernelArgs) -> Result<ExitCode> {
     };
     bench.validate()?;
     let file = a.report.file()?;
-    let device = open(&a.device)?;
+    let device = opened(&a.device)?;
     let report = with_bar(|on| bench.run(&*device, on))?;
     a.report.finish(file, &report, || table(&report))?;
     let wrong: Vec<String> = report

@@ -5,29 +5,34 @@ mod end_to_end;
 mod kernels;
 
 use super::args::Format;
-use super::output::OutputFile;
+use super::output::{OutputFile, Written};
 use super::ui;
+use crate::backend::{Backend, open};
 use crate::bench::Environment;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 const EXAMPLES: &str = "\
-Tests are named as in llama-bench: pp512 reads a prompt of 512 tokens, tg128@d4096 decodes 128 tokens after 4096.
-Dense attention is always measured in the same run, and sparse rows say how many times faster they are. Sparse
+Tests are named as in llama-bench: pp512 reads a prompt of 512 tokens, tg128@d4096 decodes 128 tokens after 4096. \
+Dense attention is always measured in the same run, and sparse rows say how many times faster they are. Sparse \
 methods stay dense up to --dense-below tokens, so give depths beyond it.
 
-Examples:
-  longsight bench                                     prefill, dense and sparse decode of the demo model
-  longsight bench -m model.gguf -D 8192,32768 --methods sparcas,sparcas-int8 --budgets 512,1024
-  longsight bench -p 0 -n 64 -D 4096 -r 5 --format json -o run.json
+Prefill, dense and sparse decode of the demo model:
+  longsight bench
+Several methods and budgets, a row for each pair:
+  longsight bench -D 8192 --methods sparcas,quest --budget 512,1024
+Decoding only, five times, everything to a file:
+  longsight bench -p 0 -n 64 -D 4096 -r 5 -o run.json
+A model's speed without its file:
+  longsight bench -m random:llama-3.1-8b -D 32768 -p 0
+Single ops against the device's memory bandwidth:
   longsight bench kernels --device cuda -o kernels.json
-                                                      single ops against the device's memory bandwidth
-  longsight bench attention --device cuda -D 131072 -b 1,32 --methods sparcas,kascade --budget 2048
-                                                      the attention of Llama 3.1 8B at 131,072 tokens
-  longsight bench -m random:llama-3.1-8b -D 32768 -p 0   a model's speed without its file";
+The attention of Llama 3.1 8B at 131,072 tokens:
+  longsight bench attention --device cuda -D 131072 -b 1,32";
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
@@ -41,8 +46,10 @@ pub struct BenchArgs {
 #[derive(Subcommand)]
 enum What {
     /// Single ops at one shape: milliseconds, GB/s, share of the device-read bandwidth of the same run
+    #[command(long_about = kernels::ABOUT)]
     Kernels(kernels::KernelArgs),
     /// The attention of all layers in a decode step, method by method, without the rest of the model
+    #[command(long_about = attention::ABOUT)]
     Attention(attention::AttentionArgs),
 }
 
@@ -79,12 +86,19 @@ impl ReportArgs {
         table: impl FnOnce() -> String,
     ) -> Result<()> {
         let json = serde_json::to_string_pretty(report)? + "\n";
-        if let Some(file) = file {
-            file.finish(json.as_bytes())?;
-        }
+        let written = file.map(|f| f.finish(json.as_bytes())).transpose()?;
         let text = if self.format == Format::Json { json } else { table() };
-        Ok(ui::print(&text)?)
+        ui::print(&text)?;
+        written.iter().for_each(Written::tell);
+        Ok(())
     }
+}
+
+/// The device of a measurement without an engine.
+fn opened(selector: &str) -> Result<Arc<dyn Backend>> {
+    let device = open(selector)?;
+    ui::about_device(device.caps());
+    Ok(device)
 }
 
 /// Runs a measurement under a progress bar.

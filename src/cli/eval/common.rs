@@ -2,8 +2,9 @@
 
 use super::report::{Kind, Output, Report};
 use crate::cli::args::{Format, ModelArgs, at_least_one, read_plans};
+use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
-use crate::cli::output::OutputFile;
+use crate::cli::output::{OutputFile, Written};
 use crate::cli::sweep::Sweep;
 use crate::cli::{texts, ui};
 use crate::engine::{Engine, EngineError};
@@ -14,8 +15,11 @@ use clap::Args;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+const CTX: &str = "Most tokens of a sequence [default: those of the longest sample]";
+
 /// Which methods run where, and where the results go.
 #[derive(Args)]
+#[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct Common {
     /// Methods, comma separated, with options after colons (sparcas:dims=16:budget=256); dense always runs.
     /// For a table over options of all methods, give those lists: --budget 128,256 --dims 16,32
@@ -37,6 +41,8 @@ pub struct Common {
     output: Vec<Output>,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    forecast: ForecastArgs,
     /// Options for all methods; --dense-below is 0 here unless given
     #[command(flatten)]
     options: Sweep,
@@ -100,6 +106,7 @@ impl<'a> Setup<'a> {
             spec.dense_below.get_or_insert(0);
         }
         let files = read_plans(&common.plan)?;
+        common.forecast.read_by_one_of(&specs, &files)?;
         let outputs = common.output.iter().map(|o| Ok((o.kind, OutputFile::create(&o.path)?)));
         let outputs = outputs.collect::<Result<_>>()?;
         let (checkpoint, tokenizer) = common.model.open()?;
@@ -122,8 +129,8 @@ impl<'a> Setup<'a> {
             || files.iter().any(|f| f.1.reads_prompts_sparsely());
         let second = if own { context } else { longest.min(context) / 4 };
         let engine = common
-            .model
-            .builder()
+            .forecast
+            .set(common.model.builder())
             .checkpoint(checkpoint)
             .tokenizer(tokenizer)
             .context(context)
@@ -140,6 +147,13 @@ impl<'a> Setup<'a> {
             .map(|(name, spec)| Ok((name.clone(), spec.plan(&shape, context)?)))
             .collect::<Result<Vec<_>>>()?;
         plans.extend(files.iter().cloned());
+        for (name, plan) in plans.iter().filter(|(_, p)| p.method != "dense") {
+            if plan.dense_until().is_none_or(|until| longest <= until) {
+                ui::note(format!(
+                    "note: {name} attends to every token of these samples; give a smaller --budget, or more {by}"
+                ));
+            }
+        }
         Ok(Bench { common, interrupt, specs, files, outputs, engine, plans })
     }
 }
@@ -184,18 +198,20 @@ impl Bench<'_> {
             return Ok(ExitCode::from(EXIT_CODE));
         };
         let json = self.json(&report);
+        let mut written = Vec::new();
         for (kind, file) in self.outputs {
             let contents = match kind {
                 Kind::Json => serde_json::to_string(&json)?,
                 Kind::Markdown => report.text(|t| t.markdown() + "\n"),
                 Kind::Svg => report.plot()?,
             };
-            file.finish(contents.as_bytes())?;
+            written.push(file.finish(contents.as_bytes())?);
         }
         match self.common.format {
             Format::Json => ui::print(&(serde_json::to_string_pretty(&json)? + "\n"))?,
             Format::Table => ui::print(&report.text(|t| format!("{t}\n")))?,
         }
+        written.iter().for_each(Written::tell);
         Ok(ExitCode::SUCCESS)
     }
 

@@ -29,12 +29,15 @@ pub struct LossArgs {
     common: Common,
 }
 
-/// The last --score tokens of the first --lengths tokens of each text are decoded one by one and scored.
-///
-/// The mean difference to dense comes with two 95 % intervals from a paired bootstrap: over positions (blocks of
-/// --block neighbouring tokens drawn inside each text: what other tokens of these texts would give) and over texts
-/// (whole texts drawn: what other texts would give; give several). Both are repeated for --buckets parts of the scored
-/// tokens, so that a difference that grows while decoding shows. Perplexity is exp(NLL).
+/// What `--help` says of it.
+pub const PPL: &str = "\
+The last --score tokens of the first --lengths tokens of each text are decoded one by one and scored.
+
+The mean difference to dense comes with two 95 % intervals from a paired bootstrap: over positions (blocks of \
+--block neighbouring tokens drawn inside each text: what other tokens of these texts would give) and over texts \
+(whole texts drawn: what other texts would give; give several). Both are repeated for --buckets parts of the \
+scored tokens, so that a difference that grows while decoding shows. Perplexity is exp(NLL).";
+
 #[derive(Args)]
 pub struct PplArgs {
     /// Predicted tokens of each text
@@ -56,8 +59,11 @@ pub struct PplArgs {
     loss: LossArgs,
 }
 
-/// Half the length of each text is given twice; the last --score tokens are decoded one by one and scored. Each stands
-/// half the length back, so a selection that does not find it cannot predict it.
+/// What `--help` says of it.
+pub const COPY: &str = "\
+Half the length of each text is given twice; the last --score tokens are decoded one by one and scored. Each \
+stands half the length back, so a selection that does not find it cannot predict it.";
+
 #[derive(Args)]
 pub struct CopyArgs {
     /// Predicted tokens of each text
@@ -67,8 +73,11 @@ pub struct CopyArgs {
     loss: LossArgs,
 }
 
-/// A sentence with five digits is hidden in the first text at a tenth, three, five, seven and nine tenths of its
-/// length; the question is decoded token by token, then the digits are scored.
+/// What `--help` says of it.
+pub const PASSKEY: &str = "\
+A sentence with five digits is hidden in the first text at a tenth, three, five, seven and nine tenths of its \
+length; the question is decoded token by token, then the digits are scored.";
+
 #[derive(Args)]
 pub struct PasskeyArgs {
     #[command(flatten)]

@@ -11,14 +11,17 @@ use anyhow::{Result, bail};
 use clap::Args;
 use std::process::ExitCode;
 
-/// The last --steps tokens of the first --lengths tokens of each text are decoded with every method; in each step every
-/// sparse layer's selection is compared with the exact attention of the same queries (mean over the query heads of a KV
-/// head).
-///
-/// mass: share of that attention on the selected tokens; best: the same for as many tokens with the most attention, which
-/// no selection of this size exceeds; top-k: share of those tokens that are selected; churn: share of the selected tokens
-/// that were not selected a step before (the new token always counts); dims churn: the same for key dimensions, where the
-/// query chooses them. Nothing is sampled, so the seed of this evaluation is the text.
+/// What `--help` says of it.
+pub const ABOUT: &str = "\
+The last --steps tokens of the first --lengths tokens of each text are decoded with every method; in each step \
+every sparse layer's selection is compared with the exact attention of the same queries (mean over the query \
+heads of a KV head).
+
+mass: share of that attention on the selected tokens; best: the same for as many tokens with the most attention, \
+which no selection of this size exceeds; top-k: share of those tokens that are selected; churn: share of the \
+selected tokens that were not selected a step before (the new token always counts); dims churn: the same for key \
+dimensions, where the query chooses them. Nothing is sampled, so the seed of this evaluation is the text.";
+
 #[derive(Args)]
 pub struct RecallArgs {
     /// Decode steps of each text

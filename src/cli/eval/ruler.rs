@@ -8,9 +8,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use std::process::ExitCode;
 
-/// Texts, words and encyclopaedia entries are generated or come from the given prose, so scores are not comparable with
-/// published ones. The question is decoded token by token, the answer is written greedily; the score is the share of the
-/// right strings that it holds.
+/// What `--help` says of it.
+pub const ABOUT: &str = "\
+Texts, words and encyclopaedia entries are generated or come from the given prose, so scores are not comparable \
+with published ones. The question is decoded token by token, the answer is written greedily; the score is the \
+share of the right strings that it holds.";
+
 #[derive(Args)]
 pub struct RulerArgs {
     /// Tasks, comma separated: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe,

@@ -16,9 +16,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 use std::process::ExitCode;
 
-/// Every cell of the grid has its own texts: prose of a length with a sentence at a depth that gives a seven-digit
-/// number to a name. The question is decoded token by token, so that it selects; the answer is written greedily and is
-/// right when its first number is the hidden one.
+/// What `--help` says of it.
+pub const NEEDLE: &str = "\
+Every cell of the grid has its own texts: prose of a length with a sentence at a depth that gives a seven-digit \
+number to a name. The question is decoded token by token, so that it selects; the answer is written greedily and \
+is right when its first number is the hidden one.";
+
 #[derive(Args)]
 pub struct NeedleArgs {
     /// Where the needle lies, in percent of the text, comma separated
@@ -34,9 +37,12 @@ pub struct NeedleArgs {
     haystack: HaystackArgs,
 }
 
-/// Prose of --lengths tokens in which lines give seven-digit numbers to --keys names, spread evenly. --asked of them are
-/// asked for, one by one from the same text; the question is decoded token by token, and an answer is right when its
-/// first number is the name's. More keys make the right one harder to tell from the others.
+/// What `--help` says of it.
+pub const MULTIKEY: &str = "\
+Prose of --lengths tokens in which lines give seven-digit numbers to --keys names, spread evenly. --asked of \
+them are asked for, one by one from the same text; the question is decoded token by token, and an answer is \
+right when its first number is the name's. More keys make the right one harder to tell from the others.";
+
 #[derive(Args)]
 pub struct MultikeyArgs {
     /// Keys of a text, comma separated: each number makes texts of its own
@@ -51,11 +57,14 @@ pub struct MultikeyArgs {
     haystack: HaystackArgs,
 }
 
-/// The model sees two solved examples of eight items and one of --items items to solve, and writes freely, so that an
-/// error changes what comes after it: count (numbers from one to another), copy (a list of words), sort (numbers), state
-/// (of a lamp after named steps; a step has two items). The answer is compared item by item: how many items from the start are right, the score
-/// (longest common subsequence over the longer list), and how long it is beside the dense one. Lists are short, so give
-/// a small --budget; below it every token is attended to.
+/// What `--help` says of it.
+pub const LONG_OUTPUT: &str = "\
+The model sees two solved examples of eight items and one of --items items to solve, and writes freely, so that \
+an error changes what comes after it: count (numbers from one to another), copy (a list of words), sort \
+(numbers), state (of a lamp after named steps; a step has two items). The answer is compared item by item: how \
+many items from the start are right, the score (longest common subsequence over the longer list), and how long \
+it is beside the dense one. Lists are short, so give a small --budget; below it every token is attended to.";
+
 #[derive(Args)]
 pub struct LongOutputArgs {
     /// Tasks, comma separated: count, copy, sort, state [default: all]

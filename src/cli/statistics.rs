@@ -1,0 +1,181 @@
+//! What is said of a finished answer.
+
+use super::ui;
+use crate::engine::{AuditConfig, AuditSummary, Finish, Stats};
+use crate::select::{Budget, Plan};
+
+/// A finished answer.
+pub struct Answer {
+    pub text: String,
+    pub stats: Stats,
+    pub audit: AuditSummary,
+}
+
+/// One line: sizes, speeds, bytes, and what the audit found.
+pub fn statistics(a: &Answer, method: &str) -> String {
+    let s = &a.stats;
+    let rate = |n: usize, t: f64| if t > 0.0 { n as f64 / t } else { 0.0 };
+    let reused = match s.reused_tokens {
+        0 => String::new(),
+        n => format!(" ({} still cached)", ui::thousands(n as u64)),
+    };
+    let read = s.prefill_tokens + s.reused_tokens;
+    let of = match s.prompt_tokens {
+        n if n > read => format!("{} of ", ui::thousands(read as u64)),
+        _ => String::new(),
+    };
+    let mut parts = vec![
+        format!(
+            "{of}{} prompt tokens{reused}, {:.1} s ({:.0}/s)",
+            ui::thousands(s.prompt_tokens as u64),
+            s.prefill_seconds,
+            rate(s.prefill_tokens, s.prefill_seconds)
+        ),
+        format!(
+            "{} answer tokens, {:.1}/s",
+            s.generated_tokens,
+            rate(s.decode_steps, s.decode_seconds)
+        ),
+    ];
+    let (kv, dense) = (ui::bytes(s.kv_bytes), ui::bytes(s.kv_bytes_dense));
+    let share = 100.0 * s.kv_bytes as f64 / s.kv_bytes_dense as f64;
+    match s.kv_bytes < s.kv_bytes_dense {
+        // Nothing was decoded, so nothing was selected.
+        _ if s.decode_steps == 0 => {}
+        true => {
+            parts.push(format!("{method}: {kv} of KV a token instead of {dense} ({share:.0} %)"))
+        }
+        false => parts.push(format!("{method}: every token attended to ({kv} of KV)")),
+    }
+    if let Some((layer, worst)) = a.audit.worst_layer() {
+        parts.push(format!(
+            "attention mass kept {:.1} % (worst layer, {layer}: {:.1} %), output error {:.1} %, in {} steps",
+            100.0 * a.audit.recall(),
+            100.0 * worst,
+            100.0 * a.audit.output_error(),
+            a.audit.layers.iter().map(|l| l.samples).max().unwrap_or(0)
+        ));
+    }
+    if s.finish == Some(Finish::Cancelled) {
+        parts.push("interrupted".into());
+    }
+    parts.join(" | ")
+}
+
+/// Why an audit measured nothing; none where it did, or where none was asked for.
+pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<String> {
+    let every = audit.filter(|_| a.audit.is_empty())?.every;
+    let (steps, method) = (a.stats.decode_steps, &plan.method);
+    let sparse = plan.layers.iter().filter(|l| l.sparse()).map(|l| l.budget);
+    let reached = a.stats.prompt_tokens + steps;
+    let why = match sparse.min_by_key(Budget::dense_until) {
+        _ if steps == 0 => "no token was decoded after the first".into(),
+        None => format!("{method} attends to every token"),
+        Some(b) if reached <= b.dense_until() => {
+            let fits = Budget { dense_below: 0, ..b }.dense_until();
+            let options = match (reached <= b.dense_below, reached <= fits) {
+                (true, true) => "--dense-below and --budget",
+                (true, false) => "--dense-below",
+                _ => "--budget",
+            };
+            format!(
+                "no step was sparse: {method} attends to every token up to {}, and prompt and answer have {} ({options})",
+                ui::thousands(b.dense_until() as u64),
+                ui::thousands(reached as u64)
+            )
+        }
+        Some(_) => format!("one step in {every} is measured, none of these {steps}"),
+    };
+    Some(format!("note: --audit {every} measured nothing: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interrupted_prompt_claims_no_more_than_was_read() {
+        let stats = Stats {
+            prompt_tokens: 3822,
+            prefill_tokens: 2560,
+            prefill_seconds: 10.0,
+            kv_bytes: 1,
+            kv_bytes_dense: 2,
+            finish: Some(Finish::Cancelled),
+            ..Stats::default()
+        };
+        let line =
+            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        let want =
+            "2,560 of 3,822 prompt tokens, 10.0 s (256/s) | 0 answer tokens, 0.0/s | interrupted";
+        assert_eq!(line, want);
+    }
+
+    #[test]
+    fn speeds_are_of_what_was_run() {
+        let stats = Stats {
+            prompt_tokens: 1100,
+            reused_tokens: 1000,
+            prefill_tokens: 100,
+            prefill_seconds: 2.0,
+            generated_tokens: 8,
+            decode_steps: 8,
+            decode_seconds: 2.0,
+            ..Stats::default()
+        };
+        let line =
+            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        assert!(
+            line.starts_with(
+                "1,100 prompt tokens (1,000 still cached), 2.0 s (50/s) | 8 answer tokens, 4.0/s"
+            ),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn an_audit_of_nothing_says_why() {
+        let plan = |name: &str| {
+            let spec: crate::select::MethodSpec = name.parse().unwrap();
+            let model = crate::select::ModelShape {
+                model: "m",
+                windows: &[None; 4],
+                heads: 4,
+                kv_heads: 2,
+                head_dim: 64,
+                importance: None,
+            };
+            spec.plan(&model, 8192).unwrap()
+        };
+        let said = |name: &str, prompt_tokens: usize, decode_steps: usize| {
+            let stats = Stats { prompt_tokens, decode_steps, ..Stats::default() };
+            let answer = Answer { text: String::new(), stats, audit: AuditSummary::default() };
+            let audit = Some(AuditConfig { every: 4, layers: 0 });
+            assert_eq!(unaudited(&answer, &plan(name), None), None);
+            unaudited(&answer, &plan(name), audit).unwrap()
+        };
+        let cases = [
+            ("dense", 9000, 9, "dense attends to every token"),
+            ("sparcas", 9000, 0, "no token was decoded"),
+            (
+                "sparcas",
+                100,
+                9,
+                "up to 2,048, and prompt and answer have 109 (--dense-below and --budget)",
+            ),
+            ("sparcas", 1000, 9, "(--dense-below)"),
+            (
+                "sparcas:dense-below=0",
+                100,
+                9,
+                "up to 512, and prompt and answer have 109 (--budget)",
+            ),
+            ("sparcas", 9000, 3, "one step in 4 is measured, none of these 3"),
+        ];
+        for (name, prompt, steps, why) in cases {
+            let said = said(name, prompt, steps);
+            assert!(said.starts_with("note: --audit 4 measured nothing: "), "{said}");
+            assert!(said.contains(why), "{said}");
+        }
+    }
+}
