@@ -166,12 +166,16 @@ impl AttentionBench {
             };
             let mut dense = None;
             for (at, (name, plan)) in plans.iter().enumerate() {
-                if let Some(until) = plan.dense_until().filter(|&n| n >= self.depth) {
+                let until = plan.dense_until();
+                if at > 0 && until.is_none_or(|n| n >= self.depth) {
                     done += 1;
-                    report.notes.push(format!(
-                        "{name}, batch {batch} is left out: it attends to every token up to {until} (--dense-below, \
-                         --budget)"
-                    ));
+                    let why = match until {
+                        Some(n) => {
+                            format!("it attends to every token up to {n} (--dense-below, --budget)")
+                        }
+                        None => "no layer of it is sparse (--dense-layers)".into(),
+                    };
+                    report.notes.push(format!("{name}, batch {batch} is left out: {why}"));
                     continue;
                 }
                 progress(&format!("{name}, batch {batch}"), done, all);

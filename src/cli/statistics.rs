@@ -70,7 +70,8 @@ pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<
     let reached = a.stats.prompt_tokens + steps;
     let why = match sparse.min_by_key(Budget::dense_until) {
         _ if steps == 0 => "no token was decoded after the first".into(),
-        None => format!("{method} attends to every token"),
+        None if method == "dense" => "dense attends to every token".into(),
+        None => format!("no layer of {method} is sparse (--dense-layers)"),
         Some(b) if reached <= b.dense_until() => {
             let fits = Budget { dense_below: 0, ..b }.dense_until();
             let options = match (reached <= b.dense_below, reached <= fits) {
@@ -156,6 +157,7 @@ mod tests {
         };
         let cases = [
             ("dense", 9000, 9, "dense attends to every token"),
+            ("sparcas:dense-layers=4", 9000, 9, "no layer of sparcas is sparse (--dense-layers)"),
             ("sparcas", 9000, 0, "no token was decoded"),
             (
                 "sparcas",
