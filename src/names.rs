@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 /// A name that is none, with all there are.
 pub fn parse_name<T: DeserializeOwned>(s: &str) -> Result<T, String> {
     serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
-        .map_err(|e| e.to_string().replace('_', "-"))
+        .map_err(|e| e.to_string().replace('_', "-").replace("variant", "name"))
 }
 
 /// The name that [`parse_name`] reads, with dashes.
@@ -33,6 +33,7 @@ mod tests {
         let metric: DimMetric = parse_name(&DimMetric::PairQk.to_string()).unwrap();
         assert_eq!((metric, option_name(&metric).as_str()), (DimMetric::PairQk, "pair-qk"));
         let unknown = parse_name::<HeadPool>("median").unwrap_err();
-        assert!(unknown.contains("`sum-logit`") && !unknown.contains('_'), "{unknown}");
+        assert!(unknown.starts_with("unknown name `median`") && unknown.contains("`sum-logit`"));
+        assert!(!unknown.contains('_'), "{unknown}");
     }
 }

@@ -259,7 +259,7 @@ fn generated_tokens_are_part_of_the_statistics() {
     run(&mut engine, &texts(2), &settings, Some(&state)).unwrap();
     assert_eq!(run(&mut engine, &texts(3), &settings, Some(&state)).unwrap(), want);
     let e = run(&mut engine, &texts(3), &prompts, Some(&state)).unwrap_err().to_string();
-    assert!(e.contains("9 generated"), "{e}");
+    assert!(e.contains("\n  generated: was 9, is 0\n"), "{e}");
     let dev = open("cpu").unwrap();
     let mut window =
         model.builder(&dev, &sparse(Variant::Window, 32)).chunk(32).sequences(1).build().unwrap();
@@ -329,7 +329,7 @@ fn the_program_calibrates_and_runs_the_plan() {
     let long = "A b c. ".repeat(60);
     let run = ["run", "-m", &model, "--device", "cpu", "-n", "3", "--plan", &plan, &long];
     assert_eq!(home.run(&run).code, Some(0));
-    home.refused(&words_of(&command(&["--tile", "16"])), &["k.json.state", "tiles of 16"]);
+    home.refused(&words_of(&command(&["--tile", "16"])), &["k.json.state", "tile: was 32, is 16"]);
     home.refused(&words_of(&command(&["--method", "window"])), &["window", "share no lists"]);
 }
 
