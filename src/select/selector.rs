@@ -6,8 +6,8 @@ use super::{
     LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
-    Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
-    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
+    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
+    Share, Summaries, Tensor, TopK, Trim, TrimScores,
 };
 use std::sync::Arc;
 
