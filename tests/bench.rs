@@ -1,5 +1,5 @@
-//! The end-to-end measurement on a tiny model, and that of attention in prompts: which rows there are, and what the JSON
-//! holds.
+//! The end-to-end measurement on a tiny model, and that of attention in prompts: which rows there are, and what the
+//! JSON holds.
 
 mod common;
 
@@ -118,10 +118,13 @@ fn prompts_are_measured_by_method_and_role() {
         assert!(wrong.is_empty(), "{name}: {wrong:?}");
         let json = serde_json::to_value(&report).unwrap();
         let rows = json["rows"].as_array().unwrap();
-        let names: Vec<_> = rows.iter().map(|r| (&r["prompt"], &r["method"])).collect();
+        let name_of = |r: &serde_json::Value| {
+            (r["prompt"].as_u64().unwrap(), r["method"].as_str().unwrap().to_owned())
+        };
+        let names: Vec<_> = rows.iter().map(name_of).collect();
         let want = ["dense", "kascade", "infllm2", "sparda"];
-        let want = [200, 300].into_iter().flat_map(|n| want.map(|m| (n, m)));
-        assert!(names.iter().copied().eq(want), "{name}: {names:?}");
+        let want = [200, 300].into_iter().flat_map(|n| want.map(|m| (n, m.to_owned())));
+        assert_eq!(names, want.collect::<Vec<_>>(), "{name}");
         // SparCas was given no tile.
         assert!(matches!(&report.notes[..], [n] if n.contains("sparcas")), "{:?}", report.notes);
         for row in rows {

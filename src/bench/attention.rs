@@ -2,8 +2,8 @@
 //! steps beside the bytes that it must read, in prompts beside the time of its parts ([`PromptBench`]).
 //!
 //! The layers take turns with a few KV pools, enough to keep caches from helping. Keys and values go through what the
-//! decoder appends with, so that int8 copies and summaries are those of the keys. What the last layer gave is compared with
-//! float64 attention over the tokens that it chose.
+//! decoder appends with, so that int8 copies and summaries are those of the keys. What the last layer gave is compared
+//! with float64 attention over the tokens that it chose.
 
 mod check;
 mod passes;

@@ -128,8 +128,8 @@ impl Attention {
         Some((&*lists.attend, lists.head_map.as_ref()))
     }
 
-    /// The lists that layer `layer` has attended with for `token` of sequence `i` of a step of these prompts, likewise, and
-    /// behind the tile that they are of; None where the layer has read the token densely.
+    /// The lists that layer `layer` has attended with in a step of these prompts, likewise, and which tile's of them are
+    /// those of `token` of sequence `i`; None where the layer has read the token densely.
     pub(crate) fn attended_tile(
         &self,
         layer: usize,

@@ -71,8 +71,8 @@ impl Forecaster {
         Ok(())
     }
 
-    /// Makes the Forecast for the layer after `l` (and for layer 0 its own) from what layer `l` reads, act `[rows, hidden]`;
-    /// returns that for layer `l` itself, where `attention` scores the layer with one.
+    /// Makes the Forecast for the layer after `l` (and for layer 0 its own) from `normed`, what layer `l` reads, act
+    /// `[rows, hidden]`; returns that for layer `l` itself, where `attention` scores the layer with one.
     pub fn at(
         &self,
         b: &dyn Backend,

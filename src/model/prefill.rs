@@ -43,8 +43,8 @@ pub(super) fn tilings(plan: &Plan) -> Vec<Tiling> {
     all
 }
 
-/// The tile of a step of these prompts, counted over all of them, that holds `token` of sequence `i`; None where a layer of
-/// this plan reads the token densely.
+/// The tile of a step of these prompts, counted over all of them, that holds `token` of sequence `i`; None where a layer
+/// of this plan reads the token densely.
 pub(super) fn tile_of(
     p: &LayerPlan,
     seqs: &[StepSeq<'_>],

@@ -28,8 +28,8 @@ pub(super) struct Asked<'a> {
     pub row: usize,
     /// Tokens that it may see: itself, and those before it.
     pub seen: usize,
-    /// What it was attended with, if not with all of them: the lists, which sequence's or tile's of them, and the list of
-    /// each KV head, where they are not in order.
+    /// What it was attended with, if not with all of them: which sequence's or tile's of the lists, and the list of each
+    /// KV head, where they are not in order.
     pub chosen: Option<(usize, &'a Selection, Option<&'a Tensor>)>,
 }
 

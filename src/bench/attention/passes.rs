@@ -1,5 +1,5 @@
-//! Passes over a rig's sequences as prompts: chunk by chunk, all layers of a chunk one after the other, as the engine reads
-//! them.
+//! Passes over a rig's sequences as prompts: chunk by chunk, all layers of a chunk one after the other, as the engine
+//! reads them.
 
 use super::check::{Asked, Head};
 use super::rig::{Outcome, Rig};
@@ -84,8 +84,8 @@ impl Rig<'_> {
         self.chunks().map(|chunk| self.read(attention, buffer, &chunk, whole)).sum()
     }
 
-    /// Reads the prompts with `plan`: the first and the last chunk to warm up, once phase by phase, and `repeats` times as
-    /// the engine does.
+    /// Reads the prompts with `plan`: the first and the last chunk to warm up, once phase by phase, and `repeats` times
+    /// as the engine does.
     pub fn prompt(&mut self, plan: &Plan, repeats: usize) -> Outcome<Passes> {
         let before = self.b.free_memory();
         let mut attention = self.attention(plan)?;
@@ -108,8 +108,8 @@ impl Rig<'_> {
         Ok(Passes { ms, phases, taken, held, attention })
     }
 
-    /// Compares rows of the last chunk in the last layer, of the last sequence and KV head, with the reference: the worst
-    /// of them, and the positions of all.
+    /// Compares rows of the last chunk in the last layer, of the last sequence and KV head, with the reference: the
+    /// worst of them, and the positions of all.
     pub fn sampled(&self, attention: &Attention) -> Result<(Check, Vec<usize>)> {
         let (layer, sequence) = (self.of.layers - 1, self.batch - 1);
         let chunk = self.chunks().last().unwrap_or(0..self.tokens);

@@ -46,8 +46,8 @@ pub struct PromptRow {
     pub batch: usize,
     /// Tokens of each that a step adds.
     pub chunk: usize,
-    /// Milliseconds of the mean layer in a whole prompt, what goes into the cache and Forecasts included. A sample is one
-    /// reading.
+    /// Milliseconds of the mean layer in a whole prompt, what goes into the cache and Forecasts included. A sample is
+    /// one reading.
     pub ms: Summary,
     /// Dense attention's mean layer over this one's, where dense attention was measured.
     pub x_dense: Option<f64>,

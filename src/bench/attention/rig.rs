@@ -187,8 +187,8 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// A decoder block with these heads; its other widths do not matter here, but that a Forecast is made of `hidden` numbers:
-/// as many as the query heads have, which is usual.
+/// A decoder block with these heads. Its other widths do not matter here, but that a Forecast is made of `hidden`
+/// numbers: as many as the query heads have, which is usual.
 fn config(of: &Subject, forecasts: bool) -> crate::bench::Result<ModelConfig> {
     let some = Checkpoint::random("llama-3.1-8b").map_err(EngineError::from)?.config().clone();
     Ok(ModelConfig {

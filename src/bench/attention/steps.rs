@@ -48,7 +48,8 @@ impl Rig<'_> {
         self.b.sync()
     }
 
-    /// Runs `steps` steps of `plan`: milliseconds of a step's mean layer, and the last layer's result against the reference.
+    /// Runs `steps` steps of `plan`: milliseconds of a step's mean layer, and the last layer's result against the
+    /// reference.
     pub fn decode(&mut self, plan: &Plan, steps: usize) -> Outcome<(Summary, Check)> {
         let (b, layers) = (self.b, self.of.layers);
         let mut attention = self.attention(plan)?;

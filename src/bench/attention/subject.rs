@@ -2,7 +2,7 @@
 
 use super::rig::{Outcome, Rig};
 use crate::backend::{Backend, DType};
-use crate::bench::{Result, bad};
+use crate::bench::{Result, bad, check_heads};
 use crate::select::{MethodSpec, ModelShape, Plan, TrainedBlocks, Variant};
 use serde::Serialize;
 
@@ -68,13 +68,7 @@ impl Subject {
         if self.layers == 0 || self.layers > 1024 {
             return bad("give 1 to 1024 layers (--layers)");
         }
-        let group = self.heads.checked_div(self.kv_heads).unwrap_or(0);
-        if !(1..=16).contains(&group) || group * self.kv_heads != self.heads || self.heads > 1024 {
-            return bad(format!(
-                "{} query heads over {} KV heads: each KV head serves 1 to 16 of at most 1024 (--heads, --kv-heads)",
-                self.heads, self.kv_heads
-            ));
-        }
+        check_heads(self.heads, self.kv_heads)?;
         if self.head_dim == 0 || !self.head_dim.is_multiple_of(8) || self.head_dim > 256 {
             return bad("give a head dimension that is a multiple of 8 up to 256 (--head-dim)");
         }
@@ -110,8 +104,8 @@ impl Subject {
         Ok(all)
     }
 
-    /// Measures every plan of every case: the lines in this order, each against the case's first, and a note for each that
-    /// is left out. `measure`: of one plan under its name.
+    /// Measures every plan of every case: the lines in this order, each against the case's first, and a note for each
+    /// that is left out. `measure`: of one plan under its name.
     pub(super) fn measure<'a, L: Line>(
         &'a self,
         b: &'a dyn Backend,

@@ -20,15 +20,22 @@ use std::process::ExitCode;
 
 const ABOUT: &str = "\
 Times the attention of all layers of a decode step without the rest of the model: scoring, selection and attention of
-every method beside dense attention, as the mean layer. Keys and values are random, in mixed pages; layers take turns with
-a few KV pools, so that a batch of long sequences fits one GPU and caches do not help. One sequence and KV head of the last
-layer is compared with f64 attention over the tokens that it chose; a wrong one ends the command with an error.
+every method beside dense attention, as the mean layer. Keys and values are random, in mixed pages; layers take turns
+with a few KV pools, so that a batch of long sequences fits one GPU and caches do not help. One sequence and KV head of
+the last layer is compared with f64 attention over the tokens that it chose; a wrong one ends the command with an error.
 
-With -p the same of whole prompts, read in chunks as the engine reads them: appending, selection and attention, as the mean
-layer of a prompt. One more reading, in which the device waits between them, gives the parts for every role of a layer: a
-dense layer, an anchor (which chooses and hands its choice down), one that reuses, one that selects for itself alone. The
-last layer is checked at a few rows of the last chunk. Methods read prompts sparsely where they have a tile; sparda gets
-random Forecasts, whose projection (a row of heads x head dimension numbers, as the model's hidden size often is) counts.
+With -p the same of whole prompts, read chunk by chunk as the engine reads them: what goes into the cache, selection and
+attention, as the mean layer of a prompt. The last layer is checked at a few rows of the last chunk. Methods choose for
+prompts where they have a tile (--tile: so many rows share a choice). One more reading, in which the device waits in
+between, tells the parts, for each role that a layer may have:
+  dense          attends to every token
+  dense anchor   does so too, and chooses for the layers that reuse its choice
+  anchor         attends to its own choice, which others reuse
+  reuse          attends to an anchor's choice
+  select         attends to its own choice, which nobody reuses
+append is what goes into the cache, dense and listed are attention to every and to the chosen tokens; an anchor takes the
+softmax that it scores with from a dense pass. sparda gets random Forecasts; their projection (of heads x head dimension
+numbers, the hidden size of many models) is measured as forecast.
 
 The default shape is Llama 3.1 8B.";
 
