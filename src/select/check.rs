@@ -69,7 +69,10 @@ impl LayerPlan {
             },
         };
         let forced = sinks.checked_add(recent);
-        ensure(recent > 0 && forced.is_some_and(|n| n <= least), || {
+        ensure(recent > 0, || {
+            "0 recent tokens: the newest one is always kept, take 1 or more".into()
+        })?;
+        ensure(forced.is_some_and(|n| n <= least), || {
             format!(
                 "{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens"
             )

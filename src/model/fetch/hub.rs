@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, CacheRepo};
 
 use super::super::error::{ModelError, Result};
@@ -26,7 +26,24 @@ pub(super) fn fetch(id: &HubId, progress: Progress<'_>) -> Result<PathBuf> {
     if std::env::var_os("HF_HOME").is_none() && dirs::home_dir().is_none() {
         return Err(failed(id, "no home folder is known to keep it in; set HF_HOME to one"));
     }
-    fetch_with(id, ApiBuilder::from_env(), Cache::from_env(), progress)
+    let builder = ApiBuilder::from_env();
+    // The client itself reads only the file that a login leaves.
+    let builder = match std::env::var("HF_TOKEN") {
+        Ok(token) if !token.is_empty() => builder.with_token(Some(token)),
+        _ => builder,
+    };
+    fetch_with(id, builder, Cache::from_env(), progress)
+}
+
+/// What to do about an error of the client.
+fn remedy(e: &ApiError) -> &'static str {
+    match e {
+        ApiError::RequestError(e) if matches!(**e, ureq::Error::Status(401 | 403, _)) => {
+            "check the name; a private or gated repository needs an access token in HF_TOKEN"
+        }
+        ApiError::RequestError(e) if matches!(**e, ureq::Error::Status(404, _)) => "check the name",
+        _ => "check the name and the network",
+    }
 }
 
 fn failed(id: &HubId, what: impl Into<String>) -> ModelError {
@@ -73,8 +90,9 @@ impl Repo<'_> {
             failed(
                 self.id,
                 format!(
-                    "{file} does not come from the hub ({e}); check the name and the network, \
-                         or download the model and give its path"
+                    "{file} does not come from the hub ({e}); {}, or download the model and give \
+                     its path",
+                    remedy(&e)
                 ),
             )
         })
@@ -88,8 +106,8 @@ impl Repo<'_> {
             failed(
                 self.id,
                 format!(
-                    "there is no such path, and the hub does not list it ({e}); check the name and \
-                     the network"
+                    "there is no such path, and the hub does not list it ({e}); {}",
+                    remedy(&e)
                 ),
             )
         })?;
