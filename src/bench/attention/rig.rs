@@ -158,9 +158,11 @@ impl<'a> Rig<'a> {
     /// The attention of all layers of a step, and the Forecasts that it asks for, as the decoder runs them.
     pub fn layers(&self, attention: &mut Attention, step: &Step) -> Outcome<()> {
         let (b, ws) = (self.b, &self.ws);
+        // The rig's other plans may want one.
+        let forecaster = self.forecaster.as_ref().filter(|_| attention.plan().wants_forecast());
         for l in 0..self.of.layers {
             let mut forecast = None;
-            if let Some(f) = &self.forecaster {
+            if let Some(f) = forecaster {
                 let mut clock = std::mem::take(&mut attention.clock);
                 let made = clock.time(
                     b,

@@ -18,7 +18,8 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const ABOUT: &str = "\
+/// What `--help` says of it.
+pub const ABOUT: &str = "\
 Times the attention of all layers of a decode step without the rest of the model: scoring, selection and attention of
 every method beside dense attention, as the mean layer. Keys and values are random, in mixed pages; layers take turns
 with a few KV pools, so that a batch of long sequences fits one GPU and caches do not help. One sequence and KV head of
@@ -53,7 +54,7 @@ const DECODE: [&str; 2] = ["sparcas", "kascade"];
 const PROMPTS: [&str; 1] = ["kascade:tile=32"];
 
 #[derive(Args)]
-#[command(long_about = ABOUT, after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub struct AttentionArgs {
     /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
     #[arg(short, long, default_value = "auto")]

@@ -42,7 +42,8 @@ pub struct BenchArgs {
 enum What {
     /// Single ops at one shape: milliseconds, GB/s, share of the device-read bandwidth of the same run
     Kernels(kernels::KernelArgs),
-    /// The attention of all layers in a decode step, method by method, without the rest of the model
+    /// The attention of all layers in decode steps or prompts, method by method, without the rest of the model
+    #[command(long_about = attention::ABOUT)]
     Attention(attention::AttentionArgs),
 }
 
