@@ -97,8 +97,7 @@ impl Selector for ComponentsSelector {
     }
 
     fn reset(&mut self, b: &dyn Backend, slot: usize) -> Result<(), SelectError> {
-        let n = self.shape.kv_heads;
-        Ok(b.zero(&self.done.slice(slot * n, n))?)
+        Ok(b.zero(&self.shape.of_slot(&self.done, 1, slot))?)
     }
 
     fn fork(
@@ -108,8 +107,7 @@ impl Selector for ComponentsSelector {
         to: usize,
         tokens: usize,
     ) -> Result<(), SelectError> {
-        let n = self.shape.kv_heads;
-        b.copy(&self.done.slice(from * n, n), &self.done.slice(to * n, n))?;
+        self.shape.copy_slot(b, &self.done, 1, (from, to))?;
         Ok(self.shape.copy_slice(b, &self.slice, self.n, (from, to), tokens)?)
     }
 }

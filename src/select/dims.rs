@@ -162,8 +162,7 @@ impl Selector for DimsSelector {
     }
 
     fn reset(&mut self, b: &dyn Backend, slot: usize) -> Result<(), SelectError> {
-        let n = self.shape.kv_heads * DIM_STATE_WORDS;
-        Ok(b.zero(&self.state.slice(slot * n, n))?)
+        Ok(b.zero(&self.shape.of_slot(&self.state, DIM_STATE_WORDS, slot))?)
     }
 
     /// `changed` and `coverage` are left out: the next step writes them before it reads them.
@@ -174,11 +173,8 @@ impl Selector for DimsSelector {
         to: usize,
         tokens: usize,
     ) -> Result<(), SelectError> {
-        let kv_heads = self.shape.kv_heads;
-        for (t, per_head) in [(&self.dims, self.n_dims), (&self.state, DIM_STATE_WORDS)] {
-            let n = kv_heads * per_head;
-            b.copy(&t.slice(from * n, n), &t.slice(to * n, n))?;
-        }
+        self.shape.copy_slot(b, &self.dims, self.n_dims, (from, to))?;
+        self.shape.copy_slot(b, &self.state, DIM_STATE_WORDS, (from, to))?;
         if let Some(slice) = &self.slice {
             self.shape.copy_slice(b, slice, self.n_dims, (from, to), tokens)?;
         }

@@ -103,8 +103,7 @@ impl Selector for LabelsSelector {
     }
 
     fn reset(&mut self, b: &dyn Backend, slot: usize) -> Result<(), SelectError> {
-        let n = self.shape.kv_heads;
-        Ok(b.zero(&self.done.slice(slot * n, n))?)
+        Ok(b.zero(&self.shape.of_slot(&self.done, 1, slot))?)
     }
 
     fn fork(
@@ -114,8 +113,7 @@ impl Selector for LabelsSelector {
         to: usize,
         tokens: usize,
     ) -> Result<(), SelectError> {
-        let n = self.shape.kv_heads;
-        b.copy(&self.done.slice(from * n, n), &self.done.slice(to * n, n))?;
+        self.shape.copy_slot(b, &self.done, 1, (from, to))?;
         self.shape.copy_slice(b, &self.data, self.bits.row(self.n), (from, to), tokens)?;
         Ok(self.shape.copy_slice(b, &self.scale, 1, (from, to), tokens)?)
     }

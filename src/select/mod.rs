@@ -27,6 +27,7 @@ mod random;
 mod refine;
 mod role;
 mod selector;
+mod slots;
 mod sorted;
 mod sparda;
 mod tiles;

@@ -6,8 +6,8 @@ use super::{
     LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
-    Among, Backend, BackendError, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool,
-    PoolScores, Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
+    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
+    Share, Summaries, Tensor, TopK, Trim, TrimScores,
 };
 use std::sync::Arc;
 
@@ -34,24 +34,6 @@ pub struct LayerShape {
     pub rows: usize,
     /// Most tokens of a sequence.
     pub capacity: usize,
-}
-
-impl LayerShape {
-    /// Copies the first `tokens` rows of every KV head of a slice of `n` columns from one slot to another.
-    pub(super) fn copy_slice(
-        &self,
-        b: &dyn Backend,
-        slice: &Tensor,
-        n: usize,
-        (from, to): (usize, usize),
-        tokens: usize,
-    ) -> Result<(), BackendError> {
-        let part = |slot: usize, head: usize| {
-            let row = (slot * self.kv_heads + head) * self.capacity;
-            slice.slice(row * n, tokens.min(self.capacity) * n)
-        };
-        (0..self.kv_heads).try_for_each(|head| b.copy(&part(from, head), &part(to, head)))
-    }
 }
 
 /// Score buffers that all layers share.

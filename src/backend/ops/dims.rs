@@ -10,7 +10,7 @@ pub const DIM_STATE_WORDS: usize = 4;
 /// u32 words of [`SelectDims::changed`] per (slot, KV head): a bit mask over columns.
 pub const CHANGED_WORDS: usize = 8;
 
-/// Importance of a key dimension (DESIGN.md, SparCas). Sums run over the query heads of the KV head's group.
+/// Importance of a key dimension (docs/methods.md, SparCas). Sums run over the query heads of the KV head's group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DimMetric {
@@ -31,7 +31,7 @@ impl DimMetric {
     }
 }
 
-/// When the dimension set of a (sequence, KV head) is chosen anew (DESIGN.md, SparCas).
+/// When the dimension set of a (sequence, KV head) is chosen anew (docs/methods.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Refresh {
@@ -168,9 +168,7 @@ impl RebuildSlice<'_> {
         self.seqs.check_decode(OP)?;
         self.cache.check(OP)?;
         self.slice.check(OP, &self.cache)?;
-        ensure(OP, self.seqs.max_kv <= self.slice.capacity, || {
-            format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.slice.capacity)
-        })?;
+        self.seqs.check_room(OP, self.slice.capacity)?;
         is(OP, "changed", self.changed, DType::U32)?;
         let words = [self.slice.slots, self.cache.kv_heads, CHANGED_WORDS];
         holds(OP, "changed", self.changed, &words)?;

@@ -61,6 +61,13 @@ impl Seqs<'_> {
         self.check(op)?;
         ensure(op, self.max_q <= 1, || format!("decode only, but max_q = {}", self.max_q))
     }
+
+    /// A slice of `capacity` tokens a slot has room for all sequences.
+    pub(crate) fn check_room(&self, op: &'static str, capacity: usize) -> Result<()> {
+        ensure(op, self.max_kv <= capacity, || {
+            format!("{} tokens, the slice has room for {capacity}", self.max_kv)
+        })
+    }
 }
 
 /// One layer's K and V pages.

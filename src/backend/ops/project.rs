@@ -2,7 +2,7 @@
 
 use super::kv::{check_dims, check_head_dim};
 use super::score::check_heads;
-use super::{KvPool, Seqs, apart, ensure, holds, is};
+use super::{KvPool, Seqs, apart, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// Projects decode queries and the cached keys of their sequences on `n` directions per KV head (Loki, arXiv
@@ -48,9 +48,7 @@ impl Project<'_> {
         check_head_dim(OP, d)?;
         check_dims(OP, self.n, d)?;
         check_heads(OP, self.q, self.seqs.rows, self.heads, hkv, d)?;
-        ensure(OP, self.seqs.max_kv <= self.capacity, || {
-            format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.capacity)
-        })?;
+        self.seqs.check_room(OP, self.capacity)?;
         is(OP, "basis", self.basis, DType::F32)?;
         is(OP, "out", self.out, DType::F32)?;
         is(OP, "slice", self.slice, self.cache.k.dtype())?;

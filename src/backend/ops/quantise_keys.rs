@@ -1,7 +1,7 @@
 //! Chosen key dimensions in few bits.
 
 use super::kv::check_dims;
-use super::{KvPool, Seqs, apart, ensure, holds, is};
+use super::{KvPool, Seqs, apart, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// Bits of a number in a [`QuantisedSlice`].
@@ -90,9 +90,7 @@ impl QuantiseKeys<'_> {
         self.seqs.check_decode(OP)?;
         self.cache.check(OP)?;
         self.slice.check(OP, &self.cache)?;
-        ensure(OP, self.seqs.max_kv <= self.slice.capacity, || {
-            format!("{} tokens, the slice has room for {}", self.seqs.max_kv, self.slice.capacity)
-        })?;
+        self.seqs.check_room(OP, self.slice.capacity)?;
         is(OP, "done", self.done, DType::U32)?;
         holds(OP, "done", self.done, &[self.slice.slots, self.cache.kv_heads])?;
         let s = &self.slice;

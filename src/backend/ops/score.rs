@@ -34,7 +34,7 @@ pub enum ScoreSource<'a> {
     },
 }
 
-/// How per-head partial logits become one score per KV head (DESIGN.md, SparCas).
+/// How per-head partial logits become one score per KV head (docs/methods.md, SparCas).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HeadPool {
