@@ -1,9 +1,14 @@
-//! The end-to-end measurement on a tiny model: which rows there are, and what the JSON holds.
+//! The end-to-end measurement on a tiny model, and that of attention in prompts: which rows there are, and what the
+//! JSON holds.
 
 mod common;
 
+use common::cache::backends;
+use common::program::Home;
 use common::tiny::Tiny;
+use longsight::backend::DType;
 use longsight::bench::EndToEnd;
+use longsight::bench::attention::{PromptBench, Subject};
 use longsight::engine::Engine;
 use longsight::model::quant::Quant;
 use longsight::model::{Arch, Checkpoint};
@@ -85,4 +90,105 @@ fn sparse_rows_stand_beside_a_dense_one() {
     for key in ["version", "commit", "date", "device"] {
         assert!(!json["environment"][key].is_null(), "{key}");
     }
+}
+
+/// Every kind of prompt that a layer can read, on every backend under test.
+#[test]
+fn prompts_are_measured_by_method_and_role() {
+    let methods = [
+        "kascade:tile=32:budget=64",
+        "infllm2:tile=1:budget=192:dense-below=0",
+        "sparda:tile=1:budget=192:dense-below=0",
+        "sparcas",
+    ];
+    let of = Subject {
+        batches: vec![1],
+        layers: 4,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 32,
+        dtype: DType::F32,
+        methods: methods.map(|m| (m.to_owned(), m.parse().unwrap())).to_vec(),
+        plans: vec![],
+        seed: 1,
+    };
+    let bench = PromptBench { of, prompts: vec![200, 300], chunk: Some(128), repeats: 2 };
+    for dev in backends() {
+        let name = dev.name();
+        let report = bench.run(&*dev, &mut |_, done, all| assert!(done <= all)).unwrap();
+        let wrong: Vec<_> = report.failures().map(|r| (&r.method, r.prompt, &r.check)).collect();
+        assert!(wrong.is_empty(), "{name}: {wrong:?}");
+        let json = serde_json::to_value(&report).unwrap();
+        let rows = json["rows"].as_array().unwrap();
+        let name_of = |r: &serde_json::Value| {
+            (r["prompt"].as_u64().unwrap(), r["method"].as_str().unwrap().to_owned())
+        };
+        let names: Vec<_> = rows.iter().map(name_of).collect();
+        let want = ["dense", "kascade", "infllm2", "sparda"];
+        let want = [200, 300].into_iter().flat_map(|n| want.map(|m| (n, m.to_owned())));
+        assert_eq!(names, want.collect::<Vec<_>>(), "{name}");
+        // SparCas was given no tile.
+        assert!(matches!(&report.notes[..], [n] if n.contains("sparcas")), "{:?}", report.notes);
+        for row in rows {
+            let (method, ms) = (row["method"].as_str().unwrap(), &row["ms"]);
+            assert_eq!(ms["samples"].as_array().unwrap().len(), 2);
+            assert!(ms["mean"].as_f64().unwrap() > 0.0 && row["x_dense"].is_f64());
+            assert_eq!(row["tflop_s"].is_f64(), method == "dense", "{name}");
+            assert_eq!(row["check"]["elements"], 4 * 2 * 32);
+            assert_eq!(row["layer_ms"].as_array().unwrap().len(), 4);
+            let roles = row["roles"].as_array().unwrap();
+            let roles: Vec<_> = roles.iter().map(|r| r["role"].as_str().unwrap()).collect();
+            let want = match method {
+                "dense" => vec!["dense"],
+                "kascade" => vec!["dense anchor", "reuse"],
+                _ => vec!["select"],
+            };
+            assert_eq!(roles, want, "{method} on {name}");
+            assert!(row["plan"]["layers"].is_array());
+        }
+        let settings = &json["settings"];
+        assert_eq!((&settings["heads"], &settings["chunk"]), (&4.into(), &128.into()));
+        for key in ["version", "commit", "date", "device"] {
+            assert!(!json["environment"][key].is_null(), "{key}");
+        }
+    }
+}
+
+#[test]
+fn prompts_are_asked_for_on_the_command_line() {
+    let home = Home::new();
+    let small = [
+        "bench",
+        "attention",
+        "-d",
+        "cpu",
+        "--layers",
+        "2",
+        "--heads",
+        "2",
+        "--kv-heads",
+        "1",
+        "--head-dim",
+        "16",
+        "--dtype",
+        "f32",
+    ];
+    let with = |more: &[&'static str]| [&small[..], more].concat();
+    let found = home.run(&with(&["-p", "200", "-r", "1", "--chunk", "64", "--format", "json"]));
+    let json = found.json();
+    assert_eq!(json["kind"], "prompt_attention");
+    let methods: Vec<_> =
+        json["rows"].as_array().unwrap().iter().map(|r| (&r["method"], &r["chunk"])).collect();
+    assert_eq!(methods, [(&"dense".into(), &64.into()), (&"kascade".into(), &64.into())]);
+    let table = home.run(&with(&["-p", "100", "-r", "1", "--methods", "window:budget=64:tile=8"]));
+    for part in ["TFLOP/s", "window", "select + attend", " ok"] {
+        assert!(table.out.contains(part), "{part}: {}", table.out);
+    }
+    home.refused(&with(&["-p", "100", "-D", "200"]), &["--prompt", "--depth"]);
+    home.refused(&with(&["-p", "100", "--steps", "4"]), &["--prompt", "--steps"]);
+    home.refused(&with(&["--chunk", "64"]), &["--prompt"]);
+    home.refused(&with(&["-r", "2"]), &["--prompt"]);
+    home.refused(&with(&["-p", "0"]), &["a prompt of 0 tokens"]);
+    home.refused(&with(&["-p", "100", "-r", "0"]), &["--repeats"]);
+    home.refused(&with(&["-p", "100", "--chunk", "0"]), &["--chunk"]);
 }

@@ -73,6 +73,30 @@ def attention(run, peers):
     table(["method", "batch", "bytes a layer", "ms a layer", "of read", "x our dense", "x FA3"], rows)
 
 
+def prompts(run, peers):
+    """The mean layer of whole prompts, likewise, and what the layers of each role spend their time on."""
+    fa3 = {r["tokens"]: r["fa3_ms"] for p in peers for r in p["prefill"] if "fa3_ms" in r}
+    rows, parts = [], []
+    for r in run["rows"]:
+        assert r["check"]["passed"], f"wrong result of {r['method']}"
+        of = [label(r), f"{r['prompt']:,}", r["batch"]]
+        peer = fa3.get(r["prompt"]) if r["batch"] == 1 else None
+        rows.append(of + [
+            f"{r['ms']['mean']:.3f}", f"{r['x_dense']:.2f}" if r["x_dense"] else "-",
+            f"{peer / r['ms']['mean']:.2f}" if peer else "-", f"{r['tflop_s']:.0f}" if r["tflop_s"] else "-",
+            f"{r['taken_bytes'] / 1e6:,.1f} MB" if r["taken_bytes"] is not None else "-",
+        ])
+        for role in r["roles"]:
+            ms = role["ms"]
+            both = ms["dense"] + ms["select"] + ms["listed"]
+            parts.append(of + [role["role"], len(role["layers"])] + [
+                f"{part:.3f}" for part in [ms["append"], ms["forecast"], ms["dense"], ms["select"], ms["listed"], both]
+            ])
+    head = ["method", "tokens", "batch"]
+    table(head + ["ms a layer", "x our dense", "x FA3", "TFLOP/s", "buffers"], rows)
+    table(head + ["role", "layers", "append", "forecast", "dense", "select", "listed", "select + attend"], parts)
+
+
 def evaluation(runs):
     """Means over samples; their errors add as variances."""
     methods = {}
@@ -115,8 +139,9 @@ for path, run in runs:
         evaluations.append(run)
         continue
     print(f"<!-- {path.rsplit('/', 1)[-1]}, commit {run['environment']['commit']} -->")
-    if run["kind"] == "attention":
-        attention(run, peers)
+    with_peers = {"attention": attention, "prompt_attention": prompts}.get(run["kind"])
+    if with_peers:
+        with_peers(run, peers)
     else:
         {"kernels": kernels, "end_to_end": end_to_end}[run["kind"]](run)
 if evaluations:

@@ -48,3 +48,14 @@ pub type Result<T> = std::result::Result<T, BenchError>;
 fn bad<T>(reason: impl Into<String>) -> Result<T> {
     Err(BenchError::BadOption(reason.into()))
 }
+
+/// Query heads and KV heads that attention takes.
+fn check_heads(heads: usize, kv_heads: usize) -> Result<()> {
+    let group = heads.checked_div(kv_heads).unwrap_or(0);
+    if !(1..=16).contains(&group) || group * kv_heads != heads || heads > 1024 {
+        return bad(format!(
+            "{heads} query heads over {kv_heads} KV heads: each KV head serves 1 to 16 of at most 1024 (--heads, --kv-heads)"
+        ));
+    }
+    Ok(())
+}

@@ -2,9 +2,10 @@
 
 use super::attend::{Dense, Partials};
 use super::audit::{LayerAudit, audit};
+use super::clock::Clock;
 use super::lists::{LayerLists, layer_lists};
 use super::paces::{Paces, pace};
-use super::prefill::{Tiles, for_prompts, prefill, room, tilings};
+use super::prefill::{Run, Tiles, densely, for_prompts, prefill, room, tile_of, tilings};
 use super::probe::Probe;
 use super::step::{Cut, GroupSeqs, Step, StepSeq, Tiling};
 use super::workspace::{Growing, Workspace};
@@ -33,6 +34,8 @@ pub struct Attention {
     pub audits: Vec<LayerAudit>,
     /// Looks at what sparse layers select, where somebody wants to know.
     pub(crate) probe: Option<Probe>,
+    /// Times the phases of prompts, where somebody wants to know.
+    pub(crate) clock: Clock,
 }
 
 impl std::fmt::Debug for Attention {
@@ -110,6 +113,7 @@ impl Attention {
             audit_layers: Vec::new(),
             audits: Vec::new(),
             probe: None,
+            clock: Clock::default(),
         })
     }
 
@@ -122,6 +126,20 @@ impl Attention {
     pub(crate) fn attended(&self, layer: usize) -> Option<(&Selection, Option<&Tensor>)> {
         let lists = self.lists.get(layer)?.as_ref()?;
         Some((&*lists.attend, lists.head_map.as_ref()))
+    }
+
+    /// The lists that layer `layer` has attended with in a step of these prompts, likewise, and which tile's of them are
+    /// those of `token` of sequence `i`; None where the layer has read the token densely.
+    pub(crate) fn attended_tile(
+        &self,
+        layer: usize,
+        seqs: &[StepSeq<'_>],
+        (i, token): (usize, usize),
+    ) -> Option<(usize, &Selection, Option<&Tensor>)> {
+        let plan = self.plan.layers.get(layer).filter(|p| p.sparse())?;
+        let tile = tile_of(plan, seqs, (i, token))?;
+        let lists = self.tiles.lists.get(layer)?.as_ref()?;
+        Some((tile, &*lists.attend, lists.head_map.as_ref()))
     }
 
     /// Which sequences of the step that is about to run choose tokens, for each pace of the layers.
@@ -190,12 +208,14 @@ impl Attention {
         let v = ws.qkv_from(v_start);
         let slice = self.selectors[l].as_ref().and_then(|s| s.slice());
         let k = (&ws.k, shape.kv_heads * shape.head_dim);
-        cache.append(b, l, all.seqs(), [k, (&v, width)], slice)?;
+        let append = || cache.append(b, l, all.seqs(), [k, (&v, width)], slice);
+        self.clock.time(b, l, |t| &mut t.append, append)?;
 
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
         let p = &self.plan.layers[l];
+        let run = Run { ws, partials: &mut self.partials, clock: &mut self.clock };
         let Some(lists) = &self.lists[l] else {
-            dense.attend(step.prefill, 1, &ws.attn, None)?;
+            densely(&dense, run)?;
             return Ok(dense.decode(step.decode, &mut self.partials, &ws.attn, &ws.lse)?);
         };
         let missing = |what: &str| SelectError::BadPlan {
@@ -216,7 +236,7 @@ impl Attention {
         };
         let tiles = (self.tiles.lists.get(l).and_then(Option::as_ref), self.tiles.batch);
         let selector = self.selectors[l].as_deref_mut();
-        prefill(&dense, &cx, p, tiles, selector, &mut self.partials, ws)
+        prefill(&dense, &cx, p, tiles, selector, run)
             .map_err(|e| e.of_method(&self.plan.method))?;
 
         let pace = pace(p);

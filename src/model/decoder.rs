@@ -101,7 +101,9 @@ impl Decoder {
     pub fn set_forecast(&mut self, file: Forecast) -> std::result::Result<(), LoadError> {
         let (b, c, dtype) = (&*self.backend, &self.config, self.weight_dtype());
         let types = [dtype, b.caps().activations(dtype)];
-        self.forecaster = Some(Forecaster::new(b, file, c, &self.order, types, self.limits.rows)?);
+        let inv_freq = self.weights.layers.iter().map(|w| w.inv_freq.clone()).collect();
+        let order = (&self.order, inv_freq);
+        self.forecaster = Some(Forecaster::new(b, file, c, order, types, self.limits.rows)?);
         Ok(())
     }
 
@@ -206,7 +208,10 @@ impl Decoder {
                 let w = &self.weights.layers[l];
                 self.queries_and_keys(w, &step)?;
                 show(l, Stage::Projected)?;
-                let forecast = self.forecast(l, &step, attention)?;
+                let forecast = match &self.forecaster {
+                    Some(f) => f.at(&*b, c, l, &self.ws.normed, &step, attention)?,
+                    None => None,
+                };
                 attention.layer(&*b, &step, cache, shape, c.windows[l], &self.ws, forecast)?;
                 self.output(w, step.rows)?;
                 show(l, Stage::Attended)?;
@@ -290,22 +295,6 @@ impl Decoder {
         self.backend.rope_both([&q, &k])?;
         let Some(importance) = &w.importance else { return Ok(()) };
         importance.write(&*self.backend, c, ws, rows)
-    }
-
-    /// Makes the Forecast for the next layer (and for layer 0 its own); returns that for layer `l`, where the layer
-    /// is scored with one.
-    fn forecast(&self, l: usize, step: &Step, attention: &Attention) -> Result<Option<&Tensor>> {
-        let rows = |target| match attention.reads_prompts_sparsely(target) {
-            true => step.rows,
-            false => step.decode_rows(),
-        };
-        let Some(f) = &self.forecaster else { return Ok(None) };
-        let (b, c, layers) = (&*self.backend, &self.config, &self.weights.layers);
-        let from_here = if l == 0 { 0..2 } else { l + 1..l + 2 };
-        for target in from_here.filter(|t| attention.wants_forecast(*t)) {
-            f.run(b, c, target, &layers[target], &self.ws.normed, step, rows(target))?;
-        }
-        Ok(attention.wants_forecast(l).then(|| f.of(l)))
     }
 
     fn output(&self, w: &LayerWeights, rows: usize) -> Result<()> {

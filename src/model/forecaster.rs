@@ -1,18 +1,21 @@
 //! The Forecast on a device: weights in the key order of the layers they are for, and the vectors of a step.
 
+use super::attention::Attention;
 use super::config::ModelConfig;
 use super::forecast::Forecast;
 use super::key_order::{KeyOrder, source_rows};
-use super::load::{LayerWeights, LoadError, spread, to_bytes};
+use super::load::{LoadError, spread, to_bytes};
 use super::step::Step;
 use crate::backend::{Backend, DType, Linear, Result, Rope, Tensor};
 
 /// `f = rope(W norm(x))`, one vector per KV head of the layer that it is for.
 #[derive(Debug)]
-pub(super) struct Forecaster {
+pub(crate) struct Forecaster {
     file: Forecast,
     /// Per layer that they are for: `[kv_heads * kv_dim, hidden]`, rows in that layer's [`KeyOrder`].
     weights: Vec<Tensor>,
+    /// Likewise f32 `[kv_heads, kv_dim / 2]`: the rotary frequencies, in the order of the keys as the layer has them.
+    inv_freq: Vec<Tensor>,
     /// act `[rows, kv_heads * kv_dim]`.
     projected: Tensor,
     /// act `[rows, kv_heads, kv_dim]`: one is read while the other is written.
@@ -20,12 +23,12 @@ pub(super) struct Forecaster {
 }
 
 impl Forecaster {
-    /// Loads the weights in `dtype`; room for `rows` rows with activations of `act`.
+    /// Loads the weights in `dtype`; room for `rows` rows with activations of `act`. `inv_freq`: those of every layer.
     pub fn new(
         b: &dyn Backend,
         file: Forecast,
         c: &ModelConfig,
-        order: &KeyOrder,
+        (order, inv_freq): (&KeyOrder, Vec<Tensor>),
         [dtype, act]: [DType; 2],
         rows: usize,
     ) -> std::result::Result<Self, LoadError> {
@@ -33,7 +36,7 @@ impl Forecaster {
         let weight = |_| b.alloc(dtype, n * c.hidden, "Forecast weights");
         let [projected, even, odd] = vectors(b, c, act, rows)?;
         let weights = (0..c.n_layers).map(weight).collect::<Result<_>>()?;
-        let new = Forecaster { file, weights, projected, out: [even, odd] };
+        let new = Forecaster { file, weights, inv_freq, projected, out: [even, odd] };
         new.reorder(b, c, order)?;
         Ok(new)
     }
@@ -68,21 +71,40 @@ impl Forecaster {
         Ok(())
     }
 
-    /// Makes the Forecast for `layer`, whose weights are `target`, from the normed input of the step's first `rows`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn run(
+    /// Makes the Forecast for the layer after `l` (and for layer 0 its own) from `normed`, what layer `l` reads, act
+    /// `[rows, hidden]`; returns that for layer `l` itself, where `attention` scores the layer with one.
+    pub fn at(
+        &self,
+        b: &dyn Backend,
+        c: &ModelConfig,
+        l: usize,
+        normed: &Tensor,
+        step: &Step,
+        attention: &Attention,
+    ) -> Result<Option<&Tensor>> {
+        let from_here = if l == 0 { 0..2 } else { l + 1..l + 2 };
+        for target in from_here.filter(|t| attention.wants_forecast(*t)) {
+            let rows = match attention.reads_prompts_sparsely(target) {
+                true => step.rows,
+                false => step.decode_rows(),
+            };
+            if rows > 0 {
+                self.run(b, c, target, normed, step, rows)?;
+            }
+        }
+        Ok(attention.wants_forecast(l).then(|| self.of(l)))
+    }
+
+    /// Makes the Forecast for `layer` from the input of the step's first `rows`.
+    fn run(
         &self,
         b: &dyn Backend,
         c: &ModelConfig,
         layer: usize,
-        target: &LayerWeights,
         normed: &Tensor,
         step: &Step,
         rows: usize,
     ) -> Result<()> {
-        if rows == 0 {
-            return Ok(());
-        }
         let width = c.n_kv_heads * c.kv_dim();
         b.linear(&Linear {
             x: normed,
@@ -98,7 +120,7 @@ impl Forecaster {
             x: &self.projected,
             x_stride: width,
             positions: step.positions(),
-            inv_freq: &target.inv_freq,
+            inv_freq: &self.inv_freq[layer],
             heads_per_freq: 1,
             norm: None,
             factor: c.rope_factor(),
@@ -110,7 +132,7 @@ impl Forecaster {
     }
 
     /// The Forecast for `layer`: act `[rows, kv_heads, kv_dim]`.
-    pub fn of(&self, layer: usize) -> &Tensor {
+    fn of(&self, layer: usize) -> &Tensor {
         &self.out[layer % 2]
     }
 }

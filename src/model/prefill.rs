@@ -2,10 +2,11 @@
 //! attend to those. Scores are made for some tiles at a time, so no buffer grows with the square of the prompt.
 
 use super::attend::{Dense, Partials};
+use super::clock::Clock;
 use super::lists::LayerLists;
-use super::step::{GroupSeqs, Tiling};
+use super::step::{GroupSeqs, StepSeq, Tiling};
 use super::workspace::Workspace;
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Result as Done};
 use crate::select::{
     LayerContext, LayerPlan, LayerShape, Plan, Role, Scorer, SelectError, Selector, select_tiles,
 };
@@ -14,6 +15,13 @@ use crate::select::{
 const SCORE_BYTES: usize = 256 << 20;
 /// Batches are multiples of this, so that their records and lists begin where every device can bind them.
 const LEAST: usize = 64;
+
+/// What layers run with, whatever they choose.
+pub(super) struct Run<'a> {
+    pub ws: &'a Workspace,
+    pub partials: &'a mut Partials,
+    pub clock: &'a mut Clock,
+}
 
 /// Room for the tiles of prompts.
 #[derive(Debug)]
@@ -33,6 +41,16 @@ pub(super) fn tilings(plan: &Plan) -> Vec<Tiling> {
         }
     }
     all
+}
+
+/// The tile of a step of these prompts, counted over all of them, that holds `token` of sequence `i`; None where a layer
+/// of this plan reads the token densely.
+pub(super) fn tile_of(
+    p: &LayerPlan,
+    seqs: &[StepSeq<'_>],
+    (i, token): (usize, usize),
+) -> Option<usize> {
+    tiling(p)?.tile_of(seqs, i, token)
 }
 
 fn tiling(p: &LayerPlan) -> Option<Tiling> {
@@ -57,7 +75,7 @@ pub(super) fn room(plan: &Plan, shape: &LayerShape, row_bytes: usize) -> (usize,
     (most, fit.min(most))
 }
 
-/// Attends the step's prefilling rows of the layer of `cx`, into `ws.attn`. `lists`: the layer's lists for tiles, a
+/// Attends the step's prefilling rows of the layer of `cx`, into `run.ws.attn`. `lists`: the layer's lists for tiles, a
 /// batch of which is scored at once.
 ///
 /// # Errors
@@ -68,13 +86,13 @@ pub(super) fn prefill(
     plan: &LayerPlan,
     (lists, batch): (Option<&LayerLists>, usize),
     mut selector: Option<&mut (dyn Selector + 'static)>,
-    partials: &mut Partials,
-    ws: &Workspace,
+    run: Run<'_>,
 ) -> Result<(), SelectError> {
-    let step = dense.step;
+    let (step, b, l) = (dense.step, cx.backend, cx.shape.layer);
     let (Some(tiling), Some(lists)) = (tiling(plan), lists) else {
-        return Ok(dense.attend(step.prefill, 1, &ws.attn, None)?);
+        return Ok(densely(dense, run)?);
     };
+    let Run { ws, partials, clock } = run;
     if step.prefill.n == 0 {
         return Ok(());
     }
@@ -83,27 +101,40 @@ pub(super) fn prefill(
         reason: "the step was made for another plan".into(),
     })?;
     // Tiles are scored with each row's softmax over all its tokens; a dense anchor attends to them anyway.
-    if plan.scores_tiles() || plan.role == Role::DenseAnchor {
-        dense.attend(step.prefill, 1, &ws.attn, Some(&ws.lse))?;
-    } else {
-        dense.attend(split.dense, 1, &ws.attn, None)?;
-    }
+    let (group, lse) = match plan.scores_tiles() || plan.role == Role::DenseAnchor {
+        true => (step.prefill, Some(&ws.lse)),
+        false => (split.dense, None),
+    };
+    clock.time(b, l, |t| &mut t.dense, || dense.attend(group, 1, &ws.attn, lse))?;
     let all = split.tiles;
     for first in (0..all.n).step_by(batch.max(1)) {
         let group = GroupSeqs::new(step, all.part(first, batch.min(all.n - first)));
         let cx = LayerContext { seqs: group.seqs(), ..*cx };
         let chosen = lists.attend.part(first, cx.seqs.n);
-        match &mut selector {
-            _ if !plan.selects() => {}
-            Some(selector) if plan.scorer != Scorer::None && !plan.scores_tiles() => {
-                selector.select(&cx, &ws.q, &chosen)?;
-            }
-            _ => select_tiles(&cx, plan, (&ws.q, &ws.lse), &chosen)?,
+        if plan.selects() {
+            clock.time(
+                b,
+                l,
+                |t| &mut t.select,
+                || match &mut selector {
+                    Some(selector) if plan.scorer != Scorer::None && !plan.scores_tiles() => {
+                        selector.select(&cx, &ws.q, &chosen)
+                    }
+                    _ => select_tiles(&cx, plan, (&ws.q, &ws.lse), &chosen),
+                },
+            )?;
         }
         if plan.sparse() {
             let map = lists.head_map.as_ref();
-            dense.listed(&group, &chosen, map, partials, &ws.attn, &ws.lse)?;
+            let mut attend = || dense.listed(&group, &chosen, map, partials, &ws.attn, &ws.lse);
+            clock.time(b, l, |t| &mut t.listed, &mut attend)?;
         }
     }
     Ok(())
+}
+
+/// Attends the step's prefilling rows to every token.
+pub(super) fn densely(dense: &Dense<'_>, run: Run<'_>) -> Done<()> {
+    let attend = || dense.attend(dense.step.prefill, 1, &run.ws.attn, None);
+    run.clock.time(dense.b, dense.shape.layer, |t| &mut t.dense, attend)
 }

@@ -109,6 +109,21 @@ impl Tiling {
         self.threshold / self.tile * self.tile
     }
 
+    /// How tokens `start..end` of a sequence are read: the first that is not read densely, and the tiles from there on.
+    fn cut(self, start: usize, end: usize) -> (usize, impl Iterator<Item = (usize, usize)>) {
+        let first = self.first().clamp(start, end);
+        let next = move |at: usize| ((at / self.tile + 1) * self.tile).min(end);
+        let starts = std::iter::successors(Some(first), move |&at| Some(next(at)));
+        (first, starts.take_while(move |&at| at < end).map(move |at| (at, next(at))))
+    }
+
+    /// The tile of a step of these prompts, counted over all of them, that holds `token` of sequence `i`.
+    pub(super) fn tile_of(self, seqs: &[StepSeq<'_>], i: usize, token: usize) -> Option<usize> {
+        let tiles = |s: &StepSeq<'_>| self.cut(s.cached, s.kv_len()).1;
+        let within = tiles(seqs.get(i)?).position(|(from, to)| (from..to).contains(&token))?;
+        Some(seqs.iter().take(i).map(|s| tiles(s).count()).sum::<usize>() + within)
+    }
+
     /// Tiles that a step of `rows` rows of `seqs` sequences may have: each sequence may begin and end within one.
     pub fn most(self, rows: usize, seqs: usize) -> usize {
         rows.min(rows / self.tile + 2 * seqs)
@@ -248,15 +263,11 @@ impl Step {
             let (mut dense, mut tiles) = (Vec::new(), Vec::new());
             for &i in &order[n_decode..] {
                 let (start, end) = (seqs[i].cached, seqs[i].kv_len());
-                let mut at = t.first().clamp(start, end);
-                if at > start {
-                    dense.push(rows_of(i, start, at));
+                let (first, cut) = t.cut(start, end);
+                if first > start {
+                    dense.push(rows_of(i, start, first));
                 }
-                while at < end {
-                    let next = ((at / t.tile + 1) * t.tile).min(end);
-                    tiles.push(rows_of(i, at, next));
-                    at = next;
-                }
+                tiles.extend(cut.map(|(from, to)| rows_of(i, from, to)));
             }
             let mut add = |records: &[[u32; META_WORDS]]| {
                 let start = words.section(records.iter().flatten().copied()).0;

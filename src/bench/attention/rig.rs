@@ -1,231 +1,185 @@
-//! A batch of sequences in KV pools that layers take in turn, and the decode steps over them.
+//! A batch of sequences in KV pools that layers take in turn, and the attention of all layers of a step over them.
 
-use super::AttentionBench;
-use super::check;
+use super::subject::{Case, Subject};
 use crate::backend::{Backend, DType, PAGE, Result, Tensor};
-use crate::bench::Summary;
-use crate::bench::kernels::Check;
 use crate::bench::random::{Random, Values};
 use crate::engine::EngineError;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
-use crate::model::{Attention, Checkpoint, GroupSeqs, ModelConfig, Step, StepSeq, Workspace};
-use crate::select::{
-    Given, KeyProfile, KvReads, LayerShape, ModelShape, Plan, SelectError, TrainedBlocks,
+use crate::model::{
+    Attention, Checkpoint, Forecast, Forecaster, KeyOrder, ModelConfig, Step, Workspace,
 };
+use crate::select::{Given, KeyProfile, LayerShape, Plan, SelectError};
 
-type Outcome<T> = std::result::Result<T, SelectError>;
+/// What can go wrong in a step.
+pub(super) type Outcome<T> = std::result::Result<T, SelectError>;
 
 /// Pools together exceed this, where memory allows: several times the largest L2 cache of today.
 const ROTATE: u64 = 256 << 20;
 /// Share of the free memory that pools may take.
 const MEMORY_SHARE: f64 = 0.8;
-/// Rows that are appended at a time.
-const CHUNK: usize = 4096;
-/// Steps before the clock starts: kernels compile, methods choose, a graph is made.
-pub(super) const WARM_UP: usize = 4;
-
-/// The model whose attention is measured, as plans see it.
-pub(super) fn model_shape<'a>(o: &AttentionBench, windows: &'a [Option<usize>]) -> ModelShape<'a> {
-    ModelShape {
-        model: "",
-        windows,
-        heads: o.heads,
-        kv_heads: o.kv_heads,
-        head_dim: o.head_dim,
-        // Plans of NOSA are made and then left out with a note: its keys are no plain ones.
-        importance: Some(TrainedBlocks::default()),
-    }
-}
 
 pub(super) struct Rig<'a> {
     pub b: &'a dyn Backend,
-    pub o: &'a AttentionBench,
+    pub of: &'a Subject,
+    /// Tokens of every sequence at the end.
+    pub tokens: usize,
     pub batch: usize,
+    /// Rows of the largest step.
+    pub rows: usize,
     pub cache: KvCache,
     pub tables: Vec<PageTable>,
     pub ws: Workspace,
+    pub random: Random,
+    /// Pools that layers take in turn.
+    pub pools: usize,
+    /// Free device memory before the first pool, where the device tells.
+    pub free_before: Option<u64>,
+    config: ModelConfig,
+    forecaster: Option<Forecaster>,
 }
 
 impl<'a> Rig<'a> {
-    /// Pools for `plans`, filled with random keys and values.
-    pub fn new(
-        b: &'a dyn Backend,
-        o: &'a AttentionBench,
-        batch: usize,
-        plans: &[(String, Plan)],
-    ) -> crate::bench::Result<Rig<'a>> {
-        let mut random = Random::new(o.seed);
-        let all = || plans.iter().map(|p| &p.1);
+    /// Empty pools for the plans of `case`, and random activations.
+    pub fn new(b: &'a dyn Backend, of: &'a Subject, case: &Case) -> crate::bench::Result<Rig<'a>> {
+        let free_before = b.free_memory();
+        let &Case { tokens, batch, rows, .. } = case;
+        let mut random = Random::new(of.seed);
+        let all = || case.plans.iter().map(|p| &p.1);
         let shape = KvShape {
             n_layers: 1,
-            kv_heads: o.kv_heads,
-            head_dim: o.head_dim,
-            lead: all().filter_map(Plan::lead).max().unwrap_or(o.head_dim),
-            dtype: o.dtype,
-            n_pages: batch * pages_for(o.depth),
+            kv_heads: of.kv_heads,
+            head_dim: of.head_dim,
+            lead: all().filter_map(Plan::lead).max().unwrap_or(of.head_dim),
+            dtype: of.dtype,
+            n_pages: batch * pages_for(tokens),
             slots: batch,
             int8_dims: all().map(Plan::int8_dims).max().unwrap_or(0),
             key_stats: all().any(Plan::key_stats),
             value_stats: all().any(Plan::value_stats),
         };
-        let bytes = 2 * (shape.n_pages * PAGE * o.kv_heads * o.head_dim * o.dtype.bytes()) as u64;
-        let fit = b
-            .free_memory()
-            .map_or(usize::MAX, |f| (f as f64 * MEMORY_SHARE) as usize / bytes as usize);
-        let pools = (ROTATE.div_ceil(bytes) as usize).min(fit).clamp(1, o.layers);
+        let bytes =
+            2 * (shape.n_pages * PAGE * of.kv_heads * of.head_dim * of.dtype.bytes()) as u64;
+        let fit =
+            free_before.map_or(usize::MAX, |f| (f as f64 * MEMORY_SHARE) as usize / bytes as usize);
+        let pools = (ROTATE.div_ceil(bytes) as usize).min(fit).clamp(1, of.layers);
         let summaries: Vec<_> = all().flat_map(Plan::summaries).collect();
         let mut cache =
             KvCache::new(b, KvShape { n_layers: pools, ..shape })?.with_summaries(b, &summaries)?;
         let mut tables: Vec<PageTable> = (0..batch).map(|_| PageTable::default()).collect();
         // Page by page in random order of the sequences, so that their pages are mixed.
-        for _ in 0..pages_for(o.depth) {
+        for _ in 0..pages_for(tokens) {
             for s in random.shuffled(batch) {
                 let table = &mut tables[s as usize];
-                let n = PAGE.min(o.depth - table.tokens());
+                let n = PAGE.min(tokens - table.tokens());
                 let room = cache.extend(b, table, n);
                 room.map_err(|e| crate::bench::BenchError::BadOption(e.to_string()))??;
             }
         }
-        let config = config(o)?;
-        let act = b.caps().activations(o.dtype);
-        let ws = Workspace::new(b, &config, act, CHUNK.max(batch))?;
-        for t in [&ws.q, &ws.k, &ws.qkv] {
-            random.fill(b, t, Values::Normal)?;
+        let forecasts = all().any(Plan::wants_forecast);
+        let config = config(of, forecasts)?;
+        let act = b.caps().activations(of.dtype);
+        let ws = Workspace::new(b, &config, act, rows)?;
+        let forecaster =
+            forecasts.then(|| forecaster(b, &config, [of.dtype, act], rows, &mut random));
+        let forecaster = forecaster.transpose()?;
+        let cache = cache.in_turn(of.layers);
+        let mut rig = Rig {
+            b,
+            of,
+            tokens,
+            batch,
+            rows,
+            cache,
+            tables,
+            ws,
+            random,
+            pools,
+            free_before,
+            config,
+            forecaster,
+        };
+        rig.draw()?;
+        if case.filled {
+            rig.fill()?;
         }
-        let mut rig = Rig { b, o, batch, cache, tables, ws };
-        for pool in 0..pools {
-            rig.fill(pool, &mut random)?;
-        }
-        rig.cache = rig.cache.in_turn(o.layers);
         Ok(rig)
     }
 
-    /// Appends random rows to every sequence, up to the depth.
-    fn fill(&mut self, pool: usize, random: &mut Random) -> Result<()> {
-        let values = self.b.alloc(self.ws.k.dtype(), self.ws.k.len(), "values")?;
-        let rows = [&self.ws.k, &values].map(|t| (t, self.o.kv_heads * self.o.head_dim));
-        let tokens = vec![0; CHUNK];
-        let depth = self.o.depth;
-        let pages = pages_for(depth);
-        let buffer = self.b.alloc(DType::U32, Step::words(CHUNK, 1, pages, 0, &[]), "step")?;
-        for (slot, table) in self.tables.iter().enumerate() {
-            for start in (0..depth).step_by(CHUNK) {
-                let seq = StepSeq {
-                    tokens: &tokens[..CHUNK.min(depth - start)],
-                    cached: start,
-                    pages: table.pages(),
-                    slot,
-                    decode: None,
-                };
-                for t in [&self.ws.k, &values] {
-                    random.fill(self.b, t, Values::Normal)?;
-                }
-                let step = Step::upload(self.b, &buffer, &[seq], depth, &[], &[])?;
-                let group = GroupSeqs::new(&step, step.all);
-                self.cache.append(self.b, pool, group.seqs(), rows, None)?;
-            }
-        }
-        self.b.sync()
+    /// Other queries, keys, values and, for Forecasts, layer inputs.
+    pub fn draw(&mut self) -> Result<()> {
+        let (ws, random) = (&self.ws, &mut self.random);
+        let inputs = self.forecaster.is_some().then_some(&ws.normed);
+        let all = [&ws.q, &ws.k, &ws.qkv].into_iter().chain(inputs);
+        all.into_iter().try_for_each(|t| random.fill(self.b, t, Values::Normal))
     }
 
-    /// Runs `plan`: milliseconds of a step's mean layer, and the last layer's result against the reference.
-    pub fn measure(&mut self, plan: &Plan) -> Outcome<(Summary, Check)> {
-        let (b, o) = (self.b, self.o);
-        let shape = |layer| LayerShape {
+    /// Sizes of a layer.
+    fn shape(&self, layer: usize) -> LayerShape {
+        let of = self.of;
+        LayerShape {
             layer,
-            heads: o.heads,
-            kv_heads: o.kv_heads,
-            head_dim: o.head_dim,
-            plain_dim: o.head_dim,
-            kv_dtype: o.dtype,
+            heads: of.heads,
+            kv_heads: of.kv_heads,
+            head_dim: of.head_dim,
+            plain_dim: of.head_dim,
+            kv_dtype: of.dtype,
             slots: self.batch,
             at_once: self.batch,
-            rows: self.batch,
-            capacity: o.depth.next_multiple_of(PAGE),
-        };
+            rows: self.rows,
+            capacity: self.capacity(),
+        }
+    }
+
+    /// Most tokens of a sequence, in whole pages.
+    pub fn capacity(&self) -> usize {
+        self.tokens.next_multiple_of(PAGE)
+    }
+
+    /// Makes `plan` runnable.
+    pub fn attention(&self, plan: &Plan) -> Outcome<Attention> {
         if plan.layers.iter().any(|p| p.correct) {
             return Err(SelectError::BadPlan {
                 method: plan.method.clone(),
                 reason: "the result is compared with attention alone; give --correct false".into(),
             });
         }
-        let profile = KeyProfile::neutral(o.layers, o.kv_heads, o.head_dim);
-        let mut attention = Attention::new(
-            b,
-            plan.clone(),
-            shape(0),
-            Given { custom: None, profile: Some(&profile) },
-        )?;
-        let pages = self.batch * pages_for(o.depth);
-        let mut buffer: Option<Tensor> = None;
-        let mut samples = Vec::with_capacity(o.steps);
-        let steps = WARM_UP + o.steps;
-        for i in 0..steps {
-            // The sequences grow to their depth.
-            let cached = o.depth - steps + i;
-            let seqs: Vec<StepSeq<'_>> = self
-                .tables
-                .iter()
-                .enumerate()
-                .map(|(slot, table)| StepSeq {
-                    tokens: &[0],
-                    cached,
-                    pages: table.pages(),
-                    slot,
-                    decode: Some(i),
-                })
-                .collect();
-            let cuts = attention.cuts(&seqs);
-            let words = Step::words(self.batch, self.batch, pages, cuts.len(), &[]);
-            let buffer = match &buffer {
-                Some(b) => b,
-                None => buffer.insert(b.alloc(DType::U32, words, "step")?),
-            };
-            let step = Step::upload(b, buffer, &seqs, o.depth, &cuts, &[])?;
-            let mut outcome: std::result::Result<(), SelectError> = Ok(());
-            let ms = b.time(&mut || {
-                b.replayable(&mut || {
-                    outcome = (0..o.layers).try_for_each(|l| {
-                        let cache = &self.cache;
-                        attention.layer(b, &step, cache, shape(l), None, &self.ws, None)?;
-                        Ok(b.advance()?)
-                    });
-                    outcome.is_ok()
-                })
-            })?;
-            outcome?;
-            attention.ran(&seqs, &cuts);
-            if i >= WARM_UP {
-                samples.push(ms / o.layers as f64);
+        let profile = KeyProfile::neutral(self.of.layers, self.of.kv_heads, self.of.head_dim);
+        let given = Given { custom: None, profile: Some(&profile) };
+        Attention::new(self.b, plan.clone(), self.shape(0), given)
+    }
+
+    /// A buffer for every step of `attention`.
+    pub fn step_buffer(&self, attention: &Attention, paces: usize) -> Result<Tensor> {
+        let pages = self.batch * pages_for(self.tokens);
+        let words = Step::words(self.rows, self.batch, pages, paces, attention.tilings());
+        self.b.alloc(DType::U32, words, "step")
+    }
+
+    /// The attention of all layers of a step, and the Forecasts that it asks for, as the decoder runs them.
+    pub fn layers(&self, attention: &mut Attention, step: &Step) -> Outcome<()> {
+        let (b, ws) = (self.b, &self.ws);
+        // The rig's other plans may want one.
+        let forecaster = self.forecaster.as_ref().filter(|_| attention.plan().wants_forecast());
+        for l in 0..self.of.layers {
+            let mut forecast = None;
+            if let Some(f) = forecaster {
+                let mut clock = std::mem::take(&mut attention.clock);
+                let made = clock.time(
+                    b,
+                    l,
+                    |t| &mut t.forecast,
+                    || -> Result<()> {
+                        forecast = f.at(b, &self.config, l, &ws.normed, step, attention)?;
+                        Ok(())
+                    },
+                );
+                attention.clock = clock;
+                made?;
             }
+            attention.layer(b, step, &self.cache, self.shape(l), None, ws, forecast)?;
+            b.advance()?;
         }
-        let found = check::last_layer(self, &attention)?;
-        Ok((Summary::of(samples), found))
-    }
-
-    /// Bytes that a step of `plan` must read of the cache, over all layers and sequences.
-    pub fn bytes(&self, plan: &Plan) -> u64 {
-        let (o, windows) = (self.o, vec![None; self.o.layers]);
-        let reads = KvReads {
-            windows: &windows,
-            heads: o.heads,
-            kv_heads: o.kv_heads,
-            head_dim: o.head_dim,
-            elem: o.dtype.bytes(),
-        };
-        self.batch as u64 * plan.bytes_read(o.depth, &reads)
-    }
-
-    /// Query rows of one KV head of a sequence, as bytes.
-    pub fn query_bytes(&self, sequence: usize, kv_head: usize) -> Result<Vec<u8>> {
-        let (o, q) = (self.o, &self.ws.q);
-        let group = o.heads / o.kv_heads;
-        let all = self.batch * o.heads * o.head_dim;
-        let mut bytes = vec![0; all * q.dtype().bytes()];
-        self.b.download(&q.slice(0, all), &mut bytes)?;
-        let (at, n) = ((sequence * o.heads + kv_head * group) * o.head_dim, group * o.head_dim);
-        let size = q.dtype().bytes();
-        Ok(bytes[at * size..(at + n) * size].to_vec())
+        Ok(())
     }
 
     /// Keys and values of a layer.
@@ -235,17 +189,37 @@ impl<'a> Rig<'a> {
     }
 }
 
-/// A decoder block with these heads; its other widths do not matter here.
-fn config(o: &AttentionBench) -> crate::bench::Result<ModelConfig> {
+/// A decoder block with these heads. Its other widths do not matter here, but that a Forecast is made of `hidden`
+/// numbers: as many as the query heads have, which is usual.
+fn config(of: &Subject, forecasts: bool) -> crate::bench::Result<ModelConfig> {
     let some = Checkpoint::random("llama-3.1-8b").map_err(EngineError::from)?.config().clone();
     Ok(ModelConfig {
-        n_layers: o.layers,
-        hidden: 8,
-        n_heads: o.heads,
-        n_kv_heads: o.kv_heads,
-        head_dim: o.head_dim,
+        n_layers: of.layers,
+        hidden: if forecasts { of.heads * of.head_dim } else { 8 },
+        n_heads: of.heads,
+        n_kv_heads: of.kv_heads,
+        head_dim: of.head_dim,
         ffn: 8,
         vocab: 8,
         ..some
     })
+}
+
+/// Random Forecast projections.
+fn forecaster(
+    b: &dyn Backend,
+    c: &ModelConfig,
+    types: [DType; 2],
+    rows: usize,
+    random: &mut Random,
+) -> crate::bench::Result<Forecaster> {
+    let width = c.n_kv_heads * c.head_dim;
+    let scale = (c.hidden as f32).sqrt().recip();
+    let mut matrix = || random.normal(width * c.hidden).into_iter().map(|v| v * scale).collect();
+    let file = Forecast::of((0..c.n_layers).map(|_| matrix()).collect());
+    let frequencies = b.alloc(DType::F32, width / 2, "rotary frequencies")?;
+    random.fill(b, &frequencies, Values::Scale)?;
+    let inv_freq = vec![frequencies; c.n_layers];
+    let made = Forecaster::new(b, file, c, (&KeyOrder::identity(c), inv_freq), types, rows);
+    Ok(made.map_err(EngineError::from)?)
 }

@@ -134,15 +134,14 @@ impl Small {
         let k_bytes = tiles(&set.k)?;
         let v_bytes = if values { tiles(&set.v)? } else { vec![0; k_bytes.len()] };
         let group = o.heads / o.kv_heads;
-        let at = (pair.sequence * o.heads + pair.kv_head * group) * o.head_dim * q.dtype().bytes();
-        let q_len = group * o.head_dim * q.dtype().bytes();
-        let q_bytes = &bytes(b, q)?[at..at + q_len];
+        let at = (pair.sequence * o.heads + pair.kv_head * group) * o.head_dim;
+        let q_bytes = part_bytes(b, q, at, group * o.head_dim)?;
         let mut meta = [0u32; META_WORDS];
         meta[Meta::Q_LEN] = 1;
         meta[Meta::KV_LEN] = o.depth as u32;
         let pages: Vec<u32> = (0..o.pages() as u32).collect();
         Ok(Small {
-            q: upload(&host, q.dtype(), q_bytes)?,
+            q: upload(&host, q.dtype(), &q_bytes)?,
             k: upload(&host, o.dtype, &k_bytes)?,
             v: upload(&host, o.dtype, &v_bytes)?,
             meta: upload(&host, DType::U32, bytemuck::cast_slice(&meta))?,
@@ -208,13 +207,31 @@ pub(in crate::bench) fn upload(host: &CpuBackend, dtype: DType, bytes: &[u8]) ->
     Ok(t)
 }
 
-/// Elements `at .. at + n` of a float tensor; only their neighbourhood is downloaded.
-pub(in crate::bench) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<f64>> {
+/// A view that holds elements `at .. at + n` of a tensor, and where in it they begin.
+fn around(t: &Tensor, at: usize, n: usize) -> (Tensor, usize) {
     // Views start on 256 bytes; copies on some devices need that too.
     let before = at % 256;
     let from = at - before;
     let len = (before + n).next_multiple_of(256).min(t.len() - from);
-    Ok(floats(b, &t.slice(from, len))?[before..before + n].to_vec())
+    (t.slice(from, len), before)
+}
+
+/// Elements `at .. at + n` of a float tensor; only their neighbourhood is downloaded.
+pub(in crate::bench) fn part(b: &dyn Backend, t: &Tensor, at: usize, n: usize) -> Result<Vec<f64>> {
+    let (view, before) = around(t, at, n);
+    Ok(floats(b, &view)?[before..before + n].to_vec())
+}
+
+/// The same elements as they are stored.
+pub(in crate::bench) fn part_bytes(
+    b: &dyn Backend,
+    t: &Tensor,
+    at: usize,
+    n: usize,
+) -> Result<Vec<u8>> {
+    let (view, before) = around(t, at, n);
+    let size = t.dtype().bytes();
+    Ok(bytes(b, &view)?[before * size..(before + n) * size].to_vec())
 }
 
 /// Elements of a u32 tensor, as [`part`].

@@ -12,7 +12,7 @@ mod top_k;
 
 pub use check::Check;
 
-use super::{Environment, Result, Summary, bad};
+use super::{Environment, Result, Summary, bad, check_heads};
 use crate::backend::{Bandwidth, DType, PAGE};
 use serde::Serialize;
 
@@ -185,13 +185,7 @@ impl KernelBench {
         if self.batches.is_empty() || self.batches.iter().any(|&b| b == 0 || b > 4096) {
             return bad("give batch sizes from 1 to 4096 (--batch)");
         }
-        let group = self.heads.checked_div(self.kv_heads).unwrap_or(0);
-        if !(1..=16).contains(&group) || group * self.kv_heads != self.heads || self.heads > 1024 {
-            return bad(format!(
-                "{} query heads over {} KV heads: each KV head serves 1 to 16 of at most 1024 (--heads, --kv-heads)",
-                self.heads, self.kv_heads
-            ));
-        }
+        check_heads(self.heads, self.kv_heads)?;
         let dims = |n: usize| n > 0 && n.is_multiple_of(8) && n <= self.head_dim;
         if !dims(self.head_dim) || self.head_dim > 256 {
             return bad(format!(

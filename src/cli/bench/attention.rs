@@ -1,14 +1,19 @@
 //! `longsight bench attention`.
 
 use super::{ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
-use crate::backend::DType;
-use crate::bench::attention::{AttentionBench, AttentionReport};
-use crate::cli::args::read_plans;
+use crate::backend::{Backend, DType};
+use crate::bench::Environment;
+use crate::bench::attention::{
+    AttentionBench, AttentionReport, AttentionRow, PromptBench, PromptReport, PromptRow, Subject,
+};
+use crate::bench::kernels::Check;
+use crate::cli::args::{at_least_one, read_plans};
 use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
 use anyhow::{Result, bail};
 use clap::Args;
+use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -20,9 +25,36 @@ layers take turns with a few KV pools, so that a batch of long sequences fits on
 One sequence and KV head of the last layer is compared with f64 attention over the tokens that it chose; a wrong \
 one ends the command with an error.
 
+With -p the same of whole prompts, read chunk by chunk as the engine reads them: what goes into the cache, \
+selection and attention, as the mean layer of a prompt. The last layer is checked at a few rows of the last \
+chunk. Methods choose for prompts where they have a tile (--tile: so many rows share a choice). One more reading, \
+in which the device waits in between, tells the parts, for each role that a layer may have:
+  dense          attends to every token
+  dense anchor   does so too, and chooses for the layers that reuse its choice
+  anchor         attends to its own choice, which others reuse
+  reuse          attends to an anchor's choice
+  select         attends to its own choice, which nobody reuses
+append is what goes into the cache, dense and listed are attention to every and to the chosen tokens; an anchor \
+takes the softmax that it scores with from a dense pass. sparda gets random Forecasts; their projection (of heads \
+x head dimension numbers, the hidden size of many models) is measured as forecast.
+
 The default shape is Llama 3.1 8B.";
 
+const EXAMPLES: &str = "\
+Examples:
+  longsight bench attention -D 131072 -b 1,32 --methods sparcas,kascade --budget 2048
+                                                      a decode step at 131,072 tokens
+  longsight bench attention -p 8192,32768,131072 --methods kascade --tile 32 -o prompts.json
+                                                      prompts, 10 % of each tile's own length
+  longsight bench attention -p 131072 --kv-heads 2 --methods infllm2,sparda --tile 1 --budget 6144
+                                                      96 blocks chosen by 32 query heads, and by 2 Forecasts";
+
+/// Methods where none are named.
+const DECODE: [&str; 2] = ["sparcas", "kascade"];
+const PROMPTS: [&str; 1] = ["kascade:tile=32"];
+
 #[derive(Args)]
+#[command(after_help = EXAMPLES)]
 pub struct AttentionArgs {
     /// auto, cpu, wgpu, wgpu:<part of an adapter's name>, cuda, cuda:<number>
     #[arg(short, long, default_value = "auto")]
@@ -30,8 +62,23 @@ pub struct AttentionArgs {
     /// Cached tokens of every sequence
     #[arg(short = 'D', long, default_value_t = 32768, value_name = "TOKENS")]
     depth: usize,
-    /// Sequences decoded together
-    #[arg(short, long, value_delimiter = ',', default_value = "1,8", value_name = "N,...")]
+    /// Prompt lengths to read, instead of decode steps
+    #[arg(
+        short,
+        long,
+        value_delimiter = ',',
+        value_name = "TOKENS,...",
+        conflicts_with_all = ["depth", "steps"]
+    )]
+    prompt: Vec<usize>,
+    /// Prompt tokens of a sequence per step [default: 4096 on CUDA, else 512]
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one, requires = "prompt")]
+    chunk: Option<usize>,
+    /// Times that every prompt is read
+    #[arg(short, long, default_value_t = 3, value_name = "N", requires = "prompt")]
+    repeats: usize,
+    /// Sequences of a step [default: 1,8; with -p 1]
+    #[arg(short, long, value_delimiter = ',', value_name = "N,...")]
     batch: Vec<usize>,
     /// Layers of the model
     #[arg(long, default_value_t = 32)]
@@ -49,18 +96,13 @@ pub struct AttentionArgs {
     #[arg(long, default_value = "bf16", value_name = "DTYPE")]
     dtype: DType,
     /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
-    /// `longsight run --help` lists them
-    #[arg(
-        long,
-        value_delimiter = ',',
-        default_value = "sparcas,kascade",
-        value_name = "METHOD,..."
-    )]
+    /// `longsight run --help` lists them [default: sparcas,kascade; with -p kascade:tile=32]
+    #[arg(long, value_delimiter = ',', value_name = "METHOD,...")]
     methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
     #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
     plan: Vec<PathBuf>,
-    /// Steps that are timed
+    /// Decode steps that are timed
     #[arg(long, default_value_t = 64, value_name = "N")]
     steps: usize,
     /// Seed of the random inputs
@@ -72,69 +114,198 @@ pub struct AttentionArgs {
     method: Sweep,
 }
 
+/// What was asked for, or what stands in its place.
+fn or<T: Clone>(given: &[T], default: Vec<T>) -> Vec<T> {
+    if given.is_empty() { default } else { given.to_vec() }
+}
+
 pub fn run(a: AttentionArgs) -> Result<ExitCode> {
-    let bench = AttentionBench {
-        depth: a.depth,
-        batches: a.batch,
+    let decodes = a.prompt.is_empty();
+    let names = if decodes { &DECODE[..] } else { &PROMPTS[..] };
+    let of = Subject {
+        batches: or(&a.batch, if decodes { vec![1, 8] } else { vec![1] }),
         layers: a.layers,
         heads: a.heads,
         kv_heads: a.kv_heads,
         head_dim: a.head_dim,
         dtype: a.dtype,
-        methods: a.method.specs(&a.methods)?,
+        methods: a.method.specs(&or(&a.methods, names.iter().map(|m| m.to_string()).collect()))?,
         plans: read_plans(&a.plan)?,
-        steps: a.steps,
         seed: a.seed,
     };
-    bench.validate()?;
-    let file = a.report.file()?;
-    let device = opened(&a.device)?;
-    let report = with_bar(|on| bench.run(&*device, on))?;
-    a.report.finish(file, &report, || table(&report))?;
-    if report.rows.is_empty() {
-        bail!("nothing was measured: {}", report.notes.join("; "));
+    if decodes {
+        let bench = AttentionBench { of, depth: a.depth, steps: a.steps };
+        bench.validate()?;
+        return measure(&a.device, &a.report, |b, on| Ok(bench.run(b, on)?));
     }
-    let wrong: Vec<String> = report
-        .failures()
-        .map(|r| format!("{} at batch {}: NMSE {:.2e}", r.method, r.batch, r.check.value))
-        .collect();
-    refuse_wrong(&report.environment, &wrong)?;
+    let bench = PromptBench { of, prompts: a.prompt, chunk: a.chunk, repeats: a.repeats };
+    bench.validate()?;
+    measure(&a.device, &a.report, |b, on| Ok(bench.run(b, on)?))
+}
+
+/// What both kinds of report have.
+trait Measured: Serialize {
+    fn environment(&self) -> &Environment;
+    fn notes(&self) -> &[String];
+    /// What every row is, and what its check has found.
+    fn checks(&self) -> Vec<(String, &Check)>;
+    fn table(&self) -> String;
+}
+
+/// Measures on the device and reports; an error where nothing could be measured or something was wrong.
+fn measure<R: Measured>(
+    device: &str,
+    report: &ReportArgs,
+    bench: impl FnOnce(&dyn Backend, &mut dyn FnMut(&str, usize, usize)) -> Result<R>,
+) -> Result<ExitCode> {
+    let file = report.file()?;
+    let device = opened(device)?;
+    let found = with_bar(|on| bench(&*device, on))?;
+    let table = || {
+        let notes = found.notes().iter().map(|note| format!("note: {note}\n"));
+        found.table() + &notes.collect::<String>()
+    };
+    report.finish(file, &found, table)?;
+    let checks = found.checks();
+    if checks.is_empty() {
+        bail!("nothing was measured: {}", found.notes().join("; "));
+    }
+    let wrong = checks.iter().filter(|(_, c)| !c.passed);
+    let wrong: Vec<_> = wrong.map(|(of, c)| format!("{of}: NMSE {:.2e}", c.value)).collect();
+    refuse_wrong(found.environment(), &wrong)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn table(r: &AttentionReport) -> String {
-    let mut t = Table::new(&[
-        "method", ">batch", ">bytes", ">mean ms", ">sd", ">x dense", ">GB/s", ">of read", "check",
-    ]);
-    for row in &r.rows {
-        let c = &row.check;
-        t.row([
-            row.method.clone(),
-            row.batch.to_string(),
-            ui::bytes(row.bytes),
-            format!("{:.4}", row.ms.mean),
-            format!("{:.4}", row.ms.sd),
-            row.x_dense.map_or_else(|| "-".into(), |x| format!("{x:.2}")),
-            format!("{:.1}", row.gb_s),
-            percent(row.share),
-            format!("NMSE {:.1e} {}", c.value, if c.passed { "ok" } else { "WRONG" }),
+fn checked(c: &Check) -> String {
+    format!("NMSE {:.1e} {}", c.value, if c.passed { "ok" } else { "WRONG" })
+}
+
+fn times(x: Option<f64>) -> String {
+    x.map_or_else(|| "-".into(), |x| format!("{x:.2}"))
+}
+
+/// The model in words.
+fn shape(s: &Subject) -> String {
+    format!(
+        "{} heads over {} KV heads, head dimension {}, KV in {}",
+        s.heads, s.kv_heads, s.head_dim, s.dtype
+    )
+}
+
+impl Measured for AttentionReport {
+    fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn checks(&self) -> Vec<(String, &Check)> {
+        let of = |r: &AttentionRow| format!("{} at batch {}", r.method, r.batch);
+        self.rows.iter().map(|r| (of(r), &r.check)).collect()
+    }
+
+    fn table(&self) -> String {
+        let mut t = Table::new(&[
+            "method", ">batch", ">bytes", ">mean ms", ">sd", ">x dense", ">GB/s", ">of read",
+            "check",
         ]);
+        for row in &self.rows {
+            t.row([
+                row.method.clone(),
+                row.batch.to_string(),
+                ui::bytes(row.bytes),
+                format!("{:.4}", row.ms.mean),
+                format!("{:.4}", row.ms.sd),
+                times(row.x_dense),
+                format!("{:.1}", row.gb_s),
+                percent(row.share),
+                checked(&row.check),
+            ]);
+        }
+        let s = &self.settings;
+        format!(
+            "{}\nmean of {} layers at {} tokens, {}; device read {:.1} GB/s in this run\n\n{t}",
+            origin(&self.environment),
+            s.of.layers,
+            ui::thousands(s.depth as u64),
+            shape(&s.of),
+            self.bandwidth_gb_s.device_read
+        )
     }
-    let s = &r.settings;
-    let mut text = format!(
-        "{}\nmean of {} layers at {} tokens, {} heads over {} KV heads, head dimension {}, KV in {}; device read {:.1} GB/s \
-         in this run\n\n{t}",
-        origin(&r.environment),
-        s.layers,
-        ui::thousands(s.depth as u64),
-        s.heads,
-        s.kv_heads,
-        s.head_dim,
-        s.dtype,
-        r.bandwidth_gb_s.device_read
-    );
-    for note in &r.notes {
-        text += &format!("note: {note}\n");
+}
+
+impl Measured for PromptReport {
+    fn environment(&self) -> &Environment {
+        &self.environment
     }
-    text
+
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn checks(&self) -> Vec<(String, &Check)> {
+        let of = |r: &PromptRow| format!("{} at {} tokens, batch {}", r.method, r.prompt, r.batch);
+        self.rows.iter().map(|r| (of(r), &r.check)).collect()
+    }
+
+    fn table(&self) -> String {
+        let mut t = Table::new(&[
+            "method", ">prompt", ">batch", ">chunk", ">mean ms", ">sd", ">x dense", ">TFLOP/s",
+            ">buffers", "check",
+        ]);
+        let mut parts = Table::new(&[
+            "method",
+            ">prompt",
+            ">batch",
+            "role",
+            ">layers",
+            ">ms",
+            ">append",
+            ">forecast",
+            ">dense",
+            ">select",
+            ">listed",
+            ">select + attend",
+        ]);
+        let ms = |x: f64| format!("{x:.3}");
+        for row in &self.rows {
+            let of = [row.method.clone(), ui::thousands(row.prompt as u64), row.batch.to_string()];
+            let line = [
+                ui::thousands(row.chunk as u64),
+                ms(row.ms.mean),
+                ms(row.ms.sd),
+                times(row.x_dense),
+                row.tflop_s.map_or_else(|| "-".into(), |f| format!("{f:.1}")),
+                row.taken_bytes.map_or_else(|| "-".into(), ui::bytes),
+                checked(&row.check),
+            ];
+            t.row(of.iter().cloned().chain(line));
+            for role in &row.roles {
+                let p = &role.ms;
+                let line = [
+                    role.role.to_owned(),
+                    role.layers.len().to_string(),
+                    ms(p.total()),
+                    ms(p.append),
+                    ms(p.forecast),
+                    ms(p.dense),
+                    ms(p.select),
+                    ms(p.listed),
+                    ms(p.attention()),
+                ];
+                parts.row(of.iter().cloned().chain(line));
+            }
+        }
+        let s = &self.settings;
+        format!(
+            "{}\nmean of {} layers over a prompt, {}; {} readings\n\n{t}\nthe mean layer of each role, from one more \
+             reading in which the device waits between the parts\n\n{parts}",
+            origin(&self.environment),
+            s.of.layers,
+            shape(&s.of),
+            s.repeats
+        )
+    }
 }

@@ -48,7 +48,7 @@ enum What {
     /// Single ops at one shape: milliseconds, GB/s, share of the device-read bandwidth of the same run
     #[command(long_about = kernels::ABOUT)]
     Kernels(kernels::KernelArgs),
-    /// The attention of all layers in a decode step, method by method, without the rest of the model
+    /// The attention of all layers in decode steps or prompts, method by method, without the rest of the model
     #[command(long_about = attention::ABOUT)]
     Attention(attention::AttentionArgs),
 }
