@@ -125,23 +125,8 @@ impl AttentionBench {
     /// Any [`BenchError`](super::BenchError).
     pub fn run(&self, b: &dyn Backend, progress: &mut Progress<'_>) -> Result<AttentionReport> {
         self.validate()?;
-        let mut plans = self.of.named_plans(self.depth)?;
         let mut notes = Vec::new();
-        let dense = plans.remove(0);
-        plans.retain(|(name, plan)| match plan.dense_until() {
-            Some(n) if n < self.depth => true,
-            Some(n) => {
-                notes.push(format!(
-                    "{name} is left out: it attends to every token up to {n} (--dense-below, --budget)"
-                ));
-                false
-            }
-            None => {
-                notes.push(format!("{name} is left out: no layer of it is sparse (--dense-layers)"));
-                false
-            }
-        });
-        plans.insert(0, dense);
+        let plans = self.of.sparse_plans(self.depth, &mut notes)?;
         progress("device read", 0, self.of.batches.len() * plans.len());
         let bandwidth = b.bandwidth()?;
         let case = |&batch: &usize| Case {

@@ -38,7 +38,7 @@ pub struct RoleTime {
 /// One line of the result.
 #[derive(Clone, Debug, Serialize)]
 pub struct PromptRow {
-    /// Name of the method.
+    /// Method as it was asked for.
     pub method: String,
     /// Tokens of the prompt.
     pub prompt: usize,
@@ -132,7 +132,7 @@ impl PromptBench {
         self.validate()?;
         let (mut cases, mut notes) = (Vec::new(), Vec::new());
         for &tokens in &self.prompts {
-            let mut plans = self.of.named_plans(tokens)?;
+            let mut plans = self.of.sparse_plans(tokens, &mut notes)?;
             let (dense, sparse) = (plans.remove(0), plans);
             let (sparse, others): (Vec<_>, Vec<_>) =
                 sparse.into_iter().partition(|(_, plan)| plan.reads_prompts_sparsely());

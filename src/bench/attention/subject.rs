@@ -105,6 +105,27 @@ impl Subject {
         Ok(all)
     }
 
+    /// [`Subject::named_plans`] without those that attend to every one of `tokens` tokens: a note for each goes to `notes`.
+    pub(super) fn sparse_plans(
+        &self,
+        tokens: usize,
+        notes: &mut Vec<String>,
+    ) -> Result<Vec<(String, Plan)>> {
+        let mut plans = self.named_plans(tokens)?;
+        let mut first = true;
+        plans.retain(|(name, plan)| {
+            let why = match plan.dense_until() {
+                _ if std::mem::take(&mut first) => return true,
+                Some(n) if n < tokens => return true,
+                Some(n) => format!("it attends to every token up to {n} (--dense-below, --budget)"),
+                None => "no layer of it is sparse (--dense-layers)".into(),
+            };
+            notes.push(format!("{name}, {tokens} tokens, is left out: {why}"));
+            false
+        });
+        Ok(plans)
+    }
+
     /// Measures every plan of every case: the lines in this order, each against the case's first, and a note for each
     /// that is left out. `measure`: of one plan under its name.
     pub(super) fn measure<'a, L: Line>(

@@ -8,7 +8,7 @@ use crate::backend::reference::{encode, floats};
 use crate::backend::{Backend, DType, Tensor};
 use crate::select::{METHODS, MethodSpec, Variant};
 
-fn subject(methods: &[MethodSpec]) -> Subject {
+fn subject(methods: Vec<MethodSpec>) -> Subject {
     Subject {
         batches: vec![2],
         layers: 3,
@@ -16,19 +16,19 @@ fn subject(methods: &[MethodSpec]) -> Subject {
         kv_heads: 2,
         head_dim: 32,
         dtype: DType::F32,
-        methods: methods.iter().map(|m| (m.name().to_owned(), m.clone())).collect(),
+        methods: methods.into_iter().map(|m| (m.name().to_owned(), m)).collect(),
         plans: Vec::new(),
         seed: 1,
     }
 }
 
-fn bench(methods: &[MethodSpec]) -> AttentionBench {
+fn bench(methods: Vec<MethodSpec>) -> AttentionBench {
     AttentionBench { of: subject(methods), depth: 300, steps: 3 }
 }
 
 fn prompts(methods: &[&str]) -> PromptBench {
-    let methods: Vec<MethodSpec> = methods.iter().map(|m| m.parse().unwrap()).collect();
-    PromptBench { of: subject(&methods), prompts: vec![300], chunk: Some(128), repeats: 2 }
+    let methods = methods.iter().map(|m| m.parse().unwrap()).collect();
+    PromptBench { of: subject(methods), prompts: vec![300], chunk: Some(128), repeats: 2 }
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn every_method_is_measured_against_the_reference() {
         ..variant.into()
     };
     let methods: Vec<MethodSpec> = METHODS.iter().map(|m| spec(m.variant)).collect();
-    let report = bench(&methods).run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = bench(methods.clone()).run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
     let wrong: Vec<_> = report.failures().map(|r| (&r.method, r.check.value)).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     let missing: Vec<&str> = methods
@@ -68,7 +68,7 @@ fn every_method_with_a_tile_reads_prompts() {
     let mut methods: Vec<_> = tiled.map(|v| spec(v, 1)).collect();
     methods.extend([spec(Variant::Kascade, 32), spec(Variant::KascadePooled, 16)]);
     let n = methods.len();
-    let report = PromptBench { of: subject(&methods), ..prompts(&[]) };
+    let report = PromptBench { of: subject(methods), ..prompts(&[]) };
     let report = report.run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
     let wrong: Vec<_> = report.failures().map(|r| (&r.method, &r.check)).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
@@ -207,8 +207,8 @@ fn roles_are_told_apart() {
 #[test]
 fn options_that_cannot_be_measured_are_refused() {
     let refused = |b: AttentionBench| b.validate().unwrap_err().to_string();
-    let base = || bench(&[]);
-    let of = || subject(&[]);
+    let base = || bench(Vec::new());
+    let of = || subject(Vec::new());
     assert!(refused(AttentionBench { steps: usize::MAX, ..base() }).contains("--steps"));
     assert!(refused(AttentionBench { steps: 300, ..base() }).contains("--steps"));
     let wrong = |of: Subject| refused(AttentionBench { of, ..base() });
