@@ -8,8 +8,11 @@ use serde::de::DeserializeOwned;
 /// # Errors
 /// A name that is none, with all there are.
 pub fn parse_name<T: DeserializeOwned>(s: &str) -> Result<T, String> {
-    serde_json::from_value(serde_json::Value::String(s.replace('-', "_")))
-        .map_err(|e| e.to_string().replace('_', "-").replace("variant", "name"))
+    serde_json::from_value(serde_json::Value::String(s.replace('-', "_"))).map_err(|e| {
+        let said = e.to_string();
+        let known = said.split_once("expected ").map_or(&*said, |(_, names)| names);
+        format!("unknown name `{s}`, expected {}", known.replace('_', "-"))
+    })
 }
 
 /// The name that [`parse_name`] reads, with dashes.
@@ -35,5 +38,7 @@ mod tests {
         let unknown = parse_name::<HeadPool>("median").unwrap_err();
         assert!(unknown.starts_with("unknown name `median`") && unknown.contains("`sum-logit`"));
         assert!(!unknown.contains('_'), "{unknown}");
+        let own = parse_name::<HeadPool>("my_variant").unwrap_err();
+        assert!(own.starts_with("unknown name `my_variant`, expected"), "{own}");
     }
 }

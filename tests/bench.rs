@@ -99,7 +99,7 @@ fn prompts_are_measured_by_method_and_role() {
         "kascade:tile=32:budget=64",
         "infllm2:tile=1:budget=192:dense-below=0",
         "sparda:tile=1:budget=192:dense-below=0",
-        "sparcas",
+        "sparcas:budget=64:dense-below=0",
     ];
     let of = Subject {
         batches: vec![1],
@@ -179,11 +179,19 @@ fn prompts_are_asked_for_on_the_command_line() {
     assert_eq!(json["kind"], "prompt_attention");
     let methods: Vec<_> =
         json["rows"].as_array().unwrap().iter().map(|r| (&r["method"], &r["chunk"])).collect();
-    assert_eq!(methods, [(&"dense".into(), &64.into()), (&"kascade".into(), &64.into())]);
-    let table = home.run(&with(&["-p", "100", "-r", "1", "--methods", "window:budget=64:tile=8"]));
-    for part in ["TFLOP/s", "window", "select + attend", " ok"] {
+    assert_eq!(methods, [(&"dense".into(), &64.into()), (&"kascade:tile=32".into(), &64.into())]);
+    let window = "window:budget=64:tile=8:dense-below=0:dense-layers=0";
+    let table = home.run(&with(&["-p", "100", "-r", "1", "--methods", window]));
+    for part in ["TFLOP/s", "select + attend"] {
         assert!(table.out.contains(part), "{part}: {}", table.out);
     }
+    let row = table.out.lines().find(|l| l.starts_with(window));
+    assert!(row.is_some_and(|l| l.trim_end().ends_with("ok")), "{}", table.out);
+    // What was run is what the row says.
+    let tile =
+        home.run(&with(&["-p", "200", "-r", "1", "--tile", "16", "--format", "json"])).json();
+    assert_eq!(tile["rows"][1]["method"], "kascade:tile=16");
+    assert_eq!(tile["rows"][1]["plan"]["layers"][1]["tile"], 16);
     home.refused(&with(&["-p", "100", "-D", "200"]), &["--prompt", "--depth"]);
     home.refused(&with(&["-p", "100", "--steps", "4"]), &["--prompt", "--steps"]);
     home.refused(&with(&["--chunk", "64"]), &["--prompt"]);

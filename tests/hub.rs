@@ -74,7 +74,15 @@ impl Hub {
 
 fn run(home: &Home, environment: &[(&str, &str)], model: &str) -> Ended {
     let mut command = home.command(&["run", "-m", model, "-d", "cpu", "-n", "4", "a text"]);
-    for proxy in ["ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "HF_TOKEN"] {
+    for proxy in [
+        "ALL_PROXY",
+        "all_proxy",
+        "HTTP_PROXY",
+        "http_proxy",
+        "HTTPS_PROXY",
+        "https_proxy",
+        "HF_TOKEN",
+    ] {
         command.env_remove(proxy);
     }
     command.env("HF_HOME", home.path("hub")).envs(environment.iter().copied());
@@ -235,7 +243,7 @@ fn what_a_hub_does_not_give_is_a_sentence() {
     let hub = Hub::of(&sharded(&home, 1), Some("secret"));
     // Without a token the repository is closed; the sentence says how to bring one.
     says(&hub.run(&home, "org/tiny"), &["org/tiny", "HF_TOKEN"]);
-    assert_eq!(hub.run_with(&home, &[("HF_TOKEN", "secret")], "org/tiny").code, Some(0));
+    assert_eq!(hub.run_with(&home, &[("HF_TOKEN", "secret\n")], "org/tiny").code, Some(0));
     let other = Hub::new([("README.md".to_owned(), b"text".to_vec())].into(), None);
     let home = Home::new();
     says(&other.run(&home, "org/tiny"), &["org/tiny", "neither safetensors nor GGUF"]);

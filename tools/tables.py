@@ -3,7 +3,7 @@
 
     tools/tables.py bench/runs/2026-11-22-h100-kernels_cuda.json bench/runs/2026-11-22-h100-bench_cuda.json ...
 
-Takes what `longsight bench kernels -o`, `longsight bench attention -o`, `longsight bench -o`, `longsight eval -o` and
+Takes what `longsight bench kernels -o`, `longsight bench attention -o` (with -p or without), `longsight bench -o`, `longsight eval -o` and
 tools/peers.py write; several evaluations of the same samples make one table. Standard library only.
 """
 import json
@@ -57,10 +57,17 @@ def end_to_end(run):
         print(f"Prefill, {a['rows']} rows: linear layers {100 * a['linear_share']:.0f} % of the GEMM crate at the same shapes.\n")
 
 
+def same_shape(settings):
+    """The one shape that tools/peers.py times."""
+    shape = [settings[key] for key in ["heads", "kv_heads", "head_dim", "dtype"]]
+    return shape[:3] == [32, 8, 128] and shape[3].lower() == "bf16"
+
+
 def attention(run, peers):
     """The mean layer; with the peers' times (tools/peers.py, same machine and run) as ratios to FlashAttention-3."""
     read, depth = run["bandwidth_gb_s"]["device_read"], run["settings"]["depth"]
-    fa3 = {r["batch"]: r["fa3_ms"] for p in peers for r in p["decode"] if r["tokens"] == depth and "fa3_ms" in r}
+    alike = same_shape(run["settings"])
+    fa3 = {r["batch"]: r["fa3_ms"] for p in peers for r in p["decode"] if r["tokens"] == depth and "fa3_ms" in r and alike}
     print(f"{depth:,} tokens, device read {read:.0f} GB/s.\n")
     rows = []
     for r in run["rows"]:
@@ -75,7 +82,9 @@ def attention(run, peers):
 
 def prompts(run, peers):
     """The mean layer of whole prompts, likewise, and what the layers of each role spend their time on."""
-    fa3 = {r["tokens"]: r["fa3_ms"] for p in peers for r in p["prefill"] if "fa3_ms" in r}
+    # A peer reads the prompt at once; ours is read in chunks, and appended to the cache.
+    alike = same_shape(run["settings"])
+    fa3 = {r["tokens"]: r["fa3_ms"] for p in peers for r in p["prefill"] if "fa3_ms" in r and alike}
     rows, parts = [], []
     for r in run["rows"]:
         assert r["check"]["passed"], f"wrong result of {r['method']}"

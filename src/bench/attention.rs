@@ -126,7 +126,8 @@ impl AttentionBench {
     pub fn run(&self, b: &dyn Backend, progress: &mut Progress<'_>) -> Result<AttentionReport> {
         self.validate()?;
         let mut notes = Vec::new();
-        let plans = self.of.sparse_plans(self.depth, &mut notes)?;
+        let shortest = self.depth - self.steps + 1;
+        let plans = self.of.sparse_plans(self.depth, shortest, &mut notes)?;
         progress("device read", 0, self.of.batches.len() * plans.len());
         let bandwidth = b.bandwidth()?;
         let case = |&batch: &usize| Case {

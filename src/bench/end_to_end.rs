@@ -172,7 +172,7 @@ impl Run<'_, '_> {
         self.all = depths.len()
             * self.o.repeats
             * (tests(&self.o.prompts)
-                + tests(&self.o.generate) * (1 + self.o.methods.len() + self.o.plans.len()));
+                + tests(&self.o.generate) * (1 + self.methods().count() + self.o.plans.len()));
         let dense = self.plan(&Variant::Dense.into(), 0)?;
         let base = self.engine.open_sequence()?;
         for depth in depths {
@@ -217,8 +217,9 @@ impl Run<'_, '_> {
     fn prefill(&mut self, base: SeqId, depth: usize, n: usize) -> Result<()> {
         let test = name("pp", n, depth);
         let mut contenders = vec![(dense_name(), self.plan(&Variant::Dense.into(), depth + n)?)];
-        let tiled = |p: &Plan| p.layers.iter().any(|l| l.tile.is_some());
-        contenders.extend(self.sparse(depth + n)?.into_iter().filter(|(_, plan)| tiled(plan)));
+        let plans = self.sparse(depth + n)?;
+        let tiled = plans.into_iter().filter(|(_, plan)| plan.reads_prompts_sparsely()).collect();
+        contenders.extend(self.choosing(&test, depth + n, tiled));
         self.all += self.o.repeats * (contenders.len() - 1);
         let mut speeds = vec![Vec::with_capacity(self.o.repeats); contenders.len()];
         // One repetition more, not counted: it allocates and warms caches.
@@ -260,10 +261,33 @@ impl Run<'_, '_> {
         Ok(())
     }
 
+    /// Methods beside dense attention.
+    fn methods(&self) -> impl Iterator<Item = &(String, MethodSpec)> {
+        self.o.methods.iter().filter(|(_, m)| m.variant != Variant::Dense)
+    }
+
+    /// Those that do not attend to every one of `tokens` tokens; a note names the others.
+    fn choosing(
+        &mut self,
+        test: &str,
+        tokens: usize,
+        mut plans: Vec<(String, Plan)>,
+    ) -> Vec<(String, Plan)> {
+        let mut left_out = Vec::new();
+        plans.retain(|(name, plan)| {
+            let why = plan.all_dense(tokens);
+            left_out.extend(why.map(|why| format!("{name}: {why}")));
+            why.is_none()
+        });
+        if !left_out.is_empty() {
+            self.notes.push(format!("{test}: left out: {}", left_out.join("; ")));
+        }
+        plans
+    }
+
     /// Every method and the plans, for sequences of `tokens` tokens.
     fn sparse(&self, tokens: usize) -> Result<Vec<(String, Plan)>> {
-        let methods = self.o.methods.iter().filter(|(_, m)| m.variant != Variant::Dense);
-        let named = methods.map(|(name, m)| Ok((name.clone(), self.plan(m, tokens)?)));
+        let named = self.methods().map(|(name, m)| Ok((name.clone(), self.plan(m, tokens)?)));
         named.chain(self.o.plans.iter().cloned().map(Ok)).collect()
     }
 
@@ -275,24 +299,15 @@ impl Run<'_, '_> {
             budget: None,
             plan: self.plan(&Variant::Dense.into(), tokens)?,
         }];
-        let mut left_out = Vec::new();
-        for (name, plan) in self.sparse(tokens)? {
+        let plans = self.sparse(tokens)?;
+        let every = plans.len();
+        // The first step that is timed.
+        let plans = self.choosing(test, depth + self.o.warmup + 1, plans);
+        self.all -= self.o.repeats * (every - plans.len());
+        all.extend(plans.into_iter().map(|(name, plan)| {
             let budget = most_tokens(&plan, tokens);
-            match plan.dense_until() {
-                Some(until) if tokens > until => all.push(Contender { name, budget, plan }),
-                until => {
-                    self.all -= self.o.repeats;
-                    let of = until.map_or("any length".into(), |u| format!("up to {u}"));
-                    left_out.push(format!("{name} ({of})"));
-                }
-            }
-        }
-        if !left_out.is_empty() {
-            self.notes.push(format!(
-                "{test}: left out, they attend to every token there (see --dense-below, --budget): {}",
-                left_out.join(", ")
-            ));
-        }
+            Contender { name, budget, plan }
+        }));
         Ok(all)
     }
 

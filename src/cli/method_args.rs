@@ -102,6 +102,19 @@ pub fn read_by_one(option: &str, methods: &[MethodSpec], names: &[&str]) -> Resu
 }
 
 impl MethodOptions {
+    /// A method's name, with its own values of these options replaced: `sparcas:budget=256` with `--budget 512` is
+    /// `sparcas:budget=512`.
+    pub fn renamed(&self, name: &str) -> String {
+        let part = |part: &str| match part.split_once('=') {
+            Some((key, _)) => match self.0.iter().rev().find(|(option, _)| *option == key) {
+                Some((_, value)) => format!("{key}={value}"),
+                None => part.to_owned(),
+            },
+            None => part.to_owned(),
+        };
+        name.split(':').map(part).collect::<Vec<_>>().join(":")
+    }
+
     /// The methods with these options on top, each with those that it reads.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::ui;
 use crate::engine::{AuditConfig, AuditSummary, Finish, Stats};
-use crate::select::{Budget, Plan};
+use crate::select::{AllDense, Plan};
 
 /// A finished answer.
 pub struct Answer {
@@ -66,26 +66,17 @@ pub fn statistics(a: &Answer, method: &str) -> String {
 pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<String> {
     let every = audit.filter(|_| a.audit.is_empty())?.every;
     let (steps, method) = (a.stats.decode_steps, &plan.method);
-    let sparse = plan.layers.iter().filter(|l| l.sparse()).map(|l| l.budget);
     let reached = a.stats.prompt_tokens + steps;
-    let why = match sparse.min_by_key(Budget::dense_until) {
+    let why = match plan.all_dense(reached) {
         _ if steps == 0 => "no token was decoded after the first".into(),
-        None if method == "dense" => "dense attends to every token".into(),
-        None => format!("no layer of {method} is sparse (--dense-layers)"),
-        Some(b) if reached <= b.dense_until() => {
-            let fits = Budget { dense_below: 0, ..b }.dense_until();
-            let options = match (reached <= b.dense_below, reached <= fits) {
-                (true, true) => "--dense-below and --budget",
-                (true, false) => "--dense-below",
-                _ => "--budget",
-            };
-            format!(
-                "no step was sparse: {method} attends to every token up to {}, and prompt and answer have {} ({options})",
-                ui::thousands(b.dense_until() as u64),
-                ui::thousands(reached as u64)
-            )
-        }
-        Some(_) => format!("one step in {every} is measured, none of these {steps}"),
+        Some(_) if method == "dense" => "dense attends to every token".into(),
+        Some(AllDense::Layers) => format!("no layer of {method} is sparse (--dense-layers)"),
+        Some(AllDense::Length { until, options }) => format!(
+            "no step was sparse: {method} attends to every token up to {}, and prompt and answer have {} ({options})",
+            ui::thousands(until as u64),
+            ui::thousands(reached as u64)
+        ),
+        None => format!("one step in {every} is measured, none of these {steps}"),
     };
     Some(format!("note: --audit {every} measured nothing: {why}"))
 }

@@ -48,7 +48,7 @@ impl Sweep {
         let (budget, dims) = (strings(&self.budget), strings(&self.dims));
         let values = [budget, dims, strings(&self.update), self.metric.clone()];
         let lists: Vec<_> = SWEPT.into_iter().zip(values).collect();
-        // A single value goes to all methods without a mention.
+        // A single value goes to all methods without a mention, but for those that name another.
         let single = lists.iter().filter(|(_, v)| v.len() == 1);
         let options = self.others.and(single.map(|(key, v)| (*key, v[0].clone())));
         let (mut names, mut bases) = (Vec::new(), Vec::new());
@@ -67,6 +67,7 @@ impl Sweep {
         for (key, _) in lists.iter().filter(|(_, v)| v.len() > 1) {
             read_by_one(key, &bases, &typed)?;
         }
+        let names: Vec<String> = names.iter().map(|n| options.renamed(n)).collect();
         let specs = names.iter().map(|n| Ok(n.parse()?)).collect::<Result<Vec<MethodSpec>>>()?;
         Ok(names.into_iter().zip(options.apply(&specs)?).collect())
     }
@@ -121,5 +122,10 @@ mod tests {
         let spec = sweep.specs(&strings(&["sparcas-paper"])).unwrap().remove(0).1;
         assert_eq!((spec.budget, spec.metric), (Some(96), Some(DimMetric::PairQk)));
         assert!(sweep.specs(&strings(&["sparc"])).is_err());
+        // But for what a name says itself.
+        let own = ["sparcas-paper:budget=64:update=8", "window:budget=64"];
+        let want = ["sparcas-paper:budget=96:update=8", "window:budget=96"];
+        assert_eq!(names(&sweep, &own), want);
+        assert_eq!(sweep.specs(&strings(&own)).unwrap()[1].1.budget, Some(96));
     }
 }

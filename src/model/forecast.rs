@@ -50,7 +50,8 @@ impl Forecast {
         }
         let file = Mapped::open(path)?;
         let not = |what: String| ModelError::NotAForecast { path: path.to_owned(), what };
-        let header = read_header(&file).map_err(|_| not("it is no safetensors file".into()))?;
+        let header =
+            read_header(&file).map_err(|e| not(format!("it is no safetensors file: {e}")))?;
         if (0..config.n_layers).all(|l| !header.tensors.contains_key(&name_of(l))) {
             return Err(not(format!("no tensor is called like {}", name_of(1))));
         }

@@ -4,6 +4,7 @@
 //! options into plans; [`build`] turns a layer's plan into a [`Selector`] that records the ops. A selector sees
 //! tokens, never where they live: pages and tiers belong to `kv`.
 
+mod all_dense;
 mod anchors;
 mod blocks;
 mod catalog;
@@ -35,6 +36,7 @@ mod union;
 mod window;
 
 pub use crate::names::parse_name;
+pub use all_dense::AllDense;
 pub use anchors::{AnchorScorer, Anchors};
 pub use blocks::{BlockSelector, Query};
 pub use catalog::{METHODS, MethodInfo, Variant};

@@ -132,19 +132,22 @@ impl PromptBench {
         self.validate()?;
         let (mut cases, mut notes) = (Vec::new(), Vec::new());
         for &tokens in &self.prompts {
-            let mut plans = self.of.sparse_plans(tokens, &mut notes)?;
-            let (dense, sparse) = (plans.remove(0), plans);
-            let (sparse, others): (Vec<_>, Vec<_>) =
-                sparse.into_iter().partition(|(_, plan)| plan.reads_prompts_sparsely());
-            for (name, _) in others {
+            let mut plans = self.of.sparse_plans(tokens, tokens, &mut notes)?;
+            let mut at = 0;
+            plans.retain(|(name, plan)| {
+                at += 1;
+                // The first is dense attention.
+                if at == 1 || plan.reads_prompts_sparsely() {
+                    return true;
+                }
                 let note = format!(
                     "{name} is left out: it reads prompts densely (--tile lets methods that can choose for them)"
                 );
                 if !notes.contains(&note) {
                     notes.push(note);
                 }
-            }
-            let plans: Vec<_> = std::iter::once(dense).chain(sparse).collect();
+                false
+            });
             let chunk = self.chunk.unwrap_or(b.caps().prompt_rows).min(tokens);
             cases.extend(self.of.batches.iter().map(|&batch| Case {
                 what: format!("{tokens} tokens, batch {batch}"),

@@ -32,6 +32,9 @@ pub struct Subject {
     pub seed: u64,
 }
 
+/// A plan under the name of its row.
+pub(super) type Named = (String, Plan);
+
 /// One rig, and what is measured in it.
 pub(super) struct Case {
     /// What it is, in words: `batch 8`.
@@ -45,7 +48,7 @@ pub(super) struct Case {
     /// The tokens are cached before anything is measured.
     pub filled: bool,
     /// Named; dense attention first.
-    pub plans: Vec<(String, Plan)>,
+    pub plans: Vec<Named>,
 }
 
 /// One line of a result.
@@ -78,8 +81,8 @@ impl Subject {
         Ok(())
     }
 
-    /// Dense attention, the methods, and the plans, for sequences of `tokens` tokens.
-    pub(super) fn named_plans(&self, tokens: usize) -> Result<Vec<(String, Plan)>> {
+    /// Dense attention; the methods, and the plans, for sequences of `tokens` tokens.
+    fn named_plans(&self, tokens: usize) -> Result<(Named, Vec<Named>)> {
         let windows = vec![None; self.layers];
         let model = ModelShape {
             model: "",
@@ -90,11 +93,10 @@ impl Subject {
             // Plans of NOSA are made and then left out with a note: its keys are no plain ones.
             importance: Some(TrainedBlocks::default()),
         };
-        let mut all = Vec::new();
         let dense = MethodSpec::from(Variant::Dense);
-        let dense = (dense.name().to_owned(), dense);
-        let sparse = self.methods.iter().filter(|(_, m)| m.variant != Variant::Dense);
-        for (name, spec) in std::iter::once(&dense).chain(sparse) {
+        let dense = (dense.name().to_owned(), dense.plan(&model, tokens)?);
+        let mut all = Vec::new();
+        for (name, spec) in self.methods.iter().filter(|(_, m)| m.variant != Variant::Dense) {
             all.push((name.clone(), spec.plan(&model, tokens)?));
         }
         for (name, plan) in &self.plans {
@@ -102,27 +104,24 @@ impl Subject {
             plan.check(&model)?;
             all.push((name.clone(), plan));
         }
-        Ok(all)
+        Ok((dense, all))
     }
 
-    /// [`Subject::named_plans`] without those that attend to every one of `tokens` tokens: a note for each goes to `notes`.
+    /// [`Subject::named_plans`] for sequences of `tokens` tokens, dense attention first, without those that attend to
+    /// every token of the shortest that is timed: a note for each goes to `notes`.
     pub(super) fn sparse_plans(
         &self,
         tokens: usize,
+        shortest: usize,
         notes: &mut Vec<String>,
-    ) -> Result<Vec<(String, Plan)>> {
-        let mut plans = self.named_plans(tokens)?;
-        let mut first = true;
+    ) -> Result<Vec<Named>> {
+        let (dense, mut plans) = self.named_plans(tokens)?;
         plans.retain(|(name, plan)| {
-            let why = match plan.dense_until() {
-                _ if std::mem::take(&mut first) => return true,
-                Some(n) if n < tokens => return true,
-                Some(n) => format!("it attends to every token up to {n} (--dense-below, --budget)"),
-                None => "no layer of it is sparse (--dense-layers)".into(),
-            };
-            notes.push(format!("{name}, {tokens} tokens, is left out: {why}"));
-            false
+            let why = plan.all_dense(shortest);
+            notes.extend(why.map(|why| format!("{name}, {tokens} tokens, is left out: {why}")));
+            why.is_none()
         });
+        plans.insert(0, dense);
         Ok(plans)
     }
 

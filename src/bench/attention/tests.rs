@@ -89,7 +89,7 @@ fn a_wrong_result_of_a_prompt_fails_the_check() {
     let cases = ["dense", "kascade:tile=32:budget=64", "sparda:tile=1:budget=192:dense-below=0"];
     for name in cases {
         let o = prompts(&[name]);
-        let plans = o.of.named_plans(300).unwrap();
+        let plans = o.of.sparse_plans(300, 300, &mut Vec::new()).unwrap();
         let plan = plans.last().unwrap().1.clone();
         let what = String::new();
         let case = Case { what, tokens: 300, batch: 2, rows: 256, filled: false, plans };
@@ -129,7 +129,7 @@ fn put(b: &dyn Backend, t: &Tensor, values: &[f64]) {
 fn the_lists_of_another_tile_fail_the_check() {
     let b = CpuBackend::new();
     let o = prompts(&["kascade:tile=32:budget=64:anchors=1"]);
-    let plans = o.of.named_plans(300).unwrap();
+    let plans = o.of.sparse_plans(300, 300, &mut Vec::new()).unwrap();
     let plan = plans[1].1.clone();
     let what = String::new();
     let case = Case { what, tokens: 300, batch: 2, rows: 256, filled: false, plans };
@@ -197,8 +197,6 @@ fn roles_are_told_apart() {
             assert_eq!(ms.select > 0.0, chooses, "{what}");
             let lists = !matches!(role.role, "dense" | "dense anchor");
             assert_eq!(ms.listed > 0.0, lists, "{what}");
-            // The rows of an anchor need their softmax; all rows of the others choose for themselves or reuse.
-            assert!(ms.dense > 0.0 || lists, "{what}");
             assert_eq!(ms.forecast > 0.0, r.method == "sparda", "{what}");
         }
     }

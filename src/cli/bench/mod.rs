@@ -32,7 +32,9 @@ A model's speed without its file:
 Single ops against the device's memory bandwidth:
   longsight bench kernels --device cuda -o kernels.json
 The attention of Llama 3.1 8B at 131,072 tokens:
-  longsight bench attention --device cuda -D 131072 -b 1,32";
+  longsight bench attention --device cuda -D 131072 -b 1,32
+The same in prompts:
+  longsight bench attention --device cuda -p 8192,32768";
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true, after_help = EXAMPLES)]

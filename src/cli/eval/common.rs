@@ -148,12 +148,11 @@ impl<'a> Setup<'a> {
             .collect::<Result<Vec<_>>>()?;
         plans.extend(files.iter().cloned());
         for (name, plan) in plans.iter().filter(|(_, p)| p.method != "dense") {
-            let why = match plan.dense_until() {
-                Some(until) if longest > until => continue,
-                Some(_) => format!("they fit its budget; give a smaller --budget, or more {by}"),
-                None => "no layer of it is sparse; give fewer --dense-layers".into(),
-            };
-            ui::note(format!("note: {name} attends to every token of these samples: {why}"));
+            if let Some(why) = plan.all_dense(longest) {
+                ui::note(format!(
+                    "note: {name} chooses nothing in these samples of at most {longest} tokens ({by}): {why}"
+                ));
+            }
         }
         Ok(Bench { common, interrupt, specs, files, outputs, engine, plans })
     }

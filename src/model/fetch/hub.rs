@@ -28,9 +28,10 @@ pub(super) fn fetch(id: &HubId, progress: Progress<'_>) -> Result<PathBuf> {
     }
     let builder = ApiBuilder::from_env();
     // The client itself reads only the file that a login leaves.
-    let builder = match std::env::var("HF_TOKEN") {
-        Ok(token) if !token.is_empty() => builder.with_token(Some(token)),
-        _ => builder,
+    let token = std::env::var("HF_TOKEN").unwrap_or_default();
+    let builder = match token.trim() {
+        "" => builder,
+        token => builder.with_token(Some(token.to_owned())),
     };
     fetch_with(id, builder, Cache::from_env(), progress)
 }
