@@ -39,7 +39,7 @@ impl Plan {
         }
         let fits = tokens <= Budget { dense_below: 0, ..b }.dense_until();
         let options = match (tokens <= b.dense_below, fits) {
-            (true, true) => "--dense-below, --budget",
+            (true, true) => "--dense-below and --budget",
             (true, false) => "--dense-below",
             _ => "--budget",
         };
@@ -70,7 +70,7 @@ mod tests {
             Some(format!("it attends to every token up to {n} ({options})"))
         };
         let both = "sparcas:budget=128:dense-below=512";
-        assert_eq!(why(both, 100), up_to(512, "--dense-below, --budget"));
+        assert_eq!(why(both, 100), up_to(512, "--dense-below and --budget"));
         assert_eq!(why(both, 512), up_to(512, "--dense-below"));
         assert_eq!(why(both, 513), None);
         assert_eq!(why("sparcas:budget=128:dense-below=0", 128), up_to(128, "--budget"));

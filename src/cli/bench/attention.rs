@@ -41,13 +41,12 @@ x head dimension numbers, the hidden size of many models) is measured as forecas
 The default shape is Llama 3.1 8B.";
 
 const EXAMPLES: &str = "\
-Examples:
-  longsight bench attention -D 131072 -b 1,32 --methods sparcas,kascade --budget 2048
-                                                      a decode step at 131,072 tokens
-  longsight bench attention -p 8192,32768,131072 --methods kascade --tile 32 -o prompts.json
-                                                      prompts, 10 % of each tile's own length
-  longsight bench attention -p 131072 --kv-heads 2 --methods infllm2,sparda --tile 1 --budget 6144
-                                                      96 blocks chosen by 32 query heads, and by 2 Forecasts";
+A decode step at 131,072 tokens:
+  longsight bench attention -D 131072 -b 1,32 --budget 2048
+Prompts, 10 % of each tile's own length:
+  longsight bench attention -p 8192,32768,131072 -o prompts.json
+Blocks chosen by every query head, and by Forecasts:
+  longsight bench attention -p 32768 --methods infllm2,sparda --tile 1";
 
 /// Methods where none are named.
 const DECODE: [&str; 2] = ["sparcas", "kascade"];
