@@ -299,7 +299,7 @@ impl Measured for PromptReport {
         }
         let s = &self.settings;
         format!(
-            "{}\nmean of {} layers over a prompt, {}; {} readings\n\n{t}\nthe mean layer of each role, from one more \
+            "{}\nmean of {} layers over a prompt, {}; times read: {}\n\n{t}\nthe mean layer of each role, from one more \
              reading in which the device waits between the parts\n\n{parts}",
             origin(&self.environment),
             s.of.layers,
