@@ -273,11 +273,6 @@ impl Plan {
         kinds
     }
 
-    /// Longest sequence that is attended to densely throughout; none where every one is.
-    pub fn dense_until(&self) -> Option<usize> {
-        self.layers.iter().filter(|l| l.sparse()).map(|l| l.budget.dense_until()).min()
-    }
-
     /// Some layer reads prompts sparsely.
     pub fn reads_prompts_sparsely(&self) -> bool {
         self.layers.iter().any(|l| l.tile.is_some())
