@@ -133,11 +133,9 @@ impl PromptBench {
         let (mut cases, mut notes) = (Vec::new(), Vec::new());
         for &tokens in &self.prompts {
             let mut plans = self.of.sparse_plans(tokens, tokens, &mut notes)?;
-            let mut at = 0;
+            let dense = plans.remove(0);
             plans.retain(|(name, plan)| {
-                at += 1;
-                // The first is dense attention.
-                if at == 1 || plan.reads_prompts_sparsely() {
+                if plan.reads_prompts_sparsely() {
                     return true;
                 }
                 let note = format!(
@@ -148,6 +146,7 @@ impl PromptBench {
                 }
                 false
             });
+            plans.insert(0, dense);
             let chunk = self.chunk.unwrap_or(b.caps().prompt_rows).min(tokens);
             cases.extend(self.of.batches.iter().map(|&batch| Case {
                 what: format!("{tokens} tokens, batch {batch}"),
