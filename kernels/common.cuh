@@ -23,7 +23,7 @@ typedef float f32;
 
 // First thing of every kernel. On Hopper a kernel's blocks may be placed while those of the kernel before still run
 // (launch.rs): here they wait until its results are there, then let the next kernel's blocks come. Nothing but
-// prefetches into L2 may stand before it.
+// prefetches into L2 and writes to the block's shared memory may stand before it.
 DEVICE void depend() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -2,6 +2,7 @@
 
 use super::CudaBackend;
 use super::args::{SeqsArg, word};
+use super::driver::Limits;
 use super::launch::{Args, Shape};
 use crate::backend::{Force, Result, TopK};
 use bytemuck::{Pod, Zeroable};
@@ -30,34 +31,62 @@ struct TopKArgs {
     pad: u32,
 }
 
+// Constants of `digits.cuh` and `top_k.cu`.
+const THREADS: usize = 1024;
+/// Bytes of four histograms of 2048 bins.
+const HISTOGRAMS: usize = 4 * 2048 * 4;
+/// Scores that the block's warps load at a time, and those that its registers hold.
+const ROUND: usize = 128 * THREADS / 32;
+const TILE: usize = 8 * ROUND;
+/// More shared memory than the kernel declares.
+const DECLARED: usize = 1024;
+/// Scores of a block below which a row is not shared out further.
+const LEAST: usize = 16_384;
+
+/// How a row is shared out.
+#[derive(Debug, PartialEq, Eq)]
+struct Blocks {
+    blocks: usize,
+    /// Scores of a block.
+    span: usize,
+    /// They stay in registers and shared memory.
+    cached: bool,
+}
+
+impl Blocks {
+    fn of(l: &Limits, rows: usize, n: usize) -> Self {
+        let room = l.shared.saturating_sub(HISTOGRAMS + DECLARED) / 4 / ROUND * ROUND;
+        let most = room.min(TILE);
+        let fewest = if most == 0 { usize::MAX } else { n.div_ceil(most) };
+        let cached = fewest <= l.cluster;
+        // Blocks of a cluster wait for each other after every histogram: more than needed pay where there is much to read
+        // and a multiprocessor for each.
+        let idle = l.sms / rows.max(1);
+        let wanted = (n / LEAST).min(idle).clamp(1, l.cluster);
+        let blocks = if cached { fewest.max(wanted) } else { l.cluster };
+        Blocks { blocks, span: n.div_ceil(blocks).next_multiple_of(64), cached }
+    }
+}
+
 impl CudaBackend {
     /// `forced`: what runs before it, of the same scores and of all tokens.
     pub(super) fn top_k_op(&self, p: &TopK<'_>, forced: Option<&Force<'_>>) -> Result<()> {
         const OP: &str = "top_k";
-        const THREADS: usize = 1024;
-        /// Shared memory beside masks and scores: three histograms of 2048 bins, and more than the kernel declares.
-        const HISTOGRAMS: usize = 3 * 2048 * 4;
-        const DECLARED: usize = 1024;
         p.check()?;
         let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
-        let room = self.limits.shared.saturating_sub(HISTOGRAMS + DECLARED);
-        // Masks of whole 16 bytes, behind which the scores lie.
-        let span = |blocks: usize| n.div_ceil(blocks).next_multiple_of(64);
-        // A score is a word and a bit in each of two masks.
-        let masks = |span: usize| span / 4;
-        let bytes = |span: usize| 4 * span + masks(span);
-        // One block a row where it holds the scores: blocks of a cluster wait for each other after every digit.
-        let blocks = (1..=self.limits.cluster).find(|b| bytes(span(*b)) <= room);
-        let (blocks, cached) = blocks.map_or((1, false), |b| (b, true));
-        let span = span(blocks);
         let rows = p.rows_per_seq * p.seqs.n;
-        let (shared, scratch) = match () {
-            () if cached => (bytes(span), None),
-            () if masks(span) <= room => (masks(span), None),
-            () => (0, Some(self.scratch(rows * blocks * masks(span))?)),
+        let Blocks { blocks, span, cached } = Blocks::of(&self.limits, rows, n);
+        let scores = self.ptr(OP, p.scores)?;
+        if !scores.is_multiple_of(16) {
+            return Err(self.unsupported(OP, "scores that do not begin at 16 bytes".into()));
+        }
+        let tiles = if cached { 0 } else { span.div_ceil(TILE) };
+        let scratch = match tiles {
+            0 => None,
+            n => Some(self.scratch(rows * blocks * 2 * n * THREADS * 4)?),
         };
         let args = TopKArgs {
-            scores: self.ptr(OP, p.scores)?,
+            scores,
             seqs: self.seqs(OP, &p.seqs)?,
             indices: self.ptr(OP, p.indices)?,
             counts: self.ptr(OP, p.counts)?,
@@ -79,7 +108,59 @@ impl CudaBackend {
         let kind = if cached { "cached" } else { "streamed" };
         let cluster = if blocks > 1 { "_cluster" } else { "" };
         let grid = [blocks, p.rows_per_seq, p.seqs.n];
-        let shape = Shape::new(grid, THREADS).shared(HISTOGRAMS + shared).cluster(blocks);
+        let shared =
+            if cached { HISTOGRAMS + span.next_multiple_of(ROUND) * 4 } else { HISTOGRAMS };
+        let shape = Shape::new(grid, THREADS).shared(shared).cluster(blocks);
         self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cuda::launch::holds;
+
+    #[test]
+    fn the_kernel_has_the_same_constants() {
+        for line in [
+            &format!("#define THREADS {THREADS}u"),
+            "#define BINS 2048u",
+            "#define HISTOGRAMS 4",
+            "#define CHUNK 128u",
+            "#define CHUNKS 8u",
+        ] {
+            holds("top_k", line);
+        }
+    }
+
+    #[test]
+    fn rows_are_shared_out_to_blocks_that_hold_them() {
+        let hopper = Limits {
+            cc: (9, 0),
+            sms: 132,
+            shared: 232_448,
+            shared_each: 233_472,
+            cluster: 8,
+            wgmma: true,
+        };
+        let of = |rows, n| {
+            let b = Blocks::of(&hopper, rows, n);
+            assert!(b.span % 64 == 0 && b.span * b.blocks >= n);
+            (b.blocks, b.cached)
+        };
+        assert_eq!(of(512, 32_768), (1, true));
+        assert_eq!(of(64, 32_768), (2, true));
+        assert_eq!(of(8, 32_768), (2, true));
+        assert_eq!(of(8, 131_072), (8, true));
+        assert_eq!(of(256, 131_072), (4, true));
+        assert_eq!(of(1, 262_144), (8, true));
+        assert_eq!(of(1, 262_145), (8, false));
+        assert_eq!(of(0, 1), (1, true));
+        // Without clusters; and with little shared memory.
+        let alone = Limits { cluster: 1, shared: 163 << 10, ..hopper };
+        assert_eq!(Blocks::of(&alone, 8, 32_768), Blocks { blocks: 1, span: 32_768, cached: true });
+        assert!(!Blocks::of(&alone, 8, 32_769).cached);
+        assert!(!Blocks::of(&Limits { shared: 48 << 10, ..alone }, 8, 4097).cached);
+        assert!(!Blocks::of(&Limits { shared: 32 << 10, ..alone }, 8, 5).cached);
     }
 }
