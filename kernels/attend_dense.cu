@@ -16,6 +16,7 @@ struct Contiguous {
     DEVICE u32 begin() const { return b; }
     DEVICE u32 end() const { return e; }
     DEVICE u32 token(u32 i) const { return i; }
+    DEVICE u32 room() const { return e; }
 };
 
 // First token that position p sees.
@@ -23,6 +24,7 @@ DEVICE u32 window_low(u32 p, u32 window) { return window && p + 1 > window ? p +
 
 // A KV head of a sequence and everything that its last token sees.
 struct DensePairs {
+    static const bool listed = false;
     const AttendArgs& a;
     DEVICE u32 low(const Seq& seq) const { return window_low(seq.kv_len - 1, a.window); }
     DEVICE u32 pairs() const { return a.sequences * a.pool.kv_heads; }

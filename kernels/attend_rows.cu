@@ -18,6 +18,12 @@ struct Listed {
     DEVICE u32 begin() const { return b; }
     DEVICE u32 end() const { return e; }
     DEVICE u32 token(u32 i) const { return list[i]; }
+    DEVICE u32 room() const { return e; }
+};
+// A list whose entries, `most` in memory, may be read before it is known how many count.
+struct Part : Listed {
+    u32 most;
+    DEVICE u32 room() const { return most; }
 };
 
 // Query vectors v0.. of the sequence's (row, head) pairs of `g` heads; a row sees tokens up to its own.
@@ -52,6 +58,7 @@ DEVICE Listed part_of(Listed keys, u32 part, u32 parts, u32 unit) {
 
 // Query heads of a sequence that share a list, and the tokens of the list.
 struct ListPairs {
+    static const bool listed = true;
     const AttendArgs& a;
     u32 groups, per;
     DEVICE ListPairs(const AttendArgs& a)
@@ -70,6 +77,12 @@ struct ListPairs {
     DEVICE Listed keys(u32 pair, const Seq&, u32 from, u32 to) const {
         Listed keys = list_of(a, pair / groups, pair % groups);
         return {keys.list, from, min(to, keys.e)};
+    }
+    // Part `part` of `parts`, which the lists' room decides: it is known before their lengths are.
+    DEVICE Part part(u32 pair, u32 part, u32 parts) const {
+        Listed all = list_of(a, pair / groups, pair % groups);
+        Listed of_room = part_of({all.list, 0, a.list_len}, part, parts, 16);
+        return {{all.list, of_room.b, min(of_room.e, all.e)}, of_room.e};
     }
     DEVICE Listed plane(u32 pair, const Seq&, u32 split) const {
         return part_of(list_of(a, pair / groups, pair % groups), split, a.splits, 16);

@@ -26,7 +26,7 @@ DEVICE u32 remote(const void* p, u32 rank) {
         : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank));
     return at;
 }
-// A word, or two, of block `rank`'s shared memory at this block's address `p`. Volatile keeps them behind the
+// A word, two or four, of block `rank`'s shared memory at this block's address `p`. Volatile keeps them behind the
 // barriers; loops over blocks are unrolled up to MAX_CLUSTER, so that the reads are under way together.
 DEVICE u32 remote_word(const u32* p, u32 rank) {
     u32 x;
@@ -38,6 +38,13 @@ DEVICE uint2 remote_words2(const u32* p, u32 rank) {
     asm volatile("ld.shared::cluster.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(remote(p, rank)));
     return x;
 }
+DEVICE float4 remote_float4(const float4* p, u32 rank) {
+    float4 x;
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                 : "r"(remote(p, rank)));
+    return x;
+}
 #else
 DEVICE u32 cluster_rank() { return 0; }
 DEVICE u32 cluster_size() { return 1; }
@@ -45,6 +52,7 @@ DEVICE void cluster_arrive() { __syncthreads(); }
 DEVICE void cluster_wait() {}
 DEVICE u32 remote_word(const u32* p, u32) { return *p; }
 DEVICE uint2 remote_words2(const u32* p, u32) { return *(const uint2*)p; }
+DEVICE float4 remote_float4(const float4* p, u32) { return *p; }
 #endif
 
 DEVICE float remote_float(const float* p, u32 rank) {

@@ -4,12 +4,15 @@
 // split reads that part of a pair. With one plane the rounds of all pairs, laid end to end, are cut into
 // equal shares, one a block, so that ragged batches and any number of pairs fill the device: a block may end one pair
 // and begin the next, and a pair that several blocks share is merged by the last of them to finish, in block order.
+// Pairs of few keys take their time in steps that wait for each other: there a cluster of blocks (`together`) has a pair,
+// nothing is counted first, and the blocks read each other's results from shared memory.
 //
 // Every warp walks its own keys, 16 at a time, through its own ring of STAGES shared tiles filled by
 // 16-byte cp.async, so the main loop has no block barrier. The group's query heads are the (up to 16) rows
 // of the mma tile, so a key row is read once for all of them. At the end the warps' results are merged
 // through shared memory in warp order. A source of pairs names them and their keys; see `DensePairs`.
 #pragma once
+#include "cluster.cuh"
 #include "flash.cuh"
 
 // Blocks that a multiprocessor holds, as far as registers go: shared memory leaves older GPUs two. Instead of them it may
@@ -59,10 +62,11 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     const u32 first = keys.begin() + warp * 16 + (lane & 15), end = keys.end(), stride = decode_round();
     auto token = [&](u32 t) {
         u32 i = first + t * stride;
-        return i < end ? keys.token(i) : ~0u;
+        u32 token = i < keys.room() ? keys.token(i) : ~0u;
+        return i < end ? token : ~0u;
     };
     auto locate = [&](u32 tok) { return tok < seq.kv_len ? a.pool.row(seq, kvh, tok) : ~0u; };
-    u32 span = keys.end() - keys.begin(), skip = warp * 16;
+    u32 span = max(keys.end(), keys.begin()) - keys.begin(), skip = warp * 16;
     u32 tiles = span > skip ? (span - skip + stride - 1) / stride : 0;
 
     u64 masks = 0;  // 16 validity bits per stage
@@ -285,9 +289,53 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
     }
 }
 
+// Merges what the blocks of a cluster found of a pair, in their order.
+template <class T, int D>
+DEVICE void join_cluster(const AttendArgs& a, const Seq& seq, const Heads& heads, const Found<D>& f) {
+    const u32 blocks = cluster_size();
+    u64 first = (u64)seq.q_start * a.heads + heads.head0;
+    cluster_sync();
+    for (u32 i = threadIdx.x * blocks + cluster_rank(); i < heads.g * D / 4; i += blockDim.x * blocks) {
+        u32 h = i * 4 / D;
+        float tops[MAX_CLUSTER], sums[MAX_CLUSTER], top = NEG_INF, sum = 0.0f, acc[4] = {};
+        float4 x[MAX_CLUSTER];
+#pragma unroll
+        for (u32 r = 0; r < MAX_CLUSTER; r++) {
+            u32 from = min(r, blocks - 1);
+            tops[r] = remote_float(f.tops + h, from), sums[r] = remote_float(f.sums + h, from);
+            x[r] = remote_float4((const float4*)f.acc + i, from);
+            if (r >= blocks) tops[r] = NEG_INF;
+            top = fmaxf(top, tops[r]);
+        }
+        float shift = top == NEG_INF ? 0.0f : top;
+#pragma unroll
+        for (u32 r = 0; r < MAX_CLUSTER; r++) {
+            float w = exp2_fast(tops[r] - shift);
+            sum = fmaf(w, sums[r], sum);
+            acc[0] = fmaf(w, x[r].x, acc[0]), acc[1] = fmaf(w, x[r].y, acc[1]);
+            acc[2] = fmaf(w, x[r].z, acc[2]), acc[3] = fmaf(w, x[r].w, acc[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) put<T>(a, first + h, i * 4 % D + e, D, acc[e], top, sum);
+    }
+    // No block leaves before the others have read its memory.
+    cluster_sync();
+}
+
 // Everything that a block does.
 template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, const Source& source) {
     const u32 round = decode_round();
+    if constexpr (Source::listed) {
+        if (a.together) {
+            u32 pair = blockIdx.x / cluster_size();
+            auto keys = source.part(pair, cluster_rank(), cluster_size());
+            Seq seq = source.seq(pair);
+            if (seq.q_len == 0) return;  // all blocks of the cluster
+            Heads heads = source.heads(pair);
+            join_cluster<T, D>(a, seq, heads, read_keys<T, D>(a, seq, heads, keys));
+            return;
+        }
+    }
     if (a.splits > 1) {
         u32 pair = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
         Seq seq = source.seq(pair);

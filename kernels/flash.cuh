@@ -150,7 +150,8 @@ struct AttendArgs {
     const u32* counts;    // attend_rows: [n, lists]
     const u32* head_map;  // attend_rows: [kv_heads], list of each KV head, or null
     float scale;
-    u32 out_f32, heads, rows, splits, sequences, pad;
+    u32 out_f32, heads, rows, splits, sequences;
+    u32 together;         // decode of lists: a cluster of blocks a pair
     u32 window;           // attend_dense: tokens, 0 = none
     u32 lists, list_len;  // attend_rows: lists a sequence, capacity of a list
     float* parts;         // decode with one plane: see decode.cuh

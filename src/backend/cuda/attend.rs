@@ -29,7 +29,7 @@ struct AttendArgs {
     rows: u32,
     splits: u32,
     sequences: u32,
-    pad: u32,
+    together: u32,
     window: u32,
     lists: u32,
     list_len: u32,
@@ -132,7 +132,13 @@ impl CudaBackend {
         if pairs * 4 > self.arrived.bytes() {
             return Err(self.unsupported(op, format!("{pairs} pairs of sequence and KV head")));
         }
-        let (blocks, times) = parts::blocks(&self.limits, &block, (pairs, keys), args.indices != 0);
+        let listed = args.indices != 0;
+        if listed && let Some(blocks) = parts::together(&self.limits, &block, pairs, keys) {
+            args.together = 1;
+            let shape = shape(pairs * blocks, 1).cluster(blocks);
+            return self.launch(op, entry, shape, Args::new().with(args));
+        }
+        let (blocks, times) = parts::blocks(&self.limits, &block, (pairs, keys), listed);
         let scratch = self.scratch(blocks * 2 * 16 * (d + 2) * 4)?;
         args.parts = scratch.ptr;
         args.arrived = self.arrived.ptr();

@@ -16,6 +16,9 @@ const MOST_PLANES: usize = 64;
 /// is the whole multiprocessor's loss there.
 const FEW_PAIRS: usize = 16;
 
+/// Tiles of 16 listed keys that a warp of a cluster reads at most.
+const CLUSTER_TILES: usize = 2;
+
 /// A block of `decode.cuh`: warps of a narrow one, bytes of the queries' tile, and of a warp's ring.
 pub(super) struct Block {
     pub warps: usize,
@@ -53,6 +56,18 @@ pub(super) fn blocks(
     }
     let resident = (l.shared_each / (block.shared(1) + RESERVED)).clamp(1, RESIDENT);
     (rounds(1).clamp(1, (l.sms * resident).min(MOST_BLOCKS)), 1)
+}
+
+/// Blocks of the cluster that reads a pair's list (`together` of `decode.cuh`), None where lists are too long for that:
+/// beyond [`CLUSTER_TILES`] tiles a warp, sharing out all lists evenly takes less time than it saves.
+///
+/// All clusters run at once.
+pub(super) fn together(l: &Limits, block: &Block, pairs: usize, keys: usize) -> Option<usize> {
+    let resident = (l.shared_each / (block.shared(1) + RESERVED)).clamp(1, RESIDENT) * l.sms;
+    let round = 16 * block.warps;
+    let most = l.cluster.min(resident / pairs.max(1));
+    let blocks = keys.div_ceil(round).clamp(1, most.max(1));
+    (l.cluster > 1 && most > 0 && keys.div_ceil(blocks * round) <= CLUSTER_TILES).then_some(blocks)
 }
 
 /// Planes of results that the caller merges, for kernels that do not share keys out.
@@ -106,6 +121,17 @@ mod tests {
         assert_eq!(older(108, 164 << 10, 163 << 10), (108, 2));
         assert_eq!(older(84, 100 << 10, 99 << 10), (84, 1));
         assert_eq!(older(1000, 228 << 10, 227 << 10), (512, 2));
+        // A cluster a pair, where a warp has a tile or two and all clusters run at once.
+        let with = |pairs, keys| together(&l, &block, pairs, keys);
+        assert_eq!(with(64, 327), Some(6));
+        assert_eq!(with(8, 327), Some(6));
+        assert_eq!(with(1, 1), Some(1));
+        assert_eq!(with(8, 1024), Some(8));
+        assert_eq!(with(8, 1025), None);
+        assert_eq!(with(128, 327), Some(3));
+        assert_eq!(with(132, 500), None);
+        assert_eq!(with(400, 10), None);
+        assert_eq!(together(&Limits { cluster: 1, ..l }, &block, 8, 64), None);
         assert_eq!(splits(&l, 4096, 4096), 1);
         assert_eq!(splits(&l, 8, 131_072), 33);
         assert_eq!(splits(&l, 8, 300), 1);
