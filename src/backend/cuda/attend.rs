@@ -4,7 +4,7 @@ use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::hopper;
 use super::launch::{Args, Shape};
-use super::parts;
+use super::parts::{self, Cluster};
 use crate::backend::{
     AttendDense, AttendRows, Backend, DType, DeviceBuffer, KvPool, MeanValue, Merge, Result, Seqs,
     Tensor,
@@ -133,10 +133,14 @@ impl CudaBackend {
             return Err(self.unsupported(op, format!("{pairs} pairs of sequence and KV head")));
         }
         let listed = args.indices != 0;
-        if listed && let Some(blocks) = parts::together(&self.limits, &block, pairs, keys) {
-            args.together = 1;
-            let shape = shape(pairs * blocks, 1).cluster(blocks);
-            return self.launch(op, entry, shape, Args::new().with(args));
+        if listed {
+            let of = |c: Cluster| shape(pairs * c.blocks, c.times).cluster(c.blocks);
+            let resident = |c| self.clusters(op, entry, of(c));
+            let cluster = parts::together(&self.limits, &block, (pairs, keys), resident)?;
+            if let Some(c) = cluster {
+                args.together = 1;
+                return self.launch(op, entry, of(c), Args::new().with(args));
+            }
         }
         let (blocks, times) = parts::blocks(&self.limits, &block, (pairs, keys), listed);
         let scratch = self.scratch(blocks * 2 * 16 * (d + 2) * 4)?;

@@ -79,6 +79,8 @@ pub(super) struct Kernels {
     overlap: bool,
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     functions: Mutex<HashMap<String, CudaFunction>>,
+    /// Clusters that run at once, by kernel and (block, shared memory, cluster).
+    clusters: Mutex<HashMap<String, HashMap<[usize; 3], usize>>>,
 }
 
 /// A poisoned lock only says that another thread panicked; what is behind it stays valid.
@@ -90,8 +92,14 @@ impl Kernels {
     /// `LONGSIGHT_CUDA_OVERLAP=off` runs every kernel after the one before.
     pub fn new(ctx: Arc<CudaContext>, limits: Limits) -> Self {
         let off = std::env::var("LONGSIGHT_CUDA_OVERLAP").is_ok_and(|v| v == "off");
-        let (modules, functions) = (Mutex::default(), Mutex::default());
-        Kernels { ctx, limits, overlap: limits.cc == (9, 0) && !off, modules, functions }
+        Kernels {
+            ctx,
+            limits,
+            overlap: limits.cc == (9, 0) && !off,
+            modules: Mutex::default(),
+            functions: Mutex::default(),
+            clusters: Mutex::default(),
+        }
     }
 
     fn module(&self, op: &'static str) -> Result<Arc<CudaModule>> {
@@ -132,6 +140,32 @@ impl Kernels {
         Ok(f)
     }
 
+    /// Clusters of this shape that the device holds at once.
+    pub fn clusters(
+        &self,
+        stream: &CudaStream,
+        op: &'static str,
+        entry: &str,
+        shape: Shape,
+    ) -> Result<usize> {
+        let key = [shape.block, shape.shared, shape.cluster];
+        if let Some(n) = lock(&self.clusters).get(entry).and_then(|of| of.get(&key)) {
+            return Ok(*n);
+        }
+        let f = self.function(op, entry)?;
+        self.ctx.bind_to_thread().said("binding the context")?;
+        let mut attributes = [cluster_attribute(shape.cluster)];
+        let config = config(shape, stream, &mut attributes);
+        let mut n = 0;
+        // SAFETY: the function's module is kept by `f`; the driver reads the configuration and writes `n`.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&mut n, f.cu_function(), &config) }
+            .result()
+            .said(&format!("counting clusters of {entry}"))?;
+        let n = n.max(0) as usize;
+        lock(&self.clusters).entry(entry.to_string()).or_default().insert(key, n);
+        Ok(n)
+    }
+
     /// Launches `entry` of `kernels/<op>.cu` on `stream`. An empty grid launches nothing.
     ///
     /// # Safety
@@ -145,7 +179,7 @@ impl Kernels {
         shape: Shape,
         args: &Args,
     ) -> Result<()> {
-        let Shape { grid, block, shared, cluster } = shape;
+        let Shape { grid, shared, cluster, .. } = shape;
         if grid.contains(&0) {
             return Ok(());
         }
@@ -176,17 +210,7 @@ impl Kernels {
             .collect();
         let mut attributes = Vec::with_capacity(2);
         if cluster > 1 {
-            attributes.push(sys::CUlaunchAttribute {
-                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue {
-                    clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-                        x: cluster as u32,
-                        y: 1,
-                        z: 1,
-                    },
-                },
-            });
+            attributes.push(cluster_attribute(cluster));
         }
         if self.overlap {
             attributes.push(sys::CUlaunchAttribute {
@@ -195,24 +219,47 @@ impl Kernels {
                 value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
             });
         }
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid[0] as u32,
-            gridDimY: grid[1] as u32,
-            gridDimZ: grid[2] as u32,
-            blockDimX: block as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared as u32,
-            hStream: stream.cu_stream(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
-        };
+        let config = config(shape, stream, &mut attributes);
         let none = std::ptr::null_mut();
         // SAFETY: the function's module is kept by `f`; the configuration and the pointers into `args` outlive the
         // call, which copies them; the rest is the caller's promise.
         unsafe { sys::cuLaunchKernelEx(&config, f.cu_function(), pointers.as_mut_ptr(), none) }
             .result()
             .said(&format!("launching {entry}"))
+    }
+}
+
+fn cluster_attribute(blocks: usize) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: blocks as u32,
+                y: 1,
+                z: 1,
+            },
+        },
+    }
+}
+
+/// Points to `attributes`.
+fn config(
+    shape: Shape,
+    stream: &CudaStream,
+    attributes: &mut [sys::CUlaunchAttribute],
+) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: shape.grid[0] as u32,
+        gridDimY: shape.grid[1] as u32,
+        gridDimZ: shape.grid[2] as u32,
+        blockDimX: shape.block as u32,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shape.shared as u32,
+        hStream: stream.cu_stream(),
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
     }
 }
 

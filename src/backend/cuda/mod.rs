@@ -134,6 +134,11 @@ impl CudaBackend {
         self.submit(Node::Kernel { op, entry: entry.into(), shape, args })
     }
 
+    /// Clusters of this shape that the device holds at once.
+    fn clusters(&self, op: &'static str, entry: &str, shape: Shape) -> Result<usize> {
+        self.kernels.clusters(&self.stream, op, entry, shape)
+    }
+
     fn runner(&self) -> Runner<'_> {
         Runner { kernels: &self.kernels, blas: self.blas.as_ref(), scratch: &self.scratch }
     }

@@ -1,6 +1,7 @@
 //! How many blocks a decode attention is shared out to.
 
 use super::driver::Limits;
+use crate::backend::Result;
 
 /// Shared memory that a block takes besides its own.
 const RESERVED: usize = 1 << 10;
@@ -16,8 +17,11 @@ const MOST_PLANES: usize = 64;
 /// is the whole multiprocessor's loss there.
 const FEW_PAIRS: usize = 16;
 
-/// Tiles of 16 listed keys that a warp of a cluster reads at most.
-const CLUSTER_TILES: usize = 2;
+/// Pairs from which clusters read lists of any length; tiles of a warp up to which they do for fewer.
+const ENOUGH_PAIRS: usize = 8;
+const MANY_TILES: usize = 3;
+/// Tiles of a warp up to which one block reads a list where many pairs are read.
+const SHORT_TILES: usize = 3;
 
 /// A block of `decode.cuh`: warps of a narrow one, bytes of the queries' tile, and of a warp's ring.
 pub(super) struct Block {
@@ -58,16 +62,52 @@ pub(super) fn blocks(
     (rounds(1).clamp(1, (l.sms * resident).min(MOST_BLOCKS)), 1)
 }
 
-/// Blocks of the cluster that reads a pair's list (`together` of `decode.cuh`), None where lists are too long for that:
-/// beyond [`CLUSTER_TILES`] tiles a warp, sharing out all lists evenly takes less time than it saves.
+/// A cluster that reads a pair's list (`together` of `decode.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Cluster {
+    /// Its blocks.
+    pub blocks: usize,
+    /// How many times the warps of a narrow block each has.
+    pub times: usize,
+}
+
+/// The cluster of each of `pairs` pairs with lists of up to `keys` keys; None where sharing all lists out evenly is
+/// better. `resident` says how many such clusters run at once.
 ///
-/// All clusters run at once.
-pub(super) fn together(l: &Limits, block: &Block, pairs: usize, keys: usize) -> Option<usize> {
-    let resident = (l.shared_each / (block.shared(1) + RESERVED)).clamp(1, RESIDENT) * l.sms;
-    let round = 16 * block.warps;
-    let most = l.cluster.min(resident / pairs.max(1));
-    let blocks = keys.div_ceil(round).clamp(1, most.max(1));
-    (l.cluster > 1 && most > 0 && keys.div_ceil(blocks * round) <= CLUSTER_TILES).then_some(blocks)
+/// Measured on an H100 (head dimension 128): one wide block a multiprocessor, in clusters that all run at once, is best
+/// or near it for 8 to 64 pairs and 327 to 13,107 keys; for more pairs than multiprocessors, one wide block a pair where
+/// the last round of them is nearly full.
+pub(super) fn together(
+    l: &Limits,
+    block: &Block,
+    (pairs, keys): (usize, usize),
+    mut resident: impl FnMut(Cluster) -> Result<usize>,
+) -> Result<Option<Cluster>> {
+    let wide = if block.shared(2) + RESERVED <= l.shared_each.min(l.shared) { 2 } else { 1 };
+    let round = |times: usize| 16 * times * block.warps;
+    let one = Cluster { blocks: 1, times: if keys <= round(1) { 1 } else { wide } };
+    if l.cluster < 2
+        || pairs == 0
+        || pairs < ENOUGH_PAIRS && keys > l.cluster * MANY_TILES * round(wide)
+    {
+        return Ok(None);
+    }
+    if pairs > l.sms / 2 {
+        let full = 20 * pairs >= 19 * pairs.div_ceil(l.sms) * l.sms;
+        return Ok(full.then_some(one));
+    }
+    // Where half of the multiprocessors have a block anyway, a few tiles take less time than blocks take to meet.
+    if 3 * pairs >= l.sms && keys <= SHORT_TILES * round(wide) {
+        return Ok(Some(one));
+    }
+    let most = l.cluster.min(l.sms / pairs).min(keys.div_ceil(round(1)));
+    for blocks in (2..=most).rev() {
+        let cluster = Cluster { blocks, times: if keys <= blocks * round(1) { 1 } else { wide } };
+        if resident(cluster)? >= pairs {
+            return Ok(Some(cluster));
+        }
+    }
+    Ok(Some(one))
 }
 
 /// Planes of results that the caller merges, for kernels that do not share keys out.
@@ -91,17 +131,55 @@ mod tests {
         }
     }
 
+    const HOPPER: Limits = Limits {
+        cc: (9, 0),
+        sms: 132,
+        shared: 232_448,
+        shared_each: 233_472,
+        cluster: 8,
+        wgmma: true,
+    };
+    const BLOCK: Block = Block { warps: 4, tile: 4352, ring: 17_408 };
+
+    #[test]
+    fn lists_get_clusters_that_all_run_at_once() {
+        // Multiprocessors come in groups of 16 and 18; a wide block takes one, three narrow ones do.
+        let resident = |c: Cluster| {
+            let each = if c.times == 1 { 3 } else { 1 };
+            Ok(6 * (16 * each / c.blocks) + 2 * (18 * each / c.blocks))
+        };
+        let of = |pairs, keys| {
+            let found = together(&HOPPER, &BLOCK, (pairs, keys), resident).unwrap();
+            found.map(|c| (c.blocks, c.times))
+        };
+        assert_eq!(of(8, 327), Some((6, 1)));
+        assert_eq!(of(8, 1024), Some((8, 2)));
+        assert_eq!(of(8, 13_107), Some((8, 2)));
+        assert_eq!(of(16, 2048), Some((8, 2)));
+        assert_eq!(of(32, 327), Some((4, 2)));
+        assert_eq!(of(64, 327), Some((1, 2)));
+        assert_eq!(of(64, 1024), Some((2, 2)));
+        assert_eq!(of(64, 60), Some((1, 1)));
+        assert_eq!(of(1, 1), Some((1, 1)));
+        // Fewer clusters at once: smaller ones.
+        let fewer = |c: Cluster| Ok(resident(c)? * 3 / 4);
+        let c = together(&HOPPER, &BLOCK, (32, 2048), fewer).unwrap();
+        assert_eq!(c, Some(Cluster { blocks: 3, times: 2 }));
+        // A block a pair, where they come out even.
+        assert_eq!(of(128, 3276), Some((1, 2)));
+        assert_eq!(of(256, 3276), Some((1, 2)));
+        assert_eq!(of(160, 3276), None);
+        // Few pairs with long lists are shared out to all multiprocessors.
+        assert_eq!(of(2, 3000), Some((8, 2)));
+        assert_eq!(of(2, 13_107), None);
+        assert_eq!(of(0, 10), None);
+        let none = Limits { cluster: 1, ..HOPPER };
+        assert_eq!(together(&none, &BLOCK, (8, 64), resident).unwrap(), None);
+    }
+
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {
-        let l = Limits {
-            cc: (9, 0),
-            sms: 132,
-            shared: 232_448,
-            shared_each: 233_472,
-            cluster: 8,
-            wgmma: true,
-        };
-        let block = Block { warps: 4, tile: 4352, ring: 17_408 };
+        let (l, block) = (HOPPER, BLOCK);
         let of = |pairs, keys, listed| blocks(&l, &block, (pairs, keys), listed);
         // A wide block a multiprocessor, also where less is listed than dense.
         assert_eq!(of(8, 131_072, false), (132, 2));
@@ -121,17 +199,6 @@ mod tests {
         assert_eq!(older(108, 164 << 10, 163 << 10), (108, 2));
         assert_eq!(older(84, 100 << 10, 99 << 10), (84, 1));
         assert_eq!(older(1000, 228 << 10, 227 << 10), (512, 2));
-        // A cluster a pair, where a warp has a tile or two and all clusters run at once.
-        let with = |pairs, keys| together(&l, &block, pairs, keys);
-        assert_eq!(with(64, 327), Some(6));
-        assert_eq!(with(8, 327), Some(6));
-        assert_eq!(with(1, 1), Some(1));
-        assert_eq!(with(8, 1024), Some(8));
-        assert_eq!(with(8, 1025), None);
-        assert_eq!(with(128, 327), Some(3));
-        assert_eq!(with(132, 500), None);
-        assert_eq!(with(400, 10), None);
-        assert_eq!(together(&Limits { cluster: 1, ..l }, &block, 8, 64), None);
         assert_eq!(splits(&l, 4096, 4096), 1);
         assert_eq!(splits(&l, 8, 131_072), 33);
         assert_eq!(splits(&l, 8, 300), 1);
