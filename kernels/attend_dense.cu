@@ -183,6 +183,12 @@ struct Maps {
         const __grid_constant__ Maps maps) {                                              \
         depend();                                                                         \
         attend_wgmma<T, D, RunTiles>(a, all, maps.of);                                    \
+    }                                                                                     \
+    extern "C" __global__ void __launch_bounds__(384, 1) attend_lse_wgmma_##T##_d##D(     \
+        const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,          \
+        const __grid_constant__ Maps maps) {                                              \
+        depend();                                                                         \
+        attend_wgmma<T, D, RunTiles, false>(a, all, maps.of);                             \
     }
 HOPPER(f16, 64)
 HOPPER(f16, 128)

@@ -11,6 +11,8 @@
 // The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
 // are even, and CTAs that run together read the same keys.
 //
+// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O; one warpgroup's softmax falls into the other's
+// products by itself.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all
@@ -55,7 +57,7 @@ template <int S> struct Control {
     u32 next;
 };
 
-template <class T, int D, class Source>
+template <class T, int D, bool VALUES, class Source>
 DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps, u32 base,
                     Control<WgmmaShape<D>::stages>& c) {
     typedef WgmmaShape<D> Shape;
@@ -145,7 +147,7 @@ DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps
             At later = keys.at(ticket);
             ticket = keys.ticket(t + 3);
             if (t < t1) fill_k(now, filled + t - t0);
-            if (t > t0) fill_v(last, filled + t - 1 - t0);
+            if (VALUES && t > t0) fill_v(last, filled + t - 1 - t0);
             last = now, now = next, next = later;
         }
         filled += t1 - t0;
@@ -190,7 +192,7 @@ struct Softmax {
     }
 };
 
-template <class T, int D, class Source>
+template <class T, int D, bool VALUES, class Source>
 DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaShape<D>::stages>& c) {
     typedef WgmmaShape<D> Shape;
     const u32 S = Shape::stages;
@@ -258,7 +260,19 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         }
         pack();
     };
-    if (group == 1) named_arrive(1, 256);
+    // Logits of tile t alone.
+    auto alone = [&](bool fence) {
+        u32 slot = n % S;
+        barrier_wait(bar(c.k_full[slot]), n / S & 1);
+        if (fence) fence_proxy();
+        wgmma_fence();
+        wgmma_logits<T, D>(s, q, 128, k_at(slot));
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(s);
+        release(c.k_empty[slot]);
+    };
+    if (VALUES && group == 1) named_arrive(1, 256);
     for (u32 count = 0;; count++) {
         barrier_wait(bar(c.q_full), count & 1);
         const Item& item = c.items[count & 1];
@@ -269,16 +283,16 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
         soft.top[0] = soft.top[1] = NEG_INF;
         soft.sum[0] = soft.sum[1] = 0.0f;
-        if (t0 < t1) {
-            float fix[2];
-            barrier_wait(bar(c.k_full[n % S]), n / S & 1);
-            fence_proxy();
-            wgmma_fence();
-            wgmma_logits<T, D>(s, q, 128, k_at(n % S));
-            wgmma_commit();
-            wgmma_wait<0>();
-            pin(s);
-            release(c.k_empty[n % S]);
+        float fix[2];
+        if (!VALUES && t0 < t1) {
+            for (u32 t = t0; t < t1; t++, n++) {
+                alone(t == t0 || !mapped || t + 1 == t1);
+                if (t + 1 == t1) release(c.q_empty);
+                if (plain.sees(t, c.tokens[n % (2 * S)])) weigh(Index<0>(), item, t, n, fix);
+                else weigh(Index<1>(), item, t, n, fix);
+            }
+        } else if (t0 < t1) {
+            alone(true);
             if (t0 + 1 == t1) release(c.q_empty);
             weigh(Index<1>(), item, t0, n, fix);
             pack();
@@ -315,7 +329,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
             u64 at = (u64)item.split * a.rows * a.heads + item.vector(a.heads, v);
             float inv = sum > 0.0f ? 1.0f / sum : 0.0f;
 #pragma unroll
-            for (int i = 0; i < D / 8; i++)
+            for (int i = 0; VALUES && i < D / 8; i++)
                 out.put2(at * D + i * 8 + (lane & 3) * 2, o[4 * i + 2 * h] * inv, o[4 * i + 2 * h + 1] * inv);
             if (a.lse && (lane & 3) == 0)
                 a.lse[at] = sum > 0.0f ? (soft.top[h] + log2f(sum)) * LN2 : NEG_INF;
@@ -324,7 +338,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
 }
 
 // `maps`: K and V, for a run of keys.
-template <class T, int D, class Source>
+template <class T, int D, class Source, bool VALUES = true>
 DEVICE void attend_wgmma(const AttendArgs& a, const Items& all, const TensorMap* maps) {
     typedef WgmmaShape<D> Shape;
     const u32 S = Shape::stages;
@@ -347,10 +361,10 @@ DEVICE void attend_wgmma(const AttendArgs& a, const Items& all, const TensorMap*
     __syncthreads();
     if (threadIdx.x < 128) {
         registers_down<56>();
-        produce<T, D, Source>(a, all, maps, base, c);
+        produce<T, D, VALUES, Source>(a, all, maps, base, c);
     } else {
         registers_up<224>();
-        consume<T, D, Source>(a, !Source::listed && all.mapped, base, c);
+        consume<T, D, VALUES, Source>(a, !Source::listed && all.mapped, base, c);
     }
 }
 

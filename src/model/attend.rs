@@ -79,6 +79,21 @@ impl Dense<'_> {
         out: &Tensor,
         lse: Option<&Tensor>,
     ) -> Result<()> {
+        self.run(g, splits, out, (lse, true))
+    }
+
+    /// Each row's log-sum-exp alone; `out` is room for what a backend has beside it.
+    pub fn sums(&self, g: Group, out: &Tensor, lse: &Tensor) -> Result<()> {
+        self.run(g, 1, out, (Some(lse), false))
+    }
+
+    fn run(
+        &self,
+        g: Group,
+        splits: usize,
+        out: &Tensor,
+        (lse, values): (Option<&Tensor>, bool),
+    ) -> Result<()> {
         if g.n == 0 {
             return Ok(());
         }
@@ -93,6 +108,7 @@ impl Dense<'_> {
             splits,
             out,
             lse,
+            values,
         })
     }
 

@@ -100,13 +100,18 @@ pub(super) fn prefill(
         op: "prefill",
         reason: "the step was made for another plan".into(),
     })?;
-    // Tiles are scored with each row's softmax over all its tokens; a dense anchor attends to them anyway.
-    let (group, lse) = match plan.scores_tiles() || plan.role == Role::DenseAnchor {
-        true => (step.prefill, Some(&ws.lse)),
-        false => (split.dense, None),
-    };
-    clock.time(b, l, |t| &mut t.dense, || dense.attend(group, 1, &ws.attn, lse))?;
     let all = split.tiles;
+    // Tiles are scored with each row's softmax over all its tokens; a dense anchor attends to them anyway.
+    let densely = || match plan.role {
+        Role::DenseAnchor => dense.attend(step.prefill, 1, &ws.attn, Some(&ws.lse)),
+        _ => {
+            if plan.scores_tiles() && all.n > 0 {
+                dense.sums(step.prefill, &ws.attn, &ws.lse)?;
+            }
+            dense.attend(split.dense, 1, &ws.attn, None)
+        }
+    };
+    clock.time(b, l, |t| &mut t.dense, densely)?;
     for first in (0..all.n).step_by(batch.max(1)) {
         let group = GroupSeqs::new(step, all.part(first, batch.min(all.n - first)));
         let cx = LayerContext { seqs: group.seqs(), ..*cx };

@@ -363,6 +363,7 @@ impl Layer {
             splits: 1,
             out: &out,
             lse: None,
+            values: true,
         };
         self.dev.attend_dense(&p).unwrap();
         floats(&*self.dev, &out).unwrap()

@@ -153,12 +153,19 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     // Without splits lse is optional: one batch in three asks for none.
     let lse = (c.splits > 1 || b.n() != 3).then_some(&lse);
     let (window, splits) = (c.window, c.splits);
-    let p = AttendDense { q: &q, seqs, cache, heads, scale, window, splits, out: &out, lse };
+    let values = true;
+    let p =
+        AttendDense { q: &q, seqs, cache, heads, scale, window, splits, out: &out, lse, values };
     let outs = match (splits, lse) {
         (2.., Some(lse)) => partials("attend_dense", &b, &out, lse, [splits, heads, d]),
         _ => reference::attend_dense(&p, &*rig.dev)?,
     };
     rig.check(t.act, &outs, &|dev| dev.attend_dense(&p))?;
+    if splits == 1 && lse.is_some() && seqs.max_q > 64 {
+        let p = AttendDense { values: false, ..p };
+        let outs = reference::attend_dense(&p, &*rig.dev)?;
+        rig.check(t.act, &outs, &|dev| dev.attend_dense(&p))?;
+    }
     let Some(lse) = lse.filter(|_| splits > 1) else { return Ok(()) };
     let whole = merged(rig, t, &b, &out, lse, [splits, heads, d])?;
     let p = AttendDense { splits: 1, out: &whole.0, lse: Some(&whole.1), ..p };

@@ -305,8 +305,11 @@ fn attend(rig: &mut Rig) -> Outcome {
         splits: 1,
         out: &out,
         lse: Some(&lse),
+        values: true,
     };
     rig.refuses("empty window", dev.attend_dense(&AttendDense { window: Some(0), ..p() }))?;
+    let nothing = AttendDense { lse: None, values: false, ..p() };
+    rig.refuses("nothing wanted", dev.attend_dense(&nothing))?;
     rig.refuses("no split", dev.attend_dense(&AttendDense { splits: 0, ..p() }))?;
     rig.refuses("no room for 2 splits", dev.attend_dense(&AttendDense { splits: 2, ..p() }))?;
     rig.refuses("short lse", dev.attend_dense(&AttendDense { lse: Some(&short(&lse)), ..p() }))?;

@@ -193,7 +193,8 @@ impl CudaBackend {
         if p.seqs.max_q > 1
             && let Some((items, shape)) = hopper::attend(OP, &self.limits, kind, of, p.seqs.max_kv)?
         {
-            let entry = format!("attend_prefill_wgmma_{kv}_d{d}");
+            let kind = if p.values { "prefill" } else { "lse" };
+            let entry = format!("attend_{kind}_wgmma_{kv}_d{d}");
             let (items, maps) = items.mapped(&p.cache, &args.pool);
             let args = Args::new().with(args).with(items).with(maps);
             return self.launch(OP, &entry, shape, args);

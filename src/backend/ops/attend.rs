@@ -34,6 +34,8 @@ pub struct AttendDense<'a> {
     pub out: &'a Tensor,
     /// f32 `[rows, heads]`, or partials.
     pub lse: Option<&'a Tensor>,
+    /// `out` is wanted. Without it only `lse` is, and what lies in `out` afterwards is unspecified.
+    pub values: bool,
 }
 
 impl AttendDense<'_> {
@@ -45,6 +47,7 @@ impl AttendDense<'_> {
         let d = self.cache.head_dim;
         check_heads(OP, self.q, self.seqs.rows, self.heads, self.cache.kv_heads, d)?;
         ensure(OP, self.window != Some(0), || "a window holds at least one token".into())?;
+        ensure(OP, self.values || self.lse.is_some(), || "neither out nor lse is wanted".into())?;
         let shape = [self.splits, self.seqs.rows, self.heads, d];
         let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
         check_out(OP, self.out, self.lse, shape, &[("q", self.q), k, v, meta, pages])

@@ -1,6 +1,6 @@
 //! Attention and the merge of its splits.
 
-use super::{Layout, Output, Seq, floats, words};
+use super::{Cell, Layout, Output, Seq, floats, words};
 use crate::backend::{AttendDense, AttendRows, Backend, Merge, PAGE, Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -95,7 +95,12 @@ pub fn attend_dense<'a>(p: &AttendDense<'a>, dev: &dyn Backend) -> Result<Vec<Ou
         }));
     }
     let rows_heads = p.seqs.rows * p.heads;
-    Ok(Target { op: "attend_dense", out: p.out, lse: p.lse, rows_heads }.outputs(heads))
+    let mut outs = Target { op: "attend_dense", out: p.out, lse: p.lse, rows_heads }.outputs(heads);
+    if !p.values {
+        let out = outs.iter_mut().filter(|o| o.name == "out");
+        out.for_each(|o| o.cells.fill(Cell::Any));
+    }
+    Ok(outs)
 }
 
 /// See [`AttendRows`]. With several splits the ranges are this function's own choice.

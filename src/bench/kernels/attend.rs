@@ -117,6 +117,7 @@ impl Case for Dense<'_> {
                 splits,
                 out,
                 lse: Some(lse),
+                values: true,
             })
         })
     }
@@ -136,6 +137,7 @@ impl Case for Dense<'_> {
             splits: 1,
             out: &out,
             lse: None,
+            values: true,
         };
         let want = expected(&reference::attend_dense(&p, &small.host)?, 0, n);
         self.a.compare(rig, &pair, &want, rig.o.depth)

@@ -143,6 +143,7 @@ fn attention_without_lse() {
         splits,
         out: &dense,
         lse,
+        values: true,
     })
     .expect("attend_dense");
     let all: Vec<u32> = (0..100).collect();
