@@ -1,4 +1,4 @@
-// Digits of scores, and the bin in which the k-th largest lies: histograms in shared memory, of a block or of a cluster.
+// Digits of scores, and the bin in which the k-th largest lies: histograms in shared memory, of a block or a cluster.
 #pragma once
 #include "cluster.cuh"
 
@@ -37,7 +37,8 @@ template <bool CLUSTER> struct Digits {
     u32* hist;                        // [HISTOGRAMS][BINS] zeros
     u32* shared;                      // [WARPS + 3]
     u32 want, total, found, in_bin;   // still wanted of the last bin found; what was counted first
-    u32 base, shift, last;            // of the first digit, whose bin 2047 is +infinity; image of the largest finite score
+    u32 base, shift;                  // of the first digit, whose bin 2047 is +infinity
+    u32 last;                         // image of the largest finite score
 
     DEVICE void sync() const {
         if (CLUSTER) cluster_sync();

@@ -1,11 +1,11 @@
 // top_k: the k largest scores per row as ascending indices; exact and deterministic. force_top_k: force before it.
 //
 // Most scores lie far below the k-th largest and are compared once:
-// 1. Every thread takes the largest of each group of its scores. The k-th largest of these, rounded down to the edge of one
-//    of 2048 bins, is reached by k scores at least, and rarely by many more.
-// 2. Candidates are the scores that reach it, a bit each. A radix select over digits of 11 + 11 + 10 bits of an
-//    order-preserving u32 image, no wider than the candidates' range, finds the k-th largest of them.
-// 3. Prefix sums of the bits' counts place what is chosen. Equal scores are kept from the smallest index on.
+// 1. Every thread takes the largest of each group of its scores. The k-th largest of these, rounded down to the edge of
+//    one of 2048 bins, is reached by k scores at least, and rarely by many more.
+// 2. Candidates are the scores that reach it, listed by every warp. A radix select over digits of 11 + 11 + 10 bits of
+//    an order-preserving u32 image, no wider than the candidates' range, finds the k-th largest of them.
+// 3. Prefix sums of the warps' counts place what is chosen. Equal scores are kept from the smallest index on.
 //
 // Plan: a block, or a cluster of them, per row. What a block scores it reads once, into registers and shared memory
 // (top_k_cached); where clusters do not hold a row it is read three times, mostly from L2 (top_k_streamed).
@@ -87,80 +87,97 @@ template <class F> DEVICE void tops(const Held& v, Groups groups, F f) {
     f(fmaxf(a, fmaxf(fmaxf(top[1].x, top[1].y), fmaxf(top[1].z, top[1].w))));
 }
 
-// The candidates of a block: of every tile a thread has 32 neighbours, a word of bits.
-template <bool CACHED> struct Marks {
-    u32 tiles, chunks;  // of a block's part; of a warp in a tile
-    u32* words;         // [2, tiles, THREADS] where they are streamed
-    u32 mine[2];        // else
-    DEVICE u32& at(u32 kind, u32 tile) {
-        if (CACHED) return mine[kind];
-        return words[(kind * tiles + tile) * THREADS + threadIdx.x];
-    }
+// A block's scores, the candidates among them, and what is chosen of these. A warp has its own part of every tile and
+// lists its candidates, in ascending order: its lanes share them evenly.
+template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
+    const float* x;
+    u32 tiles, chunks;  // of the block; of a warp in a tile
+    u16* list;          // the warp's, [chunks * CHUNK]: from its part of the tile on
+    u32 count;          // of it
+    u32* words;         // [tiles, THREADS] where they are streamed: a bit for each of 32 neighbours
+    u32 bottom, top;    // images: larger ones are chosen, and `want` of these
+
     DEVICE u32 warp_at(u32 tile) const { return tile * TILE + (threadIdx.x >> 5) * chunks * CHUNK; }
-    // First score of the word; of the four of a chunk.
-    DEVICE u32 word_at(u32 tile) const { return warp_at(tile) + (threadIdx.x & 31) * 32; }
     DEVICE u32 four_at(u32 tile, u32 j) const { return warp_at(tile) + j * CHUNK + (threadIdx.x & 31) * 4; }
-    // Bits of a thread's fours, chunk by chunk, into bits of its neighbours.
-    DEVICE u32 in_order(u32 bits) const {
+
+    // Takes a bit for each of the thread's fours, chunk by chunk.
+    DEVICE void mark(u32 tile, u32 bits) {
         u32 lane = threadIdx.x & 31, word = 0;
 #pragma unroll
         for (u32 s = 0; s < 8; s++)
             word |= (__shfl_sync(~0u, bits, (lane & 3) * 8 + s) >> (lane >> 2) * 4 & 15) << 4 * s;
-        return word;
+        if (CACHED) write_list(word);
+        else words[tile * THREADS + threadIdx.x] = word;
     }
-};
-#define CANDIDATES 0u
-#define LARGER 1u
-
-template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER>, Marks<CACHED> {
-    const float* x;  // the block's scores
-    using Digits<CLUSTER>::hist;
-    using Digits<CLUSTER>::want;
-    using Digits<CLUSTER>::in_bin;
-    using Digits<CLUSTER>::found;
-
-    template <class F> DEVICE void each_candidate(F f) {
-        for (u32 tile = 0; tile < (CACHED ? 1 : this->tiles); tile++) {
-            u32 from = this->word_at(tile);
-            for (u32 bits = this->at(CANDIDATES, tile); bits; bits &= bits - 1)
-                f(tile, bits & (0u - bits), image(x[from + __ffs(bits) - 1]));
+    DEVICE void write_list(u32 word) {
+        u32 lane = threadIdx.x & 31, end = __popc(word);
+#pragma unroll
+        for (int s = 1; s < 32; s <<= 1) {
+            u32 y = __shfl_up_sync(~0u, end, s);
+            if (lane >= s) end += y;
+        }
+        count = __shfl_sync(~0u, end, 31);
+        u32 at = end - __popc(word);
+        __syncwarp();
+        for (; word; word &= word - 1) list[at++] = (u16)(lane * 32 + __ffs(word) - 1);
+        __syncwarp();
+    }
+    // f(number, image) of the tile's candidates in turn, 32 at a time; image 0 for none.
+    template <class F> DEVICE void each(u32 tile, F f) {
+        if (!CACHED) write_list(words[tile * THREADS + threadIdx.x]);
+        u32 lane = threadIdx.x & 31, from = warp_at(tile);
+        for (u32 first = 0; first < count; first += 32) {
+            bool there = first + lane < count;
+            u32 at = from + (there ? list[first + lane] : 0);
+            f(at, there ? image(x[at]) : 0);
         }
     }
+    template <class F> DEVICE void each(F f) {
+        for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) each(tile, f);
+    }
+    DEVICE bool last_bin(u32 key) const { return bottom <= key && key <= top; }
 
-    // Of the candidates, from image `low` on, those above the want-th largest become LARGER ones; its equals stay.
-    DEVICE void run(u32 low) {
+    // Finds the k-th largest of the candidates, which are those from image `low` on.
+    DEVICE void run(u32 low, u32 k) {
         this->start_at(low);
-        each_candidate([&](u32, u32, u32 key) { this->count_first(1, key); });
+        each([&](u32, u32 key) {
+            if (key) this->count_first(1, key);
+        });
+        this->want = k;
         this->sync();
         this->search(1, true);
-        u32 bottom = this->low(), shift = bottom == INFINITE ? 0 : this->shift, top = this->end(bottom, shift);
-        for (u32 round = 2; round < HISTOGRAMS && in_bin > want && shift > 0; round++) {
-            u32 next = shift > 11 ? shift - 11 : 0, *counts = hist + round * BINS;
-            each_candidate([&](u32, u32, u32 key) {
-                if (bottom <= key && key <= top) atomicAdd(&counts[(key - bottom) >> next], 1);
+        bottom = this->low();
+        u32 shift = bottom == INFINITE ? 0 : this->shift;
+        top = this->end(bottom, shift);
+        for (u32 round = 2; round < HISTOGRAMS && this->in_bin > this->want && shift > 0; round++) {
+            u32 next = shift > 11 ? shift - 11 : 0, *counts = this->hist + round * BINS;
+            each([&](u32, u32 key) {
+                if (last_bin(key)) atomicAdd(&counts[(key - bottom) >> next], 1);
             });
             this->sync();
             this->search(round, false);
-            bottom += found << next, shift = next, top = this->end(bottom, shift);
+            bottom += this->found << next, shift = next, top = this->end(bottom, shift);
         }
-        for (u32 tile = 0; tile < (CACHED ? 1 : this->tiles); tile++) this->at(LARGER, tile) = 0;
-        each_candidate([&](u32 tile, u32 bit, u32 key) {
-            if (key > top) this->at(LARGER, tile) |= bit;
-            if (key < bottom || key > top) this->at(CANDIDATES, tile) &= ~bit;
-        });
     }
 
-    // Chosen are the larger ones and the first `want` candidates of the row.
+    // How many of a tile's candidates of the warp are larger, and how many in the last bin.
+    DEVICE uint2 numbers(u32 tile) {
+        u32 g = 0, e = 0;
+        each(tile, [&](u32, u32 key) { g += key > top, e += last_bin(key); });
+        return make_uint2(__reduce_add_sync(~0u, g), __reduce_add_sync(~0u, e));
+    }
+    // Chosen are the larger ones and the first `want` of the last bin of the row.
     template <class Emit> DEVICE void write(u32 first, Emit emit) {
         __shared__ uint2 warps[WARPS], block;
-        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, tiles = CACHED ? 1 : this->tiles;
-        u32 g0 = 0, e0 = 0;  // before this block, then before this tile
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, want = this->want;
+        u32 below = (1u << lane) - 1, g0 = 0, e0 = 0;  // before this block, then before this tile
         if (CLUSTER) {
-            u32 g = 0, e = 0;
-            for (u32 tile = 0; tile < tiles; tile++)
-                g += __popc(this->at(LARGER, tile)), e += __popc(this->at(CANDIDATES, tile));
-            g = __reduce_add_sync(~0u, g), e = __reduce_add_sync(~0u, e);
-            if (lane == 0) warps[warp] = make_uint2(g, e);
+            uint2 mine = make_uint2(0, 0);
+            for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
+                uint2 c = numbers(tile);
+                mine.x += c.x, mine.y += c.y;
+            }
+            if (lane == 0) warps[warp] = mine;
             __syncthreads();
             uint2 c = warps[lane];
             c.x = __reduce_add_sync(~0u, c.x), c.y = __reduce_add_sync(~0u, c.y);
@@ -171,27 +188,22 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER>, Marks<CACH
             g0 = __reduce_add_sync(~0u, g0), e0 = __reduce_add_sync(~0u, e0);
             cluster_arrive();  // no block leaves before the others have read its memory
         }
-        for (u32 tile = 0; tile < tiles; tile++) {
-            u32 g = this->at(LARGER, tile), e = this->at(CANDIDATES, tile);
-            u32 gi = __popc(g), ei = __popc(e);
-#pragma unroll
-            for (int s = 1; s < 32; s <<= 1) {
-                u32 a = __shfl_up_sync(~0u, gi, s), b = __shfl_up_sync(~0u, ei, s);
-                if (lane >= s) gi += a, ei += b;
-            }
+        for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
+            uint2 mine = numbers(tile);
             if (CLUSTER || tile > 0) __syncthreads();
-            if (lane == 31) warps[warp] = make_uint2(gi, ei);
+            if (lane == 0) warps[warp] = mine;
             __syncthreads();
             uint2 c = warps[lane];
-            u32 gb = g0 + __reduce_add_sync(~0u, lane < warp ? c.x : 0) + gi - __popc(g);
-            u32 eb = e0 + __reduce_add_sync(~0u, lane < warp ? c.y : 0) + ei - __popc(e);
+            u32 gb = g0 + __reduce_add_sync(~0u, lane < warp ? c.x : 0);
+            u32 eb = e0 + __reduce_add_sync(~0u, lane < warp ? c.y : 0);
             g0 += __reduce_add_sync(~0u, c.x), e0 += __reduce_add_sync(~0u, c.y);
-            u32 from = first + this->word_at(tile);
-            for (u32 bits = g | e; bits; bits &= bits - 1) {
-                u32 bit = bits & (0u - bits), i = from + __ffs(bit) - 1;
-                if (g & bit) emit(gb++ + min(eb, want), i);
-                else if (eb < want) emit(gb + eb, i), eb++;
-            }
+            each(tile, [&](u32 at, u32 key) {
+                u32 g = __ballot_sync(~0u, key > top), e = __ballot_sync(~0u, last_bin(key));
+                u32 larger = gb + __popc(g & below), equal = eb + __popc(e & below);
+                if (key > top) emit(larger + min(equal, want), first + at);
+                else if (last_bin(key) && equal < want) emit(larger + equal, first + at);
+                gb += __popc(g), eb += __popc(e);
+            });
         }
         if (CLUSTER) cluster_wait();
     }
@@ -209,7 +221,10 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     s.hist = (u32*)shared4, s.shared = found;
     s.tiles = CACHED ? 1 : (a.span + TILE - 1) / TILE;
     s.chunks = CACHED ? (a.span + WARPS * CHUNK - 1) / (WARPS * CHUNK) : CHUNKS;
-    if (!CACHED) s.words = a.masks + (r * gridDim.x + rank) * 2 * s.tiles * THREADS;
+    float4* kept = (float4*)(s.hist + HISTOGRAMS * BINS);
+    u32 round = WARPS * s.chunks * CHUNK;
+    s.list = (u16*)(kept + (CACHED ? round / 4 : 0)) + (t >> 5) * s.chunks * CHUNK;
+    if (!CACHED) s.words = a.masks + (r * gridDim.x + rank) * s.tiles * THREADS;
     Part p;
     p.first = rank * a.span, p.x = a.scores + r * a.stride + p.first;
     p.readable = a.stride > p.first ? min((u32)(a.stride - p.first), a.span) : 0;
@@ -228,7 +243,6 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     u32 alone = THREADS * gridDim.x;  // groups of all scores of a thread
     Groups groups = !CACHED || k > alone * 5 ? EACH : k > alone / 5 * 2 ? FOURS : ALL;
 
-    float4* kept = (float4*)(s.hist + HISTOGRAMS * BINS);
     if (CACHED) {
 #pragma unroll
         for (u32 j = 0; j < CHUNKS; j++) {
@@ -276,11 +290,10 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
             bits |= (x.x >= from) << 4 * j | (x.y >= from) << (4 * j + 1);
             bits |= (x.z >= from) << (4 * j + 2) | (x.w >= from) << (4 * j + 3);
         }
-        s.at(CANDIDATES, tile) = s.in_order(bits);
+        s.mark(tile, bits);
     }
     s.x = CACHED ? (const float*)kept : p.x;
-    s.want = k;
-    s.run(low);
+    s.run(low, k);
     u32* out = a.indices + r * a.k;
     const u32* among = a.among ? a.among + r * a.among_k : nullptr;
     s.write(p.first, [&](u32 at, u32 i) { out[at] = among ? among[i] : i; });

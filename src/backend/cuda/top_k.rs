@@ -38,6 +38,9 @@ const HISTOGRAMS: usize = 4 * 2048 * 4;
 /// Scores that the block's warps load at a time, and those that its registers hold.
 const ROUND: usize = 128 * THREADS / 32;
 const TILE: usize = 8 * ROUND;
+/// Bytes of a score, and of its place in a warp's list.
+const SCORE: usize = 4;
+const ENTRY: usize = 2;
 /// More shared memory than the kernel declares.
 const DECLARED: usize = 1024;
 
@@ -53,8 +56,8 @@ struct Blocks {
 
 impl Blocks {
     fn of(l: &Limits, n: usize) -> Self {
-        let room = l.shared.saturating_sub(HISTOGRAMS + DECLARED) / 4 / ROUND * ROUND;
-        let most = room.min(TILE);
+        let room = l.shared.saturating_sub(HISTOGRAMS + DECLARED) / (SCORE + ENTRY);
+        let most = (room / ROUND * ROUND).min(TILE);
         let fewest = if most == 0 { usize::MAX } else { n.div_ceil(most) };
         let cached = fewest <= l.cluster;
         // As few as hold the row: blocks of a cluster wait for each other after every histogram, which takes longer than
@@ -79,7 +82,7 @@ impl CudaBackend {
         let tiles = if cached { 0 } else { span.div_ceil(TILE) };
         let scratch = match tiles {
             0 => None,
-            n => Some(self.scratch(rows * blocks * 2 * n * THREADS * 4)?),
+            n => Some(self.scratch(rows * blocks * n * THREADS * 4)?),
         };
         let args = TopKArgs {
             scores,
@@ -104,8 +107,8 @@ impl CudaBackend {
         let kind = if cached { "cached" } else { "streamed" };
         let cluster = if blocks > 1 { "_cluster" } else { "" };
         let grid = [blocks, p.rows_per_seq, p.seqs.n];
-        let shared =
-            if cached { HISTOGRAMS + span.next_multiple_of(ROUND) * 4 } else { HISTOGRAMS };
+        let (kept, listed) = if cached { (span.next_multiple_of(ROUND), 0) } else { (0, TILE) };
+        let shared = HISTOGRAMS + kept * (SCORE + ENTRY) + listed * ENTRY;
         let shape = Shape::new(grid, THREADS).shared(shared).cluster(blocks);
         self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
     }
@@ -152,9 +155,8 @@ mod tests {
         assert_eq!(of(262_145), (8, false));
         // Without clusters; and with little shared memory.
         let alone = Limits { cluster: 1, shared: 163 << 10, ..hopper };
-        assert_eq!(Blocks::of(&alone, 32_768), Blocks { blocks: 1, span: 32_768, cached: true });
-        assert!(!Blocks::of(&alone, 32_769).cached);
-        assert!(!Blocks::of(&Limits { shared: 48 << 10, ..alone }, 4097).cached);
-        assert!(!Blocks::of(&Limits { shared: 32 << 10, ..alone }, 5).cached);
+        assert_eq!(Blocks::of(&alone, 20_000), Blocks { blocks: 1, span: 20_032, cached: true });
+        assert!(!Blocks::of(&alone, 20_481).cached);
+        assert!(!Blocks::of(&Limits { shared: 99 << 10, ..alone }, 8193).cached);
     }
 }
