@@ -19,6 +19,8 @@ DEVICE u32 cluster_size() {
 // What was written before an arrive is seen by all blocks after their wait.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Says only that this thread has read what it wanted of the others: waits for none of its writes.
+DEVICE void cluster_arrive_read() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE u32 remote(const void* p, u32 rank) {
     u32 at;
     asm("mapa.shared::cluster.u32 %0, %1, %2;"
@@ -49,6 +51,7 @@ DEVICE float4 remote_float4(const float4* p, u32 rank) {
 DEVICE u32 cluster_rank() { return 0; }
 DEVICE u32 cluster_size() { return 1; }
 DEVICE void cluster_arrive() { __syncthreads(); }
+DEVICE void cluster_arrive_read() {}
 DEVICE void cluster_wait() {}
 DEVICE u32 remote_word(const u32* p, u32) { return *p; }
 DEVICE uint2 remote_words2(const u32* p, u32) { return *(const uint2*)p; }

@@ -4,8 +4,8 @@
 // split reads that part of a pair. With one plane the rounds of all pairs, laid end to end, are cut into
 // equal shares, one a block, so that ragged batches and any number of pairs fill the device: a block may end one pair
 // and begin the next, and a pair that several blocks share is merged by the last of them to finish, in block order.
-// Pairs of few keys take their time in steps that wait for each other: there a cluster of blocks (`together`) has a pair,
-// nothing is counted first, and the blocks read each other's results from shared memory.
+// Listed keys may have a cluster of blocks for each pair instead (`together`): nothing is counted first, and the blocks
+// read each other's results from shared memory.
 //
 // Every warp walks its own keys, 16 at a time, through its own ring of STAGES shared tiles filled by
 // 16-byte cp.async, so the main loop has no block barrier. The group's query heads are the (up to 16) rows
@@ -319,7 +319,7 @@ DEVICE void join_cluster(const AttendArgs& a, const Seq& seq, const Heads& heads
         for (int e = 0; e < 4; e++) put<T>(a, first + h, i * 4 % D + e, D, acc[e], top, sum);
     }
     // No block leaves before the others have read its memory.
-    cluster_sync();
+    cluster_arrive_read(), cluster_wait();
 }
 
 // Everything that a block does.

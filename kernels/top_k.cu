@@ -186,7 +186,7 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
             g0 = lane < cluster_rank() ? remote_word(&block.x, lane) : 0;
             e0 = lane < cluster_rank() ? remote_word(&block.y, lane) : 0;
             g0 = __reduce_add_sync(~0u, g0), e0 = __reduce_add_sync(~0u, e0);
-            cluster_arrive();  // no block leaves before the others have read its memory
+            cluster_arrive_read();  // no block leaves before the others have read its memory
         }
         for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
             uint2 mine = numbers(tile);

@@ -76,7 +76,7 @@ pub(super) struct Cluster {
 ///
 /// Measured on an H100 (head dimension 128): one wide block a multiprocessor, in clusters that all run at once, is best
 /// or near it for 8 to 64 pairs and 327 to 13,107 keys; for more pairs than multiprocessors, one wide block a pair where
-/// the last round of them is nearly full.
+/// two rounds of them are nearly full.
 pub(super) fn together(
     l: &Limits,
     block: &Block,
@@ -93,7 +93,8 @@ pub(super) fn together(
         return Ok(None);
     }
     if pairs > l.sms / 2 {
-        let full = 20 * pairs >= 19 * pairs.div_ceil(l.sms) * l.sms;
+        let rounds = pairs.div_ceil(l.sms);
+        let full = rounds <= 2 && 20 * pairs >= 19 * rounds * l.sms;
         return Ok(full.then_some(one));
     }
     // Where half of the multiprocessors have a block anyway, a few tiles take less time than blocks take to meet.
@@ -169,6 +170,7 @@ mod tests {
         assert_eq!(of(128, 3276), Some((1, 2)));
         assert_eq!(of(256, 3276), Some((1, 2)));
         assert_eq!(of(160, 3276), None);
+        assert_eq!(of(512, 3276), None);
         // Few pairs with long lists are shared out to all multiprocessors.
         assert_eq!(of(2, 3000), Some((8, 2)));
         assert_eq!(of(2, 13_107), None);
