@@ -209,13 +209,16 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
     }
 };
 
+DEVICE void clear_histograms() {
+    extern __shared__ uint4 shared4[];
+    for (u32 i = threadIdx.x; i < HISTOGRAMS * BINS / 4; i += THREADS) shared4[i] = make_uint4(0, 0, 0, 0);
+}
+
 // Row `blockIdx.y` of sequence `blockIdx.z`; the blocks in x share it.
 template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     extern __shared__ uint4 shared4[];
     __shared__ u32 found[WARPS + 3];
     u32 t = threadIdx.x, rank = CLUSTER ? cluster_rank() : 0;
-    for (u32 i = t; i < HISTOGRAMS * BINS / 4; i += THREADS) shared4[i] = make_uint4(0, 0, 0, 0);
-    depend();
     u64 r = (u64)blockIdx.z * a.rows_per_seq + blockIdx.y;
     Select<CLUSTER, CACHED> s;
     s.hist = (u32*)shared4, s.shared = found;
@@ -302,6 +305,8 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
 
 #define KERNEL(NAME, CLUSTER, CACHED)                                     \
     extern "C" __global__ void __launch_bounds__(1024, 1) NAME(TopKArgs a) { \
+        clear_histograms();                                               \
+        depend();                                                         \
         top_k<CLUSTER, CACHED>(a);                                        \
     }
 KERNEL(top_k_cached, false, true)

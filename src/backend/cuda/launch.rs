@@ -311,9 +311,10 @@ mod tests {
         for s in SOURCES {
             for entry in s.text.split("__global__").skip(1) {
                 let body = entry.split_once('{').map_or("", |b| b.1);
-                // Nothing but prefetches may stand before it.
+                // Nothing but prefetches and zeros in shared memory may stand before it.
                 let lines = body.split(['\n', '\\', ';']).map(str::trim).filter(|l| !l.is_empty());
-                let first = lines.clone().find(|l| !l.starts_with("prefetch_"));
+                let early = |l: &&str| l.starts_with("prefetch_") || l.starts_with("clear_");
+                let first = lines.clone().find(|l| !early(l));
                 assert_eq!(first, Some("depend()"), "{}: {:?}", s.op, entry.lines().next());
             }
         }
