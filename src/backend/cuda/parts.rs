@@ -163,7 +163,7 @@ mod tests {
         assert_eq!(of(64, 60), Some((1, 1)));
         assert_eq!(of(1, 1), Some((1, 1)));
         // Fewer clusters at once: smaller ones.
-        let fewer = |c: Cluster| Ok(resident(c)? * 3 / 4);
+        let fewer = |c: Cluster| Ok(resident(c)? * 4 / 5);
         let c = together(&HOPPER, &BLOCK, (32, 2048), fewer).unwrap();
         assert_eq!(c, Some(Cluster { blocks: 3, times: 2 }));
         // A block a pair, where they come out even.
