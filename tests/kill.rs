@@ -20,14 +20,15 @@ enum Moment {
     Done(usize),
 }
 
+/// Moments by the clock that may find all done come after those that must not.
 const MOMENTS: [Moment; 8] = [
     Moment::After(Duration::ZERO),
-    Moment::After(Duration::from_millis(30)),
-    Moment::Done(1),
     Moment::After(Duration::from_millis(5)),
-    Moment::After(Duration::from_millis(90)),
+    Moment::Done(1),
     Moment::Done(3),
     Moment::Done(4),
+    Moment::After(Duration::from_millis(30)),
+    Moment::After(Duration::from_millis(90)),
     // All is done but for the result's own file.
     Moment::Done(ALL),
 ];
