@@ -19,7 +19,8 @@ DEVICE u32 cluster_size() {
 // What was written before an arrive is seen by all blocks after their wait.
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Says only that this thread has read what it wanted of the others: waits for none of its writes.
+// Says only that this thread has read what it wanted of the others, and used it (nothing else orders the reads): it
+// waits for none of its writes.
 DEVICE void cluster_arrive_read() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE u32 remote(const void* p, u32 rank) {
     u32 at;

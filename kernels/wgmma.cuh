@@ -11,8 +11,7 @@
 // The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
 // are even, and CTAs that run together read the same keys.
 //
-// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O; one warpgroup's softmax falls into the other's
-// products by itself.
+// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all
@@ -260,7 +259,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         }
         pack();
     };
-    // Logits of tile t alone.
+    // Logits of tile n, while no values are multiplied.
     auto alone = [&](bool fence) {
         u32 slot = n % S;
         barrier_wait(bar(c.k_full[slot]), n / S & 1);

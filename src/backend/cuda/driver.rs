@@ -64,6 +64,19 @@ pub(super) struct Limits {
     pub wgmma: bool,
 }
 
+#[cfg(test)]
+impl Limits {
+    /// Of an H100 SXM.
+    pub const H100: Limits = Limits {
+        cc: (9, 0),
+        sms: 132,
+        shared: 232_448,
+        shared_each: 233_472,
+        cluster: 8,
+        wgmma: true,
+    };
+}
+
 /// Capabilities and limits of device `ordinal`; opens no context.
 ///
 /// # Errors

@@ -197,14 +197,6 @@ fn shape(limits: &Limits, items: usize, shared: usize) -> Shape {
 mod tests {
     use super::*;
 
-    const H100: Limits = Limits {
-        cc: (9, 0),
-        sms: 132,
-        shared: 232_448,
-        shared_each: 233_472,
-        cluster: 8,
-        wgmma: true,
-    };
     const LLAMA: (DType, DType, usize, f32) = (DType::BF16, DType::BF16, 128, 0.088);
 
     #[test]
@@ -212,16 +204,16 @@ mod tests {
         let ask = |limits: &Limits, kind, vectors| {
             attend("attend_dense", limits, kind, [vectors, 8, 1], 1000).unwrap()
         };
-        assert!(ask(&H100, LLAMA, 64).is_some());
-        assert!(ask(&H100, LLAMA, 63).is_none());
-        assert!(ask(&Limits { wgmma: false, ..H100 }, LLAMA, 64).is_none());
+        assert!(ask(&Limits::H100, LLAMA, 64).is_some());
+        assert!(ask(&Limits::H100, LLAMA, 63).is_none());
+        assert!(ask(&Limits { wgmma: false, ..Limits::H100 }, LLAMA, 64).is_none());
         for kind in [
             (DType::F32, DType::BF16, 128, 1.0),
             (DType::F32, DType::F32, 128, 1.0),
             (DType::F16, DType::F16, 96, 1.0),
             (DType::F16, DType::F16, 128, -1.0),
         ] {
-            assert!(ask(&H100, kind, 4096).is_none(), "{kind:?}");
+            assert!(ask(&Limits::H100, kind, 4096).is_none(), "{kind:?}");
         }
     }
 
@@ -231,20 +223,23 @@ mod tests {
             let kind = (DType::F16, DType::F16, d, 1.0);
             for max_kv in [1, 4096, 1 << 20] {
                 let (items, shape) =
-                    attend("attend_rows", &H100, kind, [300, 8, 5], max_kv).unwrap().unwrap();
-                assert!(shape.shared <= H100.shared && (1..=8).contains(&items.near));
+                    attend("attend_rows", &Limits::H100, kind, [300, 8, 5], max_kv)
+                        .unwrap()
+                        .unwrap();
+                assert!(shape.shared <= Limits::H100.shared && (1..=8).contains(&items.near));
                 assert_eq!(items.tiles * items.parts * items.planes, 120);
                 assert_eq!(shape.grid, [120, 1, 1]);
                 for vectors in [64, 128, 129, 256] {
-                    let (jobs, shape) = score("score_tiles", &H100, kind, [vectors, 8, 33], max_kv)
-                        .unwrap()
-                        .unwrap();
-                    assert!(shape.shared <= H100.shared);
+                    let (jobs, shape) =
+                        score("score_tiles", &Limits::H100, kind, [vectors, 8, 33], max_kv)
+                            .unwrap()
+                            .unwrap();
+                    assert!(shape.shared <= Limits::H100.shared);
                     assert_eq!(jobs.groups, if vectors > 128 { 33 } else { 17 });
                     assert!(jobs.ranges as usize * jobs.length as usize * 128 >= max_kv);
                 }
             }
         }
-        assert!(score("score_tiles", &H100, LLAMA, [257, 8, 33], 1000).unwrap().is_none());
+        assert!(score("score_tiles", &Limits::H100, LLAMA, [257, 8, 33], 1000).unwrap().is_none());
     }
 }

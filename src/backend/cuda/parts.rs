@@ -132,25 +132,17 @@ mod tests {
         }
     }
 
-    const HOPPER: Limits = Limits {
-        cc: (9, 0),
-        sms: 132,
-        shared: 232_448,
-        shared_each: 233_472,
-        cluster: 8,
-        wgmma: true,
-    };
     const BLOCK: Block = Block { warps: 4, tile: 4352, ring: 17_408 };
 
     #[test]
     fn lists_get_clusters_that_all_run_at_once() {
-        // Multiprocessors come in groups of 16 and 18; a wide block takes one, three narrow ones do.
+        // A device with groups of 16 and 18 multiprocessors; a wide block takes one, three narrow ones do.
         let resident = |c: Cluster| {
             let each = if c.times == 1 { 3 } else { 1 };
             Ok(6 * (16 * each / c.blocks) + 2 * (18 * each / c.blocks))
         };
         let of = |pairs, keys| {
-            let found = together(&HOPPER, &BLOCK, (pairs, keys), resident).unwrap();
+            let found = together(&Limits::H100, &BLOCK, (pairs, keys), resident).unwrap();
             found.map(|c| (c.blocks, c.times))
         };
         assert_eq!(of(8, 327), Some((6, 1)));
@@ -164,7 +156,7 @@ mod tests {
         assert_eq!(of(1, 1), Some((1, 1)));
         // Fewer clusters at once: smaller ones.
         let fewer = |c: Cluster| Ok(resident(c)? * 4 / 5);
-        let c = together(&HOPPER, &BLOCK, (32, 2048), fewer).unwrap();
+        let c = together(&Limits::H100, &BLOCK, (32, 2048), fewer).unwrap();
         assert_eq!(c, Some(Cluster { blocks: 3, times: 2 }));
         // A block a pair, where they come out even.
         assert_eq!(of(128, 3276), Some((1, 2)));
@@ -175,13 +167,13 @@ mod tests {
         assert_eq!(of(2, 3000), Some((8, 2)));
         assert_eq!(of(2, 13_107), None);
         assert_eq!(of(0, 10), None);
-        let none = Limits { cluster: 1, ..HOPPER };
+        let none = Limits { cluster: 1, ..Limits::H100 };
         assert_eq!(together(&none, &BLOCK, (8, 64), resident).unwrap(), None);
     }
 
     #[test]
     fn few_pairs_get_many_blocks_and_many_pairs_one_plane() {
-        let (l, block) = (HOPPER, BLOCK);
+        let (l, block) = (Limits::H100, BLOCK);
         let of = |pairs, keys, listed| blocks(&l, &block, (pairs, keys), listed);
         // A wide block a multiprocessor, also where less is listed than dense.
         assert_eq!(of(8, 131_072, false), (132, 2));
