@@ -21,7 +21,7 @@ struct Listed {
     DEVICE u32 room() const { return e; }
 };
 // A list whose entries, `most` in memory, may be read before it is known how many count.
-struct Part : Listed {
+struct Whole : Listed {
     u32 most;
     DEVICE u32 room() const { return most; }
 };
@@ -78,11 +78,8 @@ struct ListPairs {
         Listed keys = list_of(a, pair / groups, pair % groups);
         return {keys.list, from, min(to, keys.e)};
     }
-    // Part `part` of `parts`, which the lists' room decides: it is known before their lengths are.
-    DEVICE Part part(u32 pair, u32 part, u32 parts) const {
-        Listed all = list_of(a, pair / groups, pair % groups);
-        Listed of_room = part_of({all.list, 0, a.list_len}, part, parts, 16);
-        return {{all.list, of_room.b, min(of_room.e, all.e)}, of_room.e};
+    DEVICE Whole whole(u32 pair) const {
+        return {list_of(a, pair / groups, pair % groups), a.list_len};
     }
     DEVICE Listed plane(u32 pair, const Seq&, u32 split) const {
         return part_of(list_of(a, pair / groups, pair % groups), split, a.splits, 16);

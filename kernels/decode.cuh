@@ -48,9 +48,10 @@ template <int D> struct Found {
     float* sums;
 };
 
-// The pair's query heads against entries [keys.begin(), keys.end()).
+// The pair's query heads against entries [keys.begin(), keys.end()), whose rounds block `turn` of `turns` takes in turn.
 template <class T, int D, class Keys>
-DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys) {
+DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys, u32 turn = 0,
+                          u32 turns = 1) {
     typedef DecodeShape<D> Shape;
     extern __shared__ uint4 shared4[];
     T* q = (T*)shared4;
@@ -59,14 +60,15 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     const u32 chunks = D / 8, g = heads.g, kvh = heads.kvh;
 
     // Lane l looks up key l % 16 of the warp's tile t. ~0 marks a key that is not there.
-    const u32 first = keys.begin() + warp * 16 + (lane & 15), end = keys.end(), stride = decode_round();
+    const u32 skip = (turn * decode_warps() + warp) * 16, stride = turns * decode_round();
+    const u32 first = keys.begin() + skip + (lane & 15), end = keys.end();
     auto token = [&](u32 t) {
         u32 i = first + t * stride;
         u32 token = i < keys.room() ? keys.token(i) : ~0u;
         return i < end ? token : ~0u;
     };
     auto locate = [&](u32 tok) { return tok < seq.kv_len ? a.pool.row(seq, kvh, tok) : ~0u; };
-    u32 span = max(keys.end(), keys.begin()) - keys.begin(), skip = warp * 16;
+    u32 span = max(end, keys.begin()) - keys.begin();
     u32 tiles = span > skip ? (span - skip + stride - 1) / stride : 0;
 
     u64 masks = 0;  // 16 validity bits per stage
@@ -328,11 +330,12 @@ template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, 
     if constexpr (Source::listed) {
         if (a.together) {
             u32 pair = blockIdx.x / cluster_size();
-            auto keys = source.part(pair, cluster_rank(), cluster_size());
+            // In turns, and not in one piece each, which would need the length first to be even.
+            auto keys = source.whole(pair);
             Seq seq = source.seq(pair);
             if (seq.q_len == 0) return;  // all blocks of the cluster
             Heads heads = source.heads(pair);
-            join_cluster<T, D>(a, seq, heads, read_keys<T, D>(a, seq, heads, keys));
+            join_cluster<T, D>(a, seq, heads, read_keys<T, D>(a, seq, heads, keys, cluster_rank(), cluster_size()));
             return;
         }
     }

@@ -29,6 +29,7 @@ const DECODE: &[(&str, &[(usize, usize)])] = &[
     ("edges", &[(1, 63), (1, 64), (1, 65)]),
     ("long", &[(1, 1000), (1, 200), (1, 5000)]),
 ];
+const RAGGED: &[(usize, usize)] = &[(1, 4000), (1, 100), (1, 33), (1, 1000), (1, 2500)];
 
 impl Heads {
     pub fn name(&self) -> String {
@@ -117,6 +118,26 @@ pub fn cases(c: &mut Cases) {
                 c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
             }
         }
+    }
+    // As many pairs of sequence and list, and lists as long, as decide what reads one on a GPU with clusters of blocks:
+    // a cluster, a block, or all blocks.
+    for (h, seqs, per_head, k) in [
+        (set[2], RAGGED, false, 300),
+        (set[2], RAGGED, false, 3000),
+        (set[0], RAGGED, false, 3000),
+        (set[2], &RAGGED[..1], false, 3500),
+        (set[4], &RAGGED[..1], true, 1500),
+        (heads(128, 4, 4, 32), RAGGED, true, 300),
+    ] {
+        let lists = if per_head { Lists::PerHead } else { Lists::PerKvHead };
+        let name = format!(
+            "{}_{}_ragged_k{k}_{}lists",
+            h.name(),
+            seqs.len(),
+            if per_head { "q" } else { "kv" }
+        );
+        let r = Rows { h, lists, k, splits: 1, lse: true };
+        c.add("attend_rows", name, move |rig, t| rows(rig, t, seqs, r));
     }
     for (d, heads, splits, wide) in [
         (64, 9, 1, false),

@@ -2,6 +2,7 @@
 
 use super::Cases;
 use super::batch::{Batch, Cache, Shape};
+use super::errors::{WRAPS, short};
 use super::rig::{Outcome, Rig};
 use longsight::backend::*;
 
@@ -11,13 +12,6 @@ pub fn cases(c: &mut Cases) {
 }
 
 const WINDOWS: SummaryKind = SummaryKind::Windows { size: 32, stride: 16 };
-/// A size whose products wrap around to something small.
-const WRAPS: usize = 1 << 62;
-
-/// `t` without its last element.
-fn short(t: &Tensor) -> Tensor {
-    t.slice(0, t.len() - 1)
-}
 
 fn summaries(rig: &mut Rig) -> Outcome {
     let dev = rig.dev.clone();

@@ -1,6 +1,7 @@
 //! select_dims and rebuild_slice.
 
 use super::batch::{Batch, Cache, Placed, Shape};
+use super::errors::{WRAPS, short};
 use super::rig::{Outcome, Rig, fail};
 use super::{Cases, Types};
 use longsight::backend::{
@@ -44,6 +45,9 @@ pub fn cases(c: &mut Cases) {
         let case = Dims { shape, group, n_dims, unit, metric, refresh, steps };
         let name = format!("{name}_d{d}_g{group}_n{n_dims}_unit{unit}");
         c.add("select_dims", name, move |rig, t| steps_of(rig, t, case));
+    }
+    if c.types.w == DType::F32 {
+        c.add("select_dims", "bad_arguments", |rig, _| bad_arguments(rig));
     }
     for (name, value) in [("equal_queries", 1.5), ("zero_query", 0.0)] {
         c.add("select_dims", name, move |rig, t| ties(rig, t, value));
@@ -264,4 +268,44 @@ fn mask(rig: &mut Rig, t: Types, shape: Shape) -> Outcome {
     let p = RebuildSlice { seqs: b.seqs(), cache: cache.pool(), slice, changed: &changed };
     let outs = reference::rebuild_slice(&p, &*rig.dev)?;
     rig.check(t.act, &outs, &|dev| dev.rebuild_slice(&p))
+}
+
+fn bad_arguments(rig: &mut Rig) -> Outcome {
+    let dev = rig.dev.clone();
+    let b = Batch::decode(rig, &[65, 3])?;
+    let per = b.slots * 2;
+    let q = rig.zeros(DType::F32, b.rows * 6 * 64)?;
+    let list = rig.words(&vec![0; per * 16])?;
+    let state = rig.words(&vec![0; per * DIM_STATE_WORDS])?;
+    let changed = rig.words(&vec![0; per * CHANGED_WORDS])?;
+    let coverage = rig.output(DType::F32, per * 2)?;
+    let p = || SelectDims {
+        q: &q,
+        seqs: b.seqs(),
+        stats: None,
+        dims: &list,
+        state: &state,
+        changed: &changed,
+        coverage: &coverage,
+        heads: 6,
+        kv_heads: 2,
+        head_dim: 64,
+        slots: b.slots,
+        n_dims: 16,
+        unit: 1,
+        metric: DimMetric::AbsQ,
+        refresh: Refresh::Every { every: 1, phase: 0 },
+    };
+    let metric = DimMetric::AbsQk;
+    rig.refuses("no stats", dev.select_dims(&SelectDims { metric, ..p() }))?;
+    let metric = DimMetric::PairNorm;
+    rig.refuses("pairs of 1", dev.select_dims(&SelectDims { metric, ..p() }))?;
+    rig.refuses("unit 3", dev.select_dims(&SelectDims { unit: 3, ..p() }))?;
+    rig.refuses("12 dimensions", dev.select_dims(&SelectDims { n_dims: 12, ..p() }))?;
+    rig.refuses("24 of room for 16", dev.select_dims(&SelectDims { n_dims: 24, ..p() }))?;
+    rig.refuses("slots", dev.select_dims(&SelectDims { slots: b.slots + 1, ..p() }))?;
+    rig.refuses("slots that wrap", dev.select_dims(&SelectDims { slots: WRAPS, ..p() }))?;
+    rig.refuses("changed is state", dev.select_dims(&SelectDims { changed: &list, ..p() }))?;
+    rig.refuses("short state", dev.select_dims(&SelectDims { state: &short(&state), ..p() }))?;
+    rig.refuses("u32 coverage", dev.select_dims(&SelectDims { coverage: &state, ..p() }))
 }

@@ -13,7 +13,6 @@ pub fn cases(c: &mut Cases) {
     c.add("kv_append", "bad_arguments", |rig, _| kv(rig));
     c.add("score_dims", "bad_arguments", |rig, _| score(rig));
     c.add("attend_dense", "bad_arguments", |rig, _| attend(rig));
-    c.add("select_dims", "bad_arguments", |rig, _| dims(rig));
 }
 
 /// A size whose products wrap around to something small.
@@ -357,44 +356,4 @@ fn attend(rig: &mut Rig) -> Outcome {
     let one = Merge { splits: 1, ..p };
     rig.refuses("out in part", dev.merge(&Merge { out: part, ..one }))?;
     rig.refuses("splits that wrap", dev.merge(&Merge { splits: WRAPS, ..one }))
-}
-
-fn dims(rig: &mut Rig) -> Outcome {
-    let dev = rig.dev.clone();
-    let b = Batch::decode(rig, &[65, 3])?;
-    let per = b.slots * 2;
-    let q = rig.zeros(DType::F32, b.rows * 6 * 64)?;
-    let list = rig.words(&vec![0; per * 16])?;
-    let state = rig.words(&vec![0; per * DIM_STATE_WORDS])?;
-    let changed = rig.words(&vec![0; per * CHANGED_WORDS])?;
-    let coverage = rig.output(DType::F32, per * 2)?;
-    let p = || SelectDims {
-        q: &q,
-        seqs: b.seqs(),
-        stats: None,
-        dims: &list,
-        state: &state,
-        changed: &changed,
-        coverage: &coverage,
-        heads: 6,
-        kv_heads: 2,
-        head_dim: 64,
-        slots: b.slots,
-        n_dims: 16,
-        unit: 1,
-        metric: DimMetric::AbsQ,
-        refresh: Refresh::Every { every: 1, phase: 0 },
-    };
-    let metric = DimMetric::AbsQk;
-    rig.refuses("no stats", dev.select_dims(&SelectDims { metric, ..p() }))?;
-    let metric = DimMetric::PairNorm;
-    rig.refuses("pairs of 1", dev.select_dims(&SelectDims { metric, ..p() }))?;
-    rig.refuses("unit 3", dev.select_dims(&SelectDims { unit: 3, ..p() }))?;
-    rig.refuses("12 dimensions", dev.select_dims(&SelectDims { n_dims: 12, ..p() }))?;
-    rig.refuses("24 of room for 16", dev.select_dims(&SelectDims { n_dims: 24, ..p() }))?;
-    rig.refuses("slots", dev.select_dims(&SelectDims { slots: b.slots + 1, ..p() }))?;
-    rig.refuses("slots that wrap", dev.select_dims(&SelectDims { slots: WRAPS, ..p() }))?;
-    rig.refuses("changed is state", dev.select_dims(&SelectDims { changed: &list, ..p() }))?;
-    rig.refuses("short state", dev.select_dims(&SelectDims { state: &short(&state), ..p() }))?;
-    rig.refuses("u32 coverage", dev.select_dims(&SelectDims { coverage: &state, ..p() }))
 }

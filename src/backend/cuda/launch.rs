@@ -140,7 +140,7 @@ impl Kernels {
         Ok(f)
     }
 
-    /// Clusters of this shape that the device holds at once.
+    /// Clusters of this shape that the device holds at once; 0 where the driver cannot say.
     pub fn clusters(
         &self,
         stream: &CudaStream,
@@ -158,10 +158,9 @@ impl Kernels {
         let config = config(shape, stream, &mut attributes);
         let mut n = 0;
         // SAFETY: the function's module is kept by `f`; the driver reads the configuration and writes `n`.
-        unsafe { sys::cuOccupancyMaxActiveClusters(&mut n, f.cu_function(), &config) }
-            .result()
-            .said(&format!("counting clusters of {entry}"))?;
-        let n = n.max(0) as usize;
+        let counted =
+            unsafe { sys::cuOccupancyMaxActiveClusters(&mut n, f.cu_function(), &config) };
+        let n = if counted.result().is_ok() { n.max(0) as usize } else { 0 };
         lock(&self.clusters).entry(entry.to_string()).or_default().insert(key, n);
         Ok(n)
     }
