@@ -105,8 +105,8 @@ pub(super) fn prefill(
     let densely = || match plan.role {
         Role::DenseAnchor => dense.attend(step.prefill, 1, &ws.attn, Some(&ws.lse)),
         _ => {
-            if plan.scores_tiles() && all.n > 0 {
-                dense.sums(step.prefill, &ws.attn, &ws.lse)?;
+            if plan.scores_tiles() {
+                dense.sums(split.sparse, &ws.attn, &ws.lse)?;
             }
             dense.attend(split.dense, 1, &ws.attn, None)
         }

@@ -135,7 +135,9 @@ impl Tiling {
 pub struct PrefillSplit {
     /// Rows that attend to everything, sequence by sequence.
     pub dense: Group,
-    /// The tiles; a record each.
+    /// The other rows, sequence by sequence.
+    pub sparse: Group,
+    /// The tiles of these; a record each.
     pub tiles: Group,
 }
 
@@ -183,9 +185,9 @@ impl Step {
         paces: usize,
         tilings: &[Tiling],
     ) -> usize {
-        let tiles: usize = tilings.iter().map(|t| seqs + t.most(rows, seqs)).sum();
+        let tiles: usize = tilings.iter().map(|t| 2 * seqs + t.most(rows, seqs)).sum();
         let records = seqs * (2 + paces) + tiles;
-        let meta = records * META_WORDS + ALIGN * (2 + 2 * paces + 2 * tilings.len());
+        let meta = records * META_WORDS + ALIGN * (2 + 2 * paces + 3 * tilings.len());
         2 * (rows + ALIGN) + meta + pages + ALIGN
     }
 
@@ -260,12 +262,15 @@ impl Step {
             splits.push((*pace, DecodeSplit { dense, sparse: all, fresh }, sparse));
         }
         let tiled = tilings.iter().map(|&t| {
-            let (mut dense, mut tiles) = (Vec::new(), Vec::new());
+            let (mut dense, mut sparse, mut tiles) = (Vec::new(), Vec::new(), Vec::new());
             for &i in &order[n_decode..] {
                 let (start, end) = (seqs[i].cached, seqs[i].kv_len());
                 let (first, cut) = t.cut(start, end);
                 if first > start {
                     dense.push(rows_of(i, start, first));
+                }
+                if end > first {
+                    sparse.push(rows_of(i, first, end));
                 }
                 tiles.extend(cut.map(|(from, to)| rows_of(i, from, to)));
             }
@@ -273,7 +278,7 @@ impl Step {
                 let start = words.section(records.iter().flatten().copied()).0;
                 Group::of((start - meta_start) / META_WORDS, records, capacity)
             };
-            (t, PrefillSplit { dense: add(&dense), tiles: add(&tiles) })
+            (t, PrefillSplit { dense: add(&dense), sparse: add(&sparse), tiles: add(&tiles) })
         });
         let tiled: Vec<_> = tiled.collect();
         let meta_len = words.0.len() - meta_start;
