@@ -56,3 +56,12 @@ DEVICE Range split_range(u32 low, u32 high, u32 split, u32 splits) {
     if (r.end < r.begin) r.end = r.begin;
     return r;
 }
+
+// Notes how many tokens of each sequence an op has brought up to date; a thread a (sequence, KV head). `Args` have the
+// sequences, the pool, `done` of slots * KV heads, and the slots' capacity.
+template <class Args> DEVICE void mark(const Args& a, u32 sequences) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x, heads = a.pool.kv_heads;
+    if (i >= sequences * heads) return;
+    Seq seq = a.seqs.get(i / heads);
+    if (seq.slot < a.slots && seq.kv_len <= a.capacity) a.done[seq.slot * heads + i % heads] = seq.kv_len;
+}

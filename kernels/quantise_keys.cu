@@ -54,10 +54,7 @@ template <class T> DEVICE void quantise_keys(const QuantiseArgs& a) {
 
 extern "C" __global__ void quantise_mark(QuantiseArgs a, u32 sequences) {
     depend();
-    u32 i = blockIdx.x * blockDim.x + threadIdx.x, heads = a.pool.kv_heads;
-    if (i >= sequences * heads) return;
-    Seq seq = a.seqs.get(i / heads);
-    if (seq.slot < a.slots && seq.kv_len <= a.capacity) a.done[seq.slot * heads + i % heads] = seq.kv_len;
+    mark(a, sequences);
 }
 
 #define KERNEL(T) \

@@ -98,18 +98,3 @@ fn keys(
         }
     }
 }
-
-@compute @workgroup_size(64)
-fn mark(
-    @builtin(global_invocation_id) id: vec3<u32>,
-) {
-    if id.x >= p.sequences * p.kv_heads {
-        return;
-    }
-    let record = id.x / p.kv_heads * META_WORDS;
-    let slot = sequences[record + META_SLOT];
-    let kv_len = sequences[record + META_KV_LEN];
-    if slot < p.slots && kv_len <= p.capacity {
-        done[slot * p.kv_heads + id.x % p.kv_heads] = kv_len;
-    }
-}

@@ -266,8 +266,7 @@ impl CudaBackend {
         let walkers = p.seqs.max_kv.div_ceil(PAGE).min(WALKERS);
         let keys = Shape::new([walkers, kv_heads, n], 256);
         self.launch(OP, &format!("project_keys_{}", p.cache.k.dtype()), keys, with())?;
-        let mark = Shape::new([(n * kv_heads).div_ceil(128), 1, 1], 128);
-        self.launch(OP, "project_mark", mark, with().with(word(OP, "sequences", n)?))
+        self.launch(OP, "project_mark", mark(n * kv_heads), with().with(word(OP, "sequences", n)?))
     }
 
     pub(super) fn quantise_keys_op(&self, p: &QuantiseKeys<'_>) -> Result<()> {
@@ -290,8 +289,12 @@ impl CudaBackend {
         let keys = Shape::new([walkers, kv_heads, n], 256);
         let entry = format!("quantise_keys_{}", p.cache.k.dtype());
         self.launch(OP, &entry, keys, Args::new().with(args))?;
-        let mark = Shape::new([(n * kv_heads).div_ceil(128), 1, 1], 128);
         let args = Args::new().with(args).with(word(OP, "sequences", n)?);
-        self.launch(OP, "quantise_mark", mark, args)
+        self.launch(OP, "quantise_mark", mark(n * kv_heads), args)
     }
+}
+
+/// Of `mark` of `paged.cuh`.
+fn mark(threads: usize) -> Shape {
+    Shape::new([threads.div_ceil(128), 1, 1], 128)
 }

@@ -25,59 +25,53 @@ pub struct Kernel {
     pub bindings: &'static [(u32, Access)],
 }
 
-const COMMON: &str = include_str!("../../../shaders/common.wgsl");
-const KEYS: &str = include_str!("../../../shaders/keys.wgsl");
-const ATTEND_BUFFERS: &str = include_str!("../../../shaders/attend_buffers.wgsl");
-const SCORE_QUERY: &str = include_str!("../../../shaders/score_query.wgsl");
-const FLASH_DECODE: &str = include_str!("../../../shaders/flash_decode.wgsl");
+macro_rules! shader {
+    ($name:literal) => {
+        include_str!(concat!("../../../shaders/", $name, ".wgsl"))
+    };
+}
 
-const EMBED_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/embed.wgsl")];
-const GATHER_ROWS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/gather_rows.wgsl")];
-const RMS_NORM_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rms_norm.wgsl")];
-const LINEAR_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/linear.wgsl")];
-const ROPE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rope.wgsl")];
-const SWIGLU_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/swiglu.wgsl")];
-const CONTENT_BIAS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/content_bias.wgsl")];
-const KV_APPEND_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_append.wgsl")];
-const KEY_STATS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/key_stats.wgsl")];
-const KV_SUMMARIES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/kv_summaries.wgsl")];
-const SELECT_DIMS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/select_dims.wgsl")];
-const REBUILD_SLICE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/rebuild_slice.wgsl")];
-const QUANTISE_KEYS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/quantise_keys.wgsl")];
-const SCORE_DIMS_SRC: &[&str] =
-    &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_dims.wgsl")];
-const SCORE_ROWS_SRC: &[&str] =
-    &[COMMON, SCORE_QUERY, include_str!("../../../shaders/score_rows.wgsl")];
-const SCORE_TILES_SRC: &[&str] = &[COMMON, KEYS, include_str!("../../../shaders/score_tiles.wgsl")];
-const POOL_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_scores.wgsl")];
-const SCORE_SUMMARIES_SRC: &[&str] =
-    &[COMMON, include_str!("../../../shaders/score_summaries.wgsl")];
-const POOL_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/pool_blocks.wgsl")];
-const FORCE_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force_blocks.wgsl")];
-const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/expand_blocks.wgsl")];
-const UNION_RANKS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/union_ranks.wgsl")];
-const HOLD_LISTS_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/hold_lists.wgsl")];
-const FORCE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/force.wgsl")];
-const TOP_K_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/top_k.wgsl")];
-const ATTEND_DENSE_SRC: &[&str] = &[
-    COMMON,
-    KEYS,
-    ATTEND_BUFFERS,
-    FLASH_DECODE,
-    include_str!("../../../shaders/attend_dense.wgsl"),
-];
-const ATTEND_ROWS_SRC: &[&str] = &[
-    COMMON,
-    KEYS,
-    ATTEND_BUFFERS,
-    FLASH_DECODE,
-    include_str!("../../../shaders/attend_rows.wgsl"),
-];
-const MERGE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/merge.wgsl")];
-const PROJECT_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/project.wgsl")];
-const TRIM_SCORES_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/trim_scores.wgsl")];
-const MEAN_VALUE_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/mean_value.wgsl")];
-const BANDWIDTH_SRC: &[&str] = &[COMMON, include_str!("../../../shaders/bandwidth.wgsl")];
+const COMMON: &str = shader!("common");
+const KEYS: &str = shader!("keys");
+const ATTEND_BUFFERS: &str = shader!("attend_buffers");
+const SCORE_QUERY: &str = shader!("score_query");
+const FLASH_DECODE: &str = shader!("flash_decode");
+const MARK: &str = shader!("mark");
+
+const EMBED_SRC: &[&str] = &[COMMON, shader!("embed")];
+const GATHER_ROWS_SRC: &[&str] = &[COMMON, shader!("gather_rows")];
+const RMS_NORM_SRC: &[&str] = &[COMMON, shader!("rms_norm")];
+const LINEAR_SRC: &[&str] = &[COMMON, shader!("linear")];
+const ROPE_SRC: &[&str] = &[COMMON, shader!("rope")];
+const SWIGLU_SRC: &[&str] = &[COMMON, shader!("swiglu")];
+const CONTENT_BIAS_SRC: &[&str] = &[COMMON, shader!("content_bias")];
+const KV_APPEND_SRC: &[&str] = &[COMMON, shader!("kv_append")];
+const KEY_STATS_SRC: &[&str] = &[COMMON, shader!("key_stats")];
+const KV_SUMMARIES_SRC: &[&str] = &[COMMON, shader!("kv_summaries")];
+const SELECT_DIMS_SRC: &[&str] = &[COMMON, shader!("select_dims")];
+const REBUILD_SLICE_SRC: &[&str] = &[COMMON, shader!("rebuild_slice")];
+const QUANTISE_KEYS_SRC: &[&str] = &[COMMON, shader!("quantise_keys"), MARK];
+const SCORE_DIMS_SRC: &[&str] = &[COMMON, SCORE_QUERY, shader!("score_dims")];
+const SCORE_ROWS_SRC: &[&str] = &[COMMON, SCORE_QUERY, shader!("score_rows")];
+const SCORE_TILES_SRC: &[&str] = &[COMMON, KEYS, shader!("score_tiles")];
+const POOL_SCORES_SRC: &[&str] = &[COMMON, shader!("pool_scores")];
+const SCORE_SUMMARIES_SRC: &[&str] = &[COMMON, shader!("score_summaries")];
+const POOL_BLOCKS_SRC: &[&str] = &[COMMON, shader!("pool_blocks")];
+const FORCE_BLOCKS_SRC: &[&str] = &[COMMON, shader!("force_blocks")];
+const EXPAND_BLOCKS_SRC: &[&str] = &[COMMON, shader!("expand_blocks")];
+const UNION_RANKS_SRC: &[&str] = &[COMMON, shader!("union_ranks")];
+const HOLD_LISTS_SRC: &[&str] = &[COMMON, shader!("hold_lists")];
+const FORCE_SRC: &[&str] = &[COMMON, shader!("force")];
+const TOP_K_SRC: &[&str] = &[COMMON, shader!("top_k")];
+const ATTEND_DENSE_SRC: &[&str] =
+    &[COMMON, KEYS, ATTEND_BUFFERS, FLASH_DECODE, shader!("attend_dense")];
+const ATTEND_ROWS_SRC: &[&str] =
+    &[COMMON, KEYS, ATTEND_BUFFERS, FLASH_DECODE, shader!("attend_rows")];
+const MERGE_SRC: &[&str] = &[COMMON, shader!("merge")];
+const PROJECT_SRC: &[&str] = &[COMMON, shader!("project"), MARK];
+const TRIM_SCORES_SRC: &[&str] = &[COMMON, shader!("trim_scores")];
+const MEAN_VALUE_SRC: &[&str] = &[COMMON, shader!("mean_value")];
+const BANDWIDTH_SRC: &[&str] = &[COMMON, shader!("bandwidth")];
 
 const fn kernel(
     op: &'static str,
