@@ -6,9 +6,9 @@ use super::method_args::MethodArgs;
 use super::run::answer;
 use super::statistics::{statistics, unaudited};
 use super::ui;
-use crate::engine::{EngineError, Prompt, Request};
+use crate::engine::{EngineError, Finish, Prompt, Request};
 use crate::model::Message;
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
@@ -46,14 +46,20 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     if terminal {
         ui::note(COMMANDS);
     }
-    let mut lines = std::io::stdin().lock().lines();
+    let mut input = std::io::stdin().lock();
     loop {
         if terminal {
             std::io::stderr().write_all(b"> ")?;
             std::io::stderr().flush()?;
         }
-        let Some(line) = lines.next() else { break };
-        let line = line?;
+        let mut line = Vec::new();
+        if input.read_until(b'\n', &mut line).context("cannot read standard input")? == 0 {
+            break;
+        }
+        let Ok(line) = String::from_utf8(line) else {
+            ui::note("this line is not UTF-8 text and was not sent");
+            continue;
+        };
         match line.trim() {
             "" => continue,
             "/quit" | "/exit" => break,
@@ -63,6 +69,10 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
             }
             "/new" => {
                 messages.retain(|m| m.role == "system");
+                continue;
+            }
+            text if looks_like_a_command(text) => {
+                ui::note(format!("{text} is no command. {COMMANDS}"));
                 continue;
             }
             text => messages.push(Message::new("user", text)),
@@ -81,7 +91,11 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
                 if let Some(why) = unaudited(&done, engine.plan(), a.answer.audit()) {
                     ui::note(why);
                 }
-                messages.push(Message::new("assistant", done.text));
+                match done.stats.finish {
+                    // Stopped before it began: the conversation goes on as if nothing had been asked.
+                    Some(Finish::Cancelled) if done.text.is_empty() => drop(messages.pop()),
+                    _ => messages.push(Message::new("assistant", done.text)),
+                }
             }
             Err(e) if matches!(e.downcast_ref(), Some(EngineError::ContextTooLong { .. })) => {
                 messages.pop();
@@ -91,4 +105,23 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// A slash and one word of letters: a mistyped command rather than a message.
+fn looks_like_a_command(text: &str) -> bool {
+    let word = text.strip_prefix('/').unwrap_or_default();
+    !word.is_empty() && word.chars().all(|c| c.is_ascii_alphabetic())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::looks_like_a_command;
+
+    #[test]
+    fn mistyped_commands_are_no_messages() {
+        assert!(looks_like_a_command("/nwe"));
+        for text in ["/", "new", "/etc/passwd: what is it?", "/new idea", "1/2"] {
+            assert!(!looks_like_a_command(text), "{text}");
+        }
+    }
 }

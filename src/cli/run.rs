@@ -4,9 +4,9 @@ use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::method_args::MethodArgs;
 use super::statistics::{Answer, statistics, unaudited};
-use super::ui;
+use super::{texts, ui};
 use crate::engine::{Engine, Finish, Generation, Request};
-use crate::model::{Checkpoint, Tokenizer};
+use crate::model::{ChatTemplate, Checkpoint, Message, ModelError, Tokenizer};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::io::{IsTerminal, Read, Write};
@@ -48,17 +48,19 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     let question = a.ask.is_some() || a.prompt.is_some() || a.file.is_none();
     let builder = a.method.builder(&a.model)?.audit(a.answer.audit());
     let (checkpoint, tokenizer) = a.model.open()?;
+    let prompt = prompt_tokens(&checkpoint, &tokenizer, text, question && !a.raw)?;
     let builder = match a.model.size.ctx {
         Some(_) => builder,
+        // Room for prompt and answer, so that a long model does not take memory for its whole context.
         None => {
-            builder.context(needed_context(&checkpoint, &tokenizer, &text, a.answer.max_tokens)?)
+            let need = prompt.len().saturating_add(a.answer.max_tokens);
+            builder.context(need.min(checkpoint.config().max_context))
         }
     };
     let model = checkpoint.config().name.clone();
     let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
     ui::notes(&engine);
-    let chat = question && !a.raw && engine.template().is_some();
-    let request = if chat { Request::chat(text) } else { Request::text(text) };
+    let request = Request::tokens(prompt);
     let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
     request.stop = a.answer.stop.clone();
     request.cancel = interrupt.arm();
@@ -90,15 +92,7 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
             "--ask puts a question about a text: name the text with -f FILE, or give the question without --ask"
         );
     }
-    let file = a
-        .file
-        .as_ref()
-        .map(|p| {
-            let bytes = std::fs::read(p)
-                .with_context(|| format!("cannot read the text {}", p.display()))?;
-            String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", p.display()))
-        })
-        .transpose()?;
+    let file = a.file.as_deref().map(texts::read).transpose()?;
     let mut parts: Vec<String> = file.into_iter().collect();
     parts.extend(a.prompt.clone());
     parts.extend(a.ask.clone());
@@ -118,18 +112,21 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
     Ok(text)
 }
 
-/// Room for the prompt and the answer, so that a long model does not take memory for its whole context.
-fn needed_context(
+/// Tokens of the prompt: put through the model's chat template, if it has one and `chat` says so.
+fn prompt_tokens(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
-    text: &str,
-    max_tokens: usize,
-) -> Result<usize> {
-    let tokens = tokenizer.encode(text, true)?.len();
-    // The template's own tokens: a system line and role marks.
-    const TEMPLATE: usize = 192;
-    let need = tokens.saturating_add(max_tokens).saturating_add(TEMPLATE);
-    Ok(need.min(checkpoint.config().max_context))
+    text: String,
+    chat: bool,
+) -> Result<Vec<u32>> {
+    if chat {
+        match ChatTemplate::for_checkpoint(checkpoint, tokenizer) {
+            Ok(t) => return Ok(t.encode(tokenizer, &[Message::new("user", text)])?),
+            Err(ModelError::NoTemplate) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(tokenizer.encode(&text, tokenizer.adds_bos())?)
 }
 
 /// Generates, showing prefill progress and, if `show`, the answer as it grows.

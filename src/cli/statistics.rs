@@ -56,8 +56,11 @@ pub fn statistics(a: &Answer, method: &str) -> String {
             a.audit.layers.iter().map(|l| l.samples).max().unwrap_or(0)
         ));
     }
-    if s.finish == Some(Finish::Cancelled) {
-        parts.push("interrupted".into());
+    match s.finish {
+        Some(Finish::Cancelled) => parts.push("interrupted".into()),
+        Some(Finish::Length) => parts.push("cut at the most tokens of an answer (-n)".into()),
+        Some(Finish::Context) => parts.push("cut: the context is full (--ctx)".into()),
+        Some(Finish::Eos | Finish::Stop) | None => {}
     }
     parts.join(" | ")
 }

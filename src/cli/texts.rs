@@ -19,10 +19,11 @@ pub fn encoded(files: &[PathBuf], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>
 /// A text file.
 ///
 /// # Errors
-/// A file that cannot be read.
+/// A file that cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read the text {}", path.display()))
+    let bytes =
+        std::fs::read(path).with_context(|| format!("cannot read the text {}", path.display()))?;
+    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
 }
 
 /// Refuses pieces of text that are longer than what the model was trained for.

@@ -1,7 +1,7 @@
 //! What to generate, and what is said about it.
 
 use super::{Engine, EngineError, Sampling};
-use crate::model::{EncodeOptions, Message, Tokenizer};
+use crate::model::{Message, Tokenizer};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -81,9 +81,7 @@ impl Request {
             Prompt::Tokens(tokens) => tokens.clone(),
             Prompt::Chat(messages) => {
                 let template = engine.template().ok_or(crate::model::ModelError::NoTemplate)?;
-                let text = template.render(messages, true)?;
-                // Templates write the special tokens themselves.
-                t.encode_with(&text, EncodeOptions { add_bos: false, parse_special: true })?
+                template.encode(t, messages)?
             }
         };
         if tokens.is_empty() { Err(EngineError::EmptyPrompt) } else { Ok(tokens) }

@@ -82,6 +82,17 @@ impl ChatTemplate {
         Ok(Self { env, bos: bos.to_owned(), eos: eos.to_owned() })
     }
 
+    /// Token ids of the prompt for a conversation, up to where the assistant's answer begins. A message that spells a
+    /// special token says so as text: it begins no turn and ends none.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`] and [`Tokenizer::encode`].
+    pub fn encode(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+        let marked: Vec<_> =
+            messages.iter().map(|m| Message::new(&*m.role, tokenizer.mark(&m.content))).collect();
+        tokenizer.encode_marked(&self.render(&marked, true)?)
+    }
+
     /// The prompt for a conversation. With `add_generation_prompt` it ends where the assistant's
     /// answer begins.
     ///

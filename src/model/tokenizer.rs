@@ -23,6 +23,9 @@ pub struct EncodeOptions {
     pub parse_special: bool,
 }
 
+/// Marks a spelling of a special token as text. Not a character: no text should hold it.
+const MARK: char = '\u{fdd0}';
+
 /// How the vocabulary spells bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Spelling {
@@ -42,6 +45,8 @@ pub struct Tokenizer {
     spelling: Spelling,
     added: HashSet<u32>,
     special: HashSet<u32>,
+    /// How special tokens are spelled.
+    special_spellings: Vec<String>,
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -129,7 +134,11 @@ impl Tokenizer {
             fault("its decoder is neither byte-level nor SentencePiece".to_owned())
         })?;
         let added_tokens = inner.get_added_tokens_decoder();
-        let special = added_tokens.iter().filter(|(_, t)| t.special).map(|(&id, _)| id).collect();
+        let special = || added_tokens.iter().filter(|(_, t)| t.special);
+        let mut special_spellings: Vec<_> = special().map(|(_, t)| t.content.clone()).collect();
+        special_spellings.retain(|s| s.chars().count() > 1);
+        // A longer one may hold a shorter one.
+        special_spellings.sort_by_key(|s| std::cmp::Reverse(s.len()));
         let top = inner.get_vocab(true).into_values().max();
         let Some(top) = top else {
             return Err(fault("its vocabulary is empty".to_owned()));
@@ -147,7 +156,8 @@ impl Tokenizer {
             literal: OnceLock::new(),
             spelling,
             added: added_tokens.keys().copied().collect(),
-            special,
+            special: special().map(|(&id, _)| id).collect(),
+            special_spellings,
             vocab_size: top as usize + 1,
             bos: extras.bos,
             eos: extras.eos,
@@ -185,6 +195,28 @@ impl Tokenizer {
             ids.extend(self.bos);
         }
         ids.extend_from_slice(encoding.get_ids());
+        Ok(ids)
+    }
+
+    /// `text` with a mark within every spelling of a special token, which [`Tokenizer::encode_marked`] then reads as text.
+    pub(super) fn mark(&self, text: &str) -> String {
+        let mut marked = text.replace(MARK, "\u{fffd}");
+        for spelling in self.special_spellings.iter().filter(|s| text.contains(s.as_str())) {
+            let first = spelling.chars().next().map_or(0, char::len_utf8);
+            let (head, tail) = spelling.split_at(first);
+            marked = marked.replace(spelling, &format!("{head}{MARK}{tail}"));
+        }
+        marked
+    }
+
+    /// Token ids of a rendered template: special tokens are parsed but those that [`Tokenizer::mark`] has marked.
+    pub(super) fn encode_marked(&self, text: &str) -> Result<Vec<u32>> {
+        // Templates write the beginning-of-sequence token themselves.
+        let options = EncodeOptions { add_bos: false, parse_special: true };
+        let mut ids = Vec::new();
+        for part in text.split(MARK) {
+            ids.extend(self.encode_with(part, options)?);
+        }
         Ok(ids)
     }
 
