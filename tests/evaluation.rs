@@ -41,14 +41,19 @@ fn a_stopped_evaluation_leaves_no_sequence_open() {
                 done < stop
             };
             let samples = [sample(1), sample(2)];
-            let stopped = evaluate(&mut engine, &samples, &plans, Some(1), &mut until, |_| ());
+            let mut rows = Vec::new();
+            let keep = |done| rows.extend::<Vec<Row>>(done);
+            let stopped = evaluate(&mut engine, &samples, &plans, Some(1), &mut until, keep);
             assert!(matches!(stopped, Err(EngineError::Interrupted)), "{stop}: {stopped:?}");
+            // Samples that were finished stay.
+            assert_eq!(rows.len(), if stop > 115 { 2 } else { 0 });
             let open = [(); 2].map(|()| engine.open_sequence().unwrap());
             open.into_iter().for_each(|seq| engine.close(seq));
             assert!(engine.take_audits().is_empty());
         }
-        let rows =
-            evaluate(&mut engine, &[sample(1)], &plans, Some(1), |_, _| true, |_| ()).unwrap();
+        let mut rows = Vec::new();
+        let keep = |done| rows.extend::<Vec<Row>>(done);
+        evaluate(&mut engine, &[sample(1)], &plans, Some(1), |_, _| true, keep).unwrap();
         assert_eq!(rows.len(), 2);
         assert_eq!((rows[0].method.as_str(), rows[0].nlls.len()), ("dense", 8));
         assert_eq!(rows[0].nll_difference.mean, 0.0);
@@ -108,13 +113,18 @@ fn ids(engine: &Engine, text: &str) -> Vec<u32> {
 }
 
 fn run(engine: &mut Engine, samples: &[Sample], plans: &[(String, Plan)]) -> Vec<Row> {
-    let show = |r: &Row| {
-        println!(
-            "{:<12} {:<44} NLL {:.5} to dense {:+.5}, top-1 {:.4}, {:.1} s",
-            r.sample, r.method, r.nll, r.nll_difference.mean, r.top1, r.seconds
-        );
+    let mut rows = Vec::new();
+    let show = |done: Vec<Row>| {
+        for r in done {
+            println!(
+                "{:<12} {:<44} NLL {:.5} to dense {:+.5}, top-1 {:.4}, {:.1} s",
+                r.sample, r.method, r.nll, r.nll_difference.mean, r.top1, r.seconds
+            );
+            rows.push(r);
+        }
     };
-    evaluate(engine, samples, plans, None, |_, _| true, show).unwrap()
+    evaluate(engine, samples, plans, None, |_, _| true, show).unwrap();
+    rows
 }
 
 /// Dense attention finds the key as recorded; so do SparCas and the oracle with a quarter of the tokens; the window

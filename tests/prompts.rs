@@ -188,7 +188,8 @@ fn what_was_read_sparsely_belongs_to_its_plan() {
         Sample { name: "s".into(), tokens: tokens.clone(), decode_from: 140, score_from: 141 };
     let plans =
         [("sparse".to_string(), sparse.clone()), ("dense prompt".into(), dense_prompt.clone())];
-    let rows = evaluate(&mut engine, &[sample], &plans, None, |_, _| true, |_| ()).unwrap();
+    let mut rows = Vec::new();
+    evaluate(&mut engine, &[sample], &plans, None, |_, _| true, |done| rows = done).unwrap();
     engine.set_plan(sparse.clone()).unwrap();
     let seq = engine.open_sequence().unwrap();
     engine.prefill(seq, &tokens[..140], WantLogits::None, |_, _| (), |_| true).unwrap();

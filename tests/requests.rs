@@ -336,6 +336,12 @@ fn logits_that_are_not_finite_are_an_error() {
         assert!(matches!(error, Some(Err(EngineError::NoFiniteLogit))), "{error:?}");
         let error = engine.greedy_tokens(&prompt(1, 10), 4);
         assert!(matches!(error, Err(EngineError::NoFiniteLogit)), "{error:?}");
+        // Each request ends by itself, and nothing of it is kept.
+        for answer in together(&mut engine, &[kept(&prompt(1, 10)), kept(&prompt(2, 200))]) {
+            let ends: Vec<_> = answer.ends.iter().map(|s| s.finish).collect();
+            assert_eq!(ends, [Some(Finish::NoFiniteLogit)]);
+        }
+        assert_eq!(run(&mut engine, request(&prompt(1, 10), 4)).1.reused_tokens, 0);
     }
 }
 

@@ -127,11 +127,16 @@ fn codes(engine: &Engine, tokens: usize, keys: usize, asked: usize) -> Sample {
 }
 
 fn run(engine: &mut Engine, samples: &[Sample], plans: &[(String, Plan)]) -> Vec<Row> {
-    let show = |r: &Row| {
-        let found = if r.exact { "found" } else { "lost" };
-        println!("{:<20} {:<56} {found}, NLL {:.4}", r.sample, r.method, r.nll);
+    let mut rows = Vec::new();
+    let show = |done: Vec<Row>| {
+        for r in done {
+            let found = if r.exact { "found" } else { "lost" };
+            println!("{:<20} {:<56} {found}, NLL {:.4}", r.sample, r.method, r.nll);
+            rows.push(r);
+        }
     };
-    evaluate(engine, samples, plans, None, |_, _| true, show).unwrap()
+    evaluate(engine, samples, plans, None, |_, _| true, show).unwrap();
+    rows
 }
 
 #[test]

@@ -119,7 +119,7 @@ impl AttentionBench {
         Ok(())
     }
 
-    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all).
+    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all) and answers whether to go on.
     ///
     /// # Errors
     /// Any [`BenchError`](super::BenchError).

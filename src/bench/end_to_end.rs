@@ -2,7 +2,7 @@
 
 use super::arithmetic;
 use super::report::{EndToEndReport, ModelFacts, Row, Traffic};
-use super::{Environment, Result, Summary, bad};
+use super::{BenchError, Environment, INTERRUPTED, Result, Summary, bad};
 use crate::engine::{Engine, EngineError, SeqId, WantLogits};
 use crate::select::{MethodSpec, Plan, Variant};
 use serde::Serialize;
@@ -85,11 +85,12 @@ impl EndToEnd {
     /// summaries for the methods.
     ///
     /// # Errors
-    /// Any [`BenchError`](super::BenchError); `progress` only listens.
+    /// Any [`BenchError`](super::BenchError). `progress` answers whether to go on; where it says no, the report has the
+    /// tests that were done, and an error comes only where there are none.
     pub fn run(
         &self,
         engine: &mut Engine,
-        progress: &mut dyn FnMut(Progress<'_>),
+        progress: &mut dyn FnMut(Progress<'_>) -> bool,
     ) -> Result<EndToEndReport> {
         self.validate()?;
         let bandwidth = engine.backend().bandwidth()?;
@@ -107,11 +108,18 @@ impl EndToEnd {
             engine: &mut *engine,
             progress,
         };
-        run.depths()?;
-        let (rows, notes) = (run.rows, run.notes);
+        let outcome = run.depths();
+        let (rows, mut notes) = (run.rows, run.notes);
+        let interrupted = matches!(outcome, Err(BenchError::Engine(EngineError::Interrupted)));
+        match outcome {
+            Err(_) if interrupted && !rows.is_empty() => {
+                notes.push(format!("{INTERRUPTED}: not all tests are here"));
+            }
+            outcome => outcome?,
+        }
         let config = engine.decoder().config().clone();
         let prefill = rows.iter().find(|r| r.phase == "prefill");
-        let prefill_arithmetic = if engine.backend().name() == "cpu" {
+        let prefill_arithmetic = if engine.backend().name() == "cpu" && !interrupted {
             let n = engine.chunk().min(prefill.map_or(usize::MAX, |r| r.tokens));
             let speed = prefill.map(|r| r.tokens_per_second.mean);
             let b = engine.backend();
@@ -160,7 +168,7 @@ struct Run<'a, 'e> {
     notes: Vec<String>,
     done: usize,
     all: usize,
-    progress: &'a mut dyn FnMut(Progress<'_>),
+    progress: &'a mut dyn FnMut(Progress<'_>) -> bool,
 }
 
 impl Run<'_, '_> {
@@ -175,18 +183,21 @@ impl Run<'_, '_> {
                 + tests(&self.o.generate) * (1 + self.methods().count() + self.o.plans.len()));
         let dense = self.plan(&Variant::Dense.into(), 0)?;
         let base = self.engine.open_sequence()?;
-        for depth in depths {
-            // Prefill is dense whatever the plan; the dense plan keeps other methods' state out of it.
-            self.engine.set_plan(dense.clone())?;
-            self.fill(base, depth)?;
-            for &n in self.o.prompts.iter().filter(|&&n| n > 0) {
-                self.prefill(base, depth, n)?;
-            }
-            for &n in self.o.generate.iter().filter(|&&n| n > 0) {
-                self.decode(base, depth, n)?;
-            }
-        }
+        let outcome = depths.into_iter().try_for_each(|depth| self.depth(base, depth, &dense));
         self.engine.close(base);
+        outcome
+    }
+
+    fn depth(&mut self, base: SeqId, depth: usize, dense: &Plan) -> Result<()> {
+        // Prefill is dense whatever the plan; the dense plan keeps other methods' state out of it.
+        self.engine.set_plan(dense.clone())?;
+        self.fill(base, depth)?;
+        for &n in self.o.prompts.iter().filter(|&&n| n > 0) {
+            self.prefill(base, depth, n)?;
+        }
+        for &n in self.o.generate.iter().filter(|&&n| n > 0) {
+            self.decode(base, depth, n)?;
+        }
         Ok(())
     }
 
@@ -198,19 +209,17 @@ impl Run<'_, '_> {
     fn fill(&mut self, seq: SeqId, depth: usize) -> Result<()> {
         let from = self.engine.cached(seq)?;
         if depth > from {
-            let on = |done: usize| {
-                (self.progress)(Progress::Fill(from + done, depth));
-                true
-            };
+            let on = |done: usize| (self.progress)(Progress::Fill(from + done, depth));
             let tokens = &self.text[from..depth];
             self.engine.prefill(seq, tokens, WantLogits::None, |_, _| (), on)?;
         }
         Ok(())
     }
 
-    fn measuring(&mut self, what: &str) {
-        (self.progress)(Progress::Measure(what, self.done, self.all));
+    fn measuring(&mut self, what: &str) -> Result<()> {
+        let go_on = (self.progress)(Progress::Measure(what, self.done, self.all));
         self.done += 1;
+        if go_on { Ok(()) } else { Err(EngineError::Interrupted.into()) }
     }
 
     /// Dense prompts, and those of plans that read prompts sparsely (`--tile`).
@@ -226,7 +235,7 @@ impl Run<'_, '_> {
         for i in 0..=self.o.repeats {
             for ((method, plan), speeds) in contenders.iter().zip(&mut speeds) {
                 if i > 0 {
-                    self.measuring(&format!("{test} {method}"));
+                    self.measuring(&format!("{test} {method}"))?;
                 }
                 self.engine.set_plan(plan.clone())?;
                 let seq = self.engine.fork(base)?;
@@ -318,7 +327,7 @@ impl Run<'_, '_> {
         // Methods take turns within a repetition, so that a busy machine slows all of them alike.
         for _ in 0..self.o.repeats {
             for (c, speeds) in contenders.iter().zip(&mut speeds) {
-                self.measuring(&format!("{test} {}", c.name));
+                self.measuring(&format!("{test} {}", c.name))?;
                 self.engine.set_plan(c.plan.clone())?;
                 speeds.push(n as f64 / self.decode_once(base, depth, n)?);
             }

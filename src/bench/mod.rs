@@ -42,6 +42,9 @@ pub enum BenchError {
     Select(#[from] SelectError),
 }
 
+/// Why something was not measured.
+const INTERRUPTED: &str = "interrupted";
+
 /// Result of a measurement.
 pub type Result<T> = std::result::Result<T, BenchError>;
 

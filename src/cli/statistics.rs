@@ -60,7 +60,8 @@ pub fn statistics(a: &Answer, method: &str) -> String {
         Some(Finish::Cancelled) => parts.push("interrupted".into()),
         Some(Finish::Length) => parts.push("cut at the most tokens of an answer (-n)".into()),
         Some(Finish::Context) => parts.push("cut: the context is full (--ctx)".into()),
-        Some(Finish::Eos | Finish::Stop) | None => {}
+        // The last is an error of its own.
+        Some(Finish::Eos | Finish::Stop | Finish::NoFiniteLogit) | None => {}
     }
     parts.join(" | ")
 }

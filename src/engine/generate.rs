@@ -1,6 +1,6 @@
 //! The answer to one request, as an iterator.
 
-use super::{AuditSummary, Engine, EngineError, Event, Piece, Request, Scheduler, Stats};
+use super::{AuditSummary, Engine, EngineError, Event, Finish, Piece, Request, Scheduler, Stats};
 use std::collections::VecDeque;
 
 /// The answer to one request, token by token.
@@ -65,8 +65,12 @@ impl Iterator for Generation<'_> {
             if let Some(piece) = self.ready.pop_front() {
                 return Some(Ok(piece));
             }
-            if self.stats.is_some() || self.failed {
+            if self.failed {
                 return None;
+            }
+            if let Some(stats) = &self.stats {
+                self.failed = stats.finish == Some(Finish::NoFiniteLogit);
+                return self.failed.then_some(Err(EngineError::NoFiniteLogit));
             }
             let events = match self.scheduler.step() {
                 Ok(events) => events,

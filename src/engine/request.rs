@@ -102,6 +102,8 @@ pub enum Finish {
     Context,
     /// The caller cancelled.
     Cancelled,
+    /// None of the logits was finite: a model or method gone wrong.
+    NoFiniteLogit,
 }
 
 /// A piece of an answer.

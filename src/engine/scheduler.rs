@@ -87,9 +87,9 @@ impl<'e> Scheduler<'e> {
     /// Runs one step and says what happened.
     ///
     /// # Errors
-    /// As [`Engine::step`]; [`EngineError::NoSlot`] when requests wait for slots that other open sequences hold,
-    /// [`EngineError::NoFiniteLogit`]. Running requests are then closed, waiting ones still wait; what happened
-    /// before the error is said by the next call.
+    /// As [`Engine::step`]; [`EngineError::NoSlot`] when requests wait for slots that other open sequences hold.
+    /// Running requests are then closed, with no more events of theirs, waiting ones still wait; what happened before the
+    /// error is said by the next call. A request that cannot go on by itself ends alone, see [`Finish`].
     pub fn step(&mut self) -> Result<Vec<Event>, EngineError> {
         self.retire_cancelled();
         if let Err(e) = self.admit().and_then(|()| self.run()) {
@@ -223,7 +223,7 @@ impl<'e> Scheduler<'e> {
                 self.events.push(Event::Prefilled { request, done, of });
             }
             if let Some(logits) = logits
-                && let Some(why) = self.draw(i, &logits)?
+                && let Some(why) = self.draw(i, &logits)
             {
                 finished.push((i, why));
             }
@@ -235,17 +235,19 @@ impl<'e> Scheduler<'e> {
     }
 
     /// Draws the next token of running request `i`; says why the request ends, if it does.
-    fn draw(&mut self, i: usize, logits: &[f32]) -> Result<Option<Finish>, EngineError> {
+    fn draw(&mut self, i: usize, logits: &[f32]) -> Option<Finish> {
         let r = &mut self.running[i];
         if r.spec.max_tokens == 0 {
-            return Ok(Some(Finish::Length));
+            return Some(Finish::Length);
         }
-        let token = r.sampler.sample(logits).ok_or(EngineError::NoFiniteLogit)?;
+        let Some(token) = r.sampler.sample(logits) else {
+            return Some(Finish::NoFiniteLogit);
+        };
         if self.engine.checkpoint.config().eos.contains(&token) {
-            return Ok(Some(Finish::Eos));
+            return Some(Finish::Eos);
         }
         if r.spec.stop_tokens.contains(&token) {
-            return Ok(Some(Finish::Stop));
+            return Some(Finish::Stop);
         }
         r.stats.generated_tokens += 1;
         let (text, stopped) = r.stop.push(&r.text.push(token));
@@ -254,14 +256,14 @@ impl<'e> Scheduler<'e> {
         if stopped {
             // Nothing that follows a stop string is shown, half a character neither.
             r.text = DecodeStream::new(self.engine.tokenizer.clone());
-            return Ok(Some(Finish::Stop));
+            return Some(Finish::Stop);
         }
         r.next = Some(token);
         if r.stats.generated_tokens >= r.spec.max_tokens {
-            return Ok(Some(Finish::Length));
+            return Some(Finish::Length);
         }
         let cached = r.prompt.len() + r.stats.generated_tokens - 1;
-        Ok((cached >= self.engine.context()).then_some(Finish::Context))
+        (cached >= self.engine.context()).then_some(Finish::Context)
     }
 
     fn finish(&mut self, i: usize, why: Finish) {
@@ -272,7 +274,7 @@ impl<'e> Scheduler<'e> {
         r.stats.kv_bytes = self.engine.bytes_read(n);
         r.stats.kv_bytes_dense = dense.bytes_read(n, &self.engine.kv_reads());
         r.stats.finish = Some(why);
-        if r.spec.keep && n > 0 {
+        if r.spec.keep && n > 0 && why != Finish::NoFiniteLogit {
             r.prompt.truncate(r.fed);
             r.prompt.append(&mut r.fed_answer);
             self.engine.kept.push((r.seq, r.prompt));

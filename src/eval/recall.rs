@@ -76,7 +76,7 @@ pub fn churn(before: &[u32], now: &[u32]) -> f64 {
 /// Decodes every sample with every plan but the dense one, and looks at each selection. The engine needs two sequences
 /// and a cache that was built for all plans.
 ///
-/// `progress` gets (decode steps done, all) and answers whether to go on.
+/// `progress` gets (decode steps done, all) and answers whether to go on; `each` gets the rows of every finished sample.
 ///
 /// # Errors
 /// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
@@ -85,14 +85,15 @@ pub fn recall(
     samples: &[Sample],
     plans: &[(String, Plan)],
     mut progress: impl FnMut(u64, u64) -> bool,
-) -> Result<Vec<RecallRow>, EngineError> {
+    mut each: impl FnMut(Vec<RecallRow>),
+) -> Result<(), EngineError> {
     let plans = dense_first(engine, plans).split_off(1);
     let steps = |s: &Sample| s.tokens.len() - s.decode_from;
     let work = |s: &Sample| (s.decode_from + plans.len() * steps(s)) as u64;
     let all: u64 = samples.iter().map(work).sum();
     let mut done = 0;
-    let mut rows = Vec::with_capacity(samples.len() * plans.len());
     for sample in samples {
+        let mut rows = Vec::with_capacity(plans.len());
         let on = |p: Progress| {
             let before = p.branch.map_or(0, |(i, _)| sample.decode_from + i * steps(sample));
             progress(done + (before + p.tokens) as u64, all)
@@ -116,9 +117,10 @@ pub fn recall(
         });
         engine.set_probe(false);
         outcome?;
+        each(rows);
         done += work(sample);
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// Sums over steps.

@@ -68,7 +68,7 @@ fn score(logits: &[f32], target: u32) -> (f32, bool) {
 /// for all plans.
 ///
 /// `audit`: measure the selections of every sparse layer in every n-th step. `progress` gets (decode steps
-/// done, all) and answers whether to go on; `each` gets finished rows.
+/// done, all) and answers whether to go on; `each` gets the rows of every finished sample.
 ///
 /// # Errors
 /// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
@@ -78,14 +78,14 @@ pub fn evaluate(
     plans: &[(String, Plan)],
     audit: Option<usize>,
     mut progress: impl FnMut(u64, u64) -> bool,
-    mut each: impl FnMut(&Row),
-) -> Result<Vec<Row>, EngineError> {
+    mut each: impl FnMut(Vec<Row>),
+) -> Result<(), EngineError> {
     let plans = dense_first(engine, plans);
     let steps = |s: &Sample| s.tokens.len() - s.decode_from;
     let all: u64 = samples.iter().map(|s| (s.decode_from + plans.len() * steps(s)) as u64).sum();
     let mut done = 0;
-    let mut rows = Vec::with_capacity(samples.len() * plans.len());
     for sample in samples {
+        let mut rows = Vec::with_capacity(plans.len());
         let prefilled = done + sample.decode_from as u64;
         let mut reference: Option<Vec<f32>> = None;
         let text = &sample.tokens[..sample.decode_from];
@@ -99,15 +99,15 @@ pub fn evaluate(
             row.method = branch.plan.into();
             let dense = reference.get_or_insert_with(|| row.nlls.clone());
             row.nll_difference = Difference::paired(&row.nlls, dense);
-            each(&row);
             rows.push(row);
             Ok(())
         });
         engine.stop_audit();
         outcome?;
+        each(rows);
         done = prefilled + (plans.len() * steps(sample)) as u64;
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// The plans in order, after a dense one; other dense ones are left out.

@@ -78,7 +78,7 @@ pub struct Answer {
 /// all plans. Problems in a row with the same tokens before `decode_from` share one dense prefill.
 ///
 /// `audit`: measure the selections of every sparse layer in every n-th step. `progress` gets (tokens done, all, at
-/// most) and answers whether to go on; `each` gets finished answers.
+/// most) and answers whether to go on; `each` gets the answers to all problems of a prefill once they are there.
 ///
 /// # Errors
 /// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
@@ -88,8 +88,8 @@ pub fn solve(
     plans: &[(String, Plan)],
     audit: Option<usize>,
     mut progress: impl FnMut(u64, u64) -> bool,
-    mut each: impl FnMut(&Answer),
-) -> Result<Vec<Answer>, EngineError> {
+    mut each: impl FnMut(Vec<Answer>),
+) -> Result<(), EngineError> {
     let plans = dense_first(engine, plans);
     let steps = |p: &Problem| p.tokens.len() - p.decode_from + p.answer_tokens;
     let same = |a: &Problem, b: &Problem| a.tokens[..a.decode_from] == b.tokens[..b.decode_from];
@@ -98,8 +98,8 @@ pub fn solve(
     let work = |of: &[Problem]| of[0].decode_from + plans.len() * all_steps(of);
     let all = groups().map(work).sum::<usize>() as u64;
     let mut done = 0;
-    let mut answers = Vec::new();
     for group in groups() {
+        let mut answers = Vec::new();
         let text = &group[0].tokens[..group[0].decode_from];
         let on = |p: Progress| {
             let before = match p.branch {
@@ -119,15 +119,15 @@ pub fn solve(
             }
             let same = dense[branch.number].iter().zip(&written).take_while(|(a, b)| a == b);
             answer.like_dense = same.count();
-            each(&answer);
             answers.push(answer);
             Ok(())
         });
         engine.stop_audit();
         outcome?;
+        each(answers);
         done += work(group);
     }
-    Ok(answers)
+    Ok(())
 }
 
 fn answered(

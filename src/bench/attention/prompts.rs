@@ -124,7 +124,7 @@ impl PromptBench {
         Ok(())
     }
 
-    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all).
+    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all) and answers whether to go on.
     ///
     /// # Errors
     /// Any [`BenchError`](crate::bench::BenchError).

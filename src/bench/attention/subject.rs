@@ -2,7 +2,7 @@
 
 use super::rig::{Outcome, Rig};
 use crate::backend::{Backend, DType};
-use crate::bench::{Result, bad, check_heads};
+use crate::bench::{INTERRUPTED, Result, bad, check_heads};
 use crate::select::{MethodSpec, ModelShape, Plan, TrainedBlocks, Variant};
 use serde::Serialize;
 
@@ -60,7 +60,7 @@ pub(super) trait Line {
 }
 
 /// Who hears of (what is measured, measurements done, all).
-pub(super) type Progress<'p> = dyn FnMut(&str, usize, usize) + 'p;
+pub(super) type Progress<'p> = dyn FnMut(&str, usize, usize) -> bool + 'p;
 
 impl Subject {
     /// Checks the numbers.
@@ -126,7 +126,7 @@ impl Subject {
     }
 
     /// Measures every plan of every case: the lines in this order, each against the case's first, and a note for each
-    /// that is left out. `measure`: of one plan under its name.
+    /// that is left out, as all are that are left when `progress` says no. `measure`: of one plan under its name.
     pub(super) fn measure<'a, L: Line>(
         &'a self,
         b: &'a dyn Backend,
@@ -136,7 +136,12 @@ impl Subject {
     ) -> (Vec<L>, Vec<String>) {
         let all = cases.iter().map(|c| c.plans.len()).sum();
         let (mut lines, mut notes, mut done) = (Vec::new(), Vec::new(), 0);
+        let mut go_on = true;
         for case in cases {
+            if !go_on {
+                notes.push(format!("{} is left out: {INTERRUPTED}", case.what));
+                continue;
+            }
             let mut rig = match Rig::new(b, self, case) {
                 Ok(rig) => rig,
                 Err(e) => {
@@ -147,8 +152,12 @@ impl Subject {
             };
             let mut dense = None;
             for (at, (name, plan)) in case.plans.iter().enumerate() {
-                progress(&format!("{name}, {}", case.what), done, all);
+                go_on = go_on && progress(&format!("{name}, {}", case.what), done, all);
                 done += 1;
+                if !go_on {
+                    notes.push(format!("{name}, {} is left out: {INTERRUPTED}", case.what));
+                    continue;
+                }
                 match measure(&mut rig, case, (name, plan)) {
                     Ok(mut line) => {
                         let ms = line.ms();

@@ -40,7 +40,7 @@ fn every_method_is_measured_against_the_reference() {
         ..variant.into()
     };
     let methods: Vec<MethodSpec> = METHODS.iter().map(|m| spec(m.variant)).collect();
-    let report = bench(methods.clone()).run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = bench(methods.clone()).run(&CpuBackend::new(), &mut |_, _, _| true).unwrap();
     let wrong: Vec<_> = report.failures().map(|r| (&r.method, r.check.value)).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     let missing: Vec<&str> = methods
@@ -69,7 +69,7 @@ fn every_method_with_a_tile_reads_prompts() {
     methods.extend([spec(Variant::Kascade, 32), spec(Variant::KascadePooled, 16)]);
     let n = methods.len();
     let report = PromptBench { of: subject(methods), ..prompts(&[]) };
-    let report = report.run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = report.run(&CpuBackend::new(), &mut |_, _, _| true).unwrap();
     let wrong: Vec<_> = report.failures().map(|r| (&r.method, &r.check)).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     // NOSA needs a content importance.
@@ -170,7 +170,7 @@ fn roles_are_told_apart() {
         "infllm2:tile=1:budget=192:dense-below=0:dense-layers=1",
         "quest:budget=96:dense-below=0",
     ]);
-    let report = bench.run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = bench.run(&CpuBackend::new(), &mut |_, _, _| true).unwrap();
     let roles: Vec<Vec<(&str, usize)>> = report
         .rows
         .iter()

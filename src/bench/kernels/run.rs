@@ -6,7 +6,7 @@ use super::score::Score;
 use super::top_k::Picks;
 use super::{Check, KernelBench, KernelReport, KernelRow, Op, Skipped};
 use crate::backend::{Backend, BackendError};
-use crate::bench::{Environment, Result, Summary, bad};
+use crate::bench::{Environment, INTERRUPTED, Result, Summary, bad};
 
 /// Shortest sample in milliseconds: many launches of a short op, so that timer steps do not matter.
 const SAMPLE_MS: f64 = 2.0;
@@ -36,16 +36,16 @@ pub(super) trait Case {
 }
 
 impl KernelBench {
-    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all).
+    /// Measures on `b`. `progress` hears of (what is measured, measurements done, all) and answers whether to go on.
     ///
-    /// Shapes that do not fit the device are listed as skipped; wrong results in [`KernelReport::failures`].
+    /// Shapes that do not fit the device, and what is left when `progress` says no, are listed as skipped; wrong results in [`KernelReport::failures`].
     ///
     /// # Errors
     /// Any [`BenchError`](crate::bench::BenchError).
     pub fn run(
         &self,
         b: &dyn Backend,
-        progress: &mut dyn FnMut(&str, usize, usize),
+        progress: &mut dyn FnMut(&str, usize, usize) -> bool,
     ) -> Result<KernelReport> {
         self.validate()?;
         if !b.caps().storage.contains(&self.dtype) {
@@ -58,7 +58,7 @@ impl KernelBench {
             ));
         }
         let (ops, all) = (self.ops(), self.ops().len() * self.batches.len());
-        progress("device read", 0, all);
+        let mut go_on = progress("device read", 0, all);
         let bandwidth = b.bandwidth()?;
         let mut report = KernelReport {
             kind: "kernels",
@@ -71,11 +71,12 @@ impl KernelBench {
         let mut done = 0;
         for &batch in &self.batches {
             let mut rig = Rig::new(b, self, batch)?;
-            let kv = rig.kv_sets()?;
+            let kv = if go_on { rig.kv_sets()? } else { Ok(Vec::new()) };
             for &op in &ops {
-                progress(&format!("{} batch {batch}", op.name()), done, all);
+                go_on = go_on && progress(&format!("{} batch {batch}", op.name()), done, all);
                 done += 1;
                 let row = match &kv {
+                    _ if !go_on => Err(INTERRUPTED.into()),
                     Err(why) if op.reads_pool() => Err(why.clone()),
                     kv => {
                         let sets = kv.as_deref().unwrap_or_default();

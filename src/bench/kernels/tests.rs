@@ -25,6 +25,7 @@ fn every_op_is_measured_and_right() {
     let report = o.run(&CpuBackend::new(), &mut |what, done, all| {
         heard.push(what.to_owned());
         assert!(done <= all);
+        true
     });
     let report = report.unwrap();
     assert_eq!(report.rows.len() + report.skipped.len(), 8);
@@ -35,6 +36,14 @@ fn every_op_is_measured_and_right() {
     }
     assert_eq!(report.failures().count(), 0);
     assert!(heard.iter().any(|h| h == "top_k batch 1"));
+}
+
+#[test]
+fn what_was_measured_before_an_interruption_stays() {
+    let o = KernelBench { depth: 256, batches: vec![1, 2], repeats: 2, ..tiny() };
+    let report = o.run(&CpuBackend::new(), &mut |_, done, _| done < 3).unwrap();
+    assert_eq!((report.rows.len(), report.skipped.len()), (3, 13));
+    assert!(report.skipped.iter().all(|s| s.why == "interrupted"));
 }
 
 /// The check looks at the last sequence and KV head, with a page that is not full.
@@ -95,7 +104,7 @@ fn comparisons_know_nan_and_length() {
 #[test]
 fn json_holds_raw_samples_and_checks() {
     let o = KernelBench { batches: vec![1], repeats: 3, shares: vec![0.1], ..tiny() };
-    let report = o.run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap();
+    let report = o.run(&CpuBackend::new(), &mut |_, _, _| true).unwrap();
     let json = serde_json::to_value(&report).unwrap();
     for key in ["version", "commit", "date", "device", "system"] {
         assert!(!json["environment"][key].is_null(), "{key}");
@@ -114,7 +123,7 @@ fn json_holds_raw_samples_and_checks() {
 #[test]
 fn options_that_make_no_sense_are_sentences() {
     let refused = |o: KernelBench, word: &str| {
-        let e = o.run(&CpuBackend::new(), &mut |_, _, _| ()).unwrap_err().to_string();
+        let e = o.run(&CpuBackend::new(), &mut |_, _, _| true).unwrap_err().to_string();
         assert!(e.contains(word), "{e}");
     };
     refused(KernelBench { depth: 0, ..tiny() }, "--depth");

@@ -1,6 +1,6 @@
 //! `longsight bench attention`.
 
-use super::{ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
+use super::{On, ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
 use crate::backend::{Backend, DType};
 use crate::bench::Environment;
 use crate::bench::attention::{
@@ -155,11 +155,11 @@ trait Measured: Serialize {
 fn measure<R: Measured>(
     device: &str,
     report: &ReportArgs,
-    bench: impl FnOnce(&dyn Backend, &mut dyn FnMut(&str, usize, usize)) -> Result<R>,
+    bench: impl FnOnce(&dyn Backend, &mut On<'_>) -> Result<R>,
 ) -> Result<ExitCode> {
     let file = report.file()?;
     let device = opened(device)?;
-    let found = with_bar(|on| bench(&*device, on))?;
+    let (found, code) = with_bar(|on| bench(&*device, on))?;
     let table = || {
         let notes = found.notes().iter().map(|note| format!("note: {note}\n"));
         found.table() + &notes.collect::<String>()
@@ -172,7 +172,7 @@ fn measure<R: Measured>(
     let wrong = checks.iter().filter(|(_, c)| !c.passed);
     let wrong: Vec<_> = wrong.map(|(of, c)| format!("{of}: NMSE {:.2e}", c.value)).collect();
     refuse_wrong(found.environment(), &wrong)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
 fn checked(c: &Check) -> String {

@@ -1,9 +1,10 @@
 //! `longsight bench` without a subcommand.
 
-use super::{ReportArgs, origin, percent};
-use crate::bench::{EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
+use super::{ReportArgs, exit_code, origin, percent};
+use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
 use crate::cli::args::{ModelArgs, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
+use crate::cli::interrupt::Interrupt;
 use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
@@ -105,22 +106,25 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     ui::notes(&engine);
     let filling = ui::bar("filling", "tokens", 0);
     let measuring = ui::bar("measuring", "measurements", 0);
+    let cancel = Interrupt::install().arm();
     let report = bench.run(&mut engine, &mut |p| match p {
-        Progress::Fill(done, all) => {
-            filling.set_length(all as u64);
-            filling.set_position(done as u64);
-        }
+        Progress::Fill(done, all) => ui::go_on(&filling, &cancel, done as u64, all as u64),
         Progress::Measure(what, done, all) => {
             measuring.set_message(what.to_owned());
-            measuring.set_length(all as u64);
-            measuring.set_position(done as u64);
+            ui::go_on(&measuring, &cancel, done as u64, all as u64)
         }
     });
     filling.finish_and_clear();
     measuring.finish_and_clear();
-    let report = report?;
+    let report = match report {
+        Err(BenchError::Engine(EngineError::Interrupted)) => {
+            ui::note("interrupted before a test was finished; nothing was written");
+            return Ok(exit_code(&cancel));
+        }
+        report => report?,
+    };
     a.report.finish(file, &report, || table(&report))?;
-    Ok(ExitCode::SUCCESS)
+    Ok(exit_code(&cancel))
 }
 
 fn table(r: &EndToEndReport) -> String {

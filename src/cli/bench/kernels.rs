@@ -78,7 +78,7 @@ pub fn run(a: KernelArgs) -> Result<ExitCode> {
     bench.validate()?;
     let file = a.report.file()?;
     let device = opened(&a.device)?;
-    let report = with_bar(|on| bench.run(&*device, on))?;
+    let (report, code) = with_bar(|on| Ok(bench.run(&*device, on)?))?;
     a.report.finish(file, &report, || table(&report))?;
     let wrong: Vec<String> = report
         .failures()
@@ -91,7 +91,7 @@ pub fn run(a: KernelArgs) -> Result<ExitCode> {
         })
         .collect();
     refuse_wrong(&report.environment, &wrong)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
 fn table(r: &KernelReport) -> String {

@@ -5,6 +5,7 @@ mod end_to_end;
 mod kernels;
 
 use super::args::Format;
+use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::{OutputFile, Written};
 use super::ui;
 use crate::backend::{Backend, open};
@@ -15,6 +16,7 @@ use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const EXAMPLES: &str = "\
 Tests are named as in llama-bench: pp512 reads a prompt of 512 tokens, tg128@d4096 decodes 128 tokens after 4096. \
@@ -103,16 +105,24 @@ fn opened(selector: &str) -> Result<Arc<dyn Backend>> {
     Ok(device)
 }
 
-/// Runs a measurement under a progress bar.
-fn with_bar<R>(measure: impl FnOnce(&mut dyn FnMut(&str, usize, usize)) -> R) -> R {
+/// Hears what is measured, how many measurements are done, and of how many; answers whether to go on.
+type On<'a> = dyn FnMut(&str, usize, usize) -> bool + 'a;
+
+/// Runs a measurement under a progress bar, to its end or to Ctrl-C: then the exit code says so.
+fn with_bar<R>(measure: impl FnOnce(&mut On<'_>) -> Result<R>) -> Result<(R, ExitCode)> {
     let bar = ui::bar("measuring", "measurements", 0);
+    let cancel = Interrupt::install().arm();
     let measured = measure(&mut |what, done, all| {
         bar.set_message(what.to_owned());
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
+        ui::go_on(&bar, &cancel, done as u64, all as u64)
     });
     bar.finish_and_clear();
-    measured
+    Ok((measured?, exit_code(&cancel)))
+}
+
+fn exit_code(cancel: &AtomicBool) -> ExitCode {
+    let code = if cancel.load(Ordering::Relaxed) { EXIT_CODE } else { 0 };
+    ExitCode::from(code)
 }
 
 /// An error where results were wrong; `wrong` names each.

@@ -63,15 +63,18 @@ pub fn longest(problems: &[Problem]) -> usize {
 
 /// Lets all methods solve the problems and finishes the evaluation.
 pub fn solved(
-    mut bench: Bench<'_>,
+    bench: Bench<'_>,
     problems: &[Problem],
     audit: &AuditArgs,
     report: impl FnOnce(&[Answer]) -> Result<Report>,
 ) -> Result<ExitCode> {
     let audit = audit.every();
-    let answers = bench
-        .run(|engine, plans, progress| solve(engine, problems, plans, audit, progress, |_| ()))?;
-    bench.finish(answers.map(|a| report(&a)).transpose()?)
+    bench.report(
+        |engine, plans, on, rows| {
+            solve(engine, problems, plans, audit, on, |mut answers| rows.append(&mut answers))
+        },
+        report,
+    )
 }
 
 /// What the chat template puts before and after a question, or nothing.

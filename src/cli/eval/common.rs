@@ -158,6 +158,9 @@ impl<'a> Setup<'a> {
     }
 }
 
+/// Says how far a measurement is (done, all); answers whether to go on.
+pub type On<'a> = dyn FnMut(u64, u64) -> bool + 'a;
+
 /// An engine and the plans that run on it.
 pub struct Bench<'a> {
     common: &'a Common,
@@ -170,34 +173,50 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Runs `f` with a bar; none after Ctrl-C.
-    pub fn run<T>(
-        &mut self,
+    /// Runs `f`, which adds the rows of every finished sample, with a bar; then writes and prints the report of the rows
+    /// that are there. An error or Ctrl-C in a later sample loses none of them.
+    pub fn report<T>(
+        mut self,
         f: impl FnOnce(
             &mut Engine,
             &[(String, Plan)],
-            &mut dyn FnMut(u64, u64) -> bool,
-        ) -> Result<T, EngineError>,
-    ) -> Result<Option<T>> {
+            &mut On<'_>,
+            &mut Vec<T>,
+        ) -> Result<(), EngineError>,
+        report: impl FnOnce(&[T]) -> Result<Report>,
+    ) -> Result<ExitCode> {
+        let mut rows = Vec::new();
         let bar = ui::bar("evaluating", "tokens", 0);
         let cancel = self.interrupt.arm();
-        let outcome =
-            f(&mut self.engine, &self.plans, &mut |done, all| ui::go_on(&bar, &cancel, done, all));
+        let mut on = |done, all| ui::go_on(&bar, &cancel, done, all);
+        let outcome = f(&mut self.engine, &self.plans, &mut on, &mut rows);
         bar.finish_and_clear();
-        match outcome {
-            Ok(rows) => Ok(Some(rows)),
-            Err(EngineError::Interrupted) => Ok(None),
-            Err(e) => Err(e.into()),
+        let ended = outcome.err();
+        match ended {
+            Some(EngineError::Interrupted) if rows.is_empty() => {
+                ui::note("interrupted before a sample was finished; nothing was written");
+                return Ok(ExitCode::from(EXIT_CODE));
+            }
+            Some(e) if rows.is_empty() => return Err(e.into()),
+            _ => {}
+        }
+        let mut report = report(&rows)?;
+        if let Some(why) = &ended {
+            let why = format!("{why}: only the samples that were finished are here");
+            report.note += &format!("Not complete: {why}.\n");
+            report.json.push(("incomplete", why.into()));
+        }
+        self.finish(&report)?;
+        match ended {
+            None => Ok(ExitCode::SUCCESS),
+            Some(EngineError::Interrupted) => Ok(ExitCode::from(EXIT_CODE)),
+            Some(e) => Err(e.into()),
         }
     }
 
-    /// Writes and prints the report; says so where there is none.
-    pub fn finish(self, report: Option<Report>) -> Result<ExitCode> {
-        let Some(report) = report else {
-            ui::note("interrupted; nothing was written");
-            return Ok(ExitCode::from(EXIT_CODE));
-        };
-        let json = self.json(&report);
+    /// Writes and prints the report.
+    fn finish(self, report: &Report) -> Result<()> {
+        let json = self.json(report);
         let mut written = Vec::new();
         for (kind, file) in self.outputs {
             let contents = match kind {
@@ -212,7 +231,7 @@ impl Bench<'_> {
             Format::Table => ui::print(&report.text(|t| format!("{t}\n")))?,
         }
         written.iter().for_each(Written::tell);
-        Ok(ExitCode::SUCCESS)
+        Ok(())
     }
 
     fn json(&self, report: &Report) -> serde_json::Value {

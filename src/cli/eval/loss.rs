@@ -149,13 +149,13 @@ fn run(
     let setup = Setup::new(&a.common)?;
     let samples = make(a, &setup.tokenizer)?;
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
-    let mut bench = setup.bench(longest, "--lengths")?;
     let audit = a.audit.every();
-    let rows = bench.run(|engine, plans, progress| {
-        evaluate(engine, &samples, plans, audit, progress, |_| ())
-    })?;
-    let report = rows.map(|rows| report(task, a.layers, config, &rows)).transpose()?;
-    bench.finish(report)
+    setup.bench(longest, "--lengths")?.report(
+        |engine, plans, on, rows| {
+            evaluate(engine, &samples, plans, audit, on, |mut done| rows.append(&mut done))
+        },
+        |rows| report(task, a.layers, config, rows),
+    )
 }
 
 fn report(task: Task, layers: bool, config: Option<PairedConfig>, rows: &[Row]) -> Result<Report> {

@@ -56,21 +56,24 @@ pub fn run(a: RecallArgs) -> Result<ExitCode> {
         }
     }
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
-    let mut bench = setup.bench(longest, "--lengths")?;
+    let bench = setup.bench(longest, "--lengths")?;
     if bench.plans.iter().all(|(_, p)| p.method == "dense") {
         bail!("dense attention selects nothing; name another method in --methods");
     }
-    let rows = bench.run(|engine, plans, progress| recall(engine, &samples, plans, progress))?;
-    if rows.as_ref().is_some_and(|rows| rows.iter().all(|r| r.layers.is_empty())) {
+    bench.report(
+        |engine, plans, on, rows| {
+            recall(engine, &samples, plans, on, |mut done| rows.append(&mut done))
+        },
+        |rows| report(a.layers, rows),
+    )
+}
+
+fn report(layers: bool, rows: &[RecallRow]) -> Result<Report> {
+    if rows.iter().all(|r| r.layers.is_empty()) {
         bail!(
             "no layer was sparse: every sample fits into the budget; give a smaller --budget or more --lengths"
         );
     }
-    let report = rows.map(|rows| report(a.layers, &rows)).transpose()?;
-    bench.finish(report)
-}
-
-fn report(layers: bool, rows: &[RecallRow]) -> Result<Report> {
     let methods = distinct(rows.iter().map(|r| r.method.as_str()));
     let mut panels: Vec<Panel> = methods
         .iter()
