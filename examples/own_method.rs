@@ -99,7 +99,7 @@ fn main() -> Result<()> {
         .device(device)
         .method(Variant::Sparcas.into())
         .selector(Arc::new(ruler))
-        .audit(AuditConfig { every: 1, layers: 0 })
+        .audit(AuditConfig::every(1))
         .context(CONTEXT)
         // The prefilled sequence and its fork. They share all pages but those that the fork writes.
         .sequences(2)

@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         .model(model)
         .device(device)
         .context(CONTEXT)
-        .audit(AuditConfig { every: 4, layers: 0 })
+        .audit(AuditConfig::every(4))
         .build()?;
     for note in engine.notes() {
         eprintln!("note: {note}");

@@ -186,7 +186,7 @@ fn a_share_is_a_budget_that_follows_the_length() {
 #[test]
 fn the_audit_covers_layers_that_reuse() {
     let model = Model::deep(LAYERS);
-    let audit = AuditConfig { every: 1, layers: 0 };
+    let audit = AuditConfig::every(1);
     for dev in backends() {
         let audits = |method: &str| -> Vec<LayerAudit> {
             let mut e = model.builder(&dev, &spec(method)).audit(audit).build().unwrap();

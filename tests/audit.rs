@@ -6,16 +6,47 @@ use common::cache::backends;
 use common::model::{Model, dense, prompt, sparse};
 use common::tiny::Tiny;
 use longsight::backend::HeadPool;
-use longsight::engine::{AuditConfig, Engine, SeqId, WantLogits};
+use longsight::engine::{AuditConfig, Engine, Request, SeqId, WantLogits};
 use longsight::model::{Arch, LayerAudit, LayerWeight, Weight};
 use longsight::select::{Anchors, MethodSpec, Variant};
 
-const EVERY_STEP: Option<AuditConfig> = Some(AuditConfig { every: 1, layers: 0 });
+const EVERY_STEP: Option<AuditConfig> = Some(AuditConfig::every(1));
 
 fn read(engine: &mut Engine, tokens: &[u32]) -> SeqId {
     let seq = engine.open_sequence().unwrap();
     engine.prefill(seq, tokens, WantLogits::None, |_, _| (), |_| true).unwrap();
     seq
+}
+
+/// What the audit measures raises the budget where too little was kept, for the steps that follow.
+#[test]
+fn too_little_mass_doubles_the_budget() {
+    let model = Model::new();
+    let text = prompt(4, 200);
+    for dev in backends() {
+        for (variant, tokens) in [(Variant::Sparcas, 20), (Variant::Kascade, 20)] {
+            let method = MethodSpec { sinks: Some(0), recent: Some(1), ..sparse(variant, tokens) };
+            let run = |least: Option<f32>| {
+                let audit = AuditConfig { min_recall: least, ..AuditConfig::every(2) };
+                let builder = model.builder(&dev, &method).audit(audit);
+                let mut engine = builder.build().unwrap();
+                let request = Request::tokens(text.clone()).max_tokens(12);
+                let mut answer = engine.generate(request).unwrap();
+                let got: Vec<_> = answer.by_ref().filter_map(|p| p.unwrap().token).collect();
+                let audit = answer.audit();
+                drop(answer);
+                (got, audit.doubled, engine.plan().clone())
+            };
+            let (plain, never, plan) = run(None);
+            assert_eq!((never, run(Some(1e-6)).1), (0, 0));
+            // 20, 40, 80, 160, and then all of 512.
+            let (got, times, dense) = run(Some(1.0));
+            assert_eq!((got.len(), plain.len()), (12, 12));
+            assert!(times >= 4, "{times}");
+            assert!(plan.layers.iter().any(|l| l.sparse()));
+            assert!(dense.layers.iter().all(|l| !l.sparse()), "{dense:?}");
+        }
+    }
 }
 
 /// What the model's first layer does for the last of some tokens.

@@ -46,7 +46,7 @@ fn a_stopped_evaluation_leaves_no_sequence_open() {
             let stopped = evaluate(&mut engine, &samples, &plans, Some(1), &mut until, keep);
             assert!(matches!(stopped, Err(EngineError::Interrupted)), "{stop}: {stopped:?}");
             // Samples that were finished stay.
-            assert_eq!(rows.len(), if stop > 115 { 2 } else { 0 });
+            assert_eq!(rows.len(), if stop > 110 { 2 } else { 0 });
             let open = [(); 2].map(|()| engine.open_sequence().unwrap());
             open.into_iter().for_each(|seq| engine.close(seq));
             assert!(engine.take_audits().is_empty());

@@ -1,7 +1,6 @@
 //! Methods, sequences and requests of a whole (tiny, random) model in f32, on every backend under test.
 //!
-//! A captured graph replayed over several refresh intervals belongs here as soon as steps are captured; until then
-//! repeated eager runs must agree. What single ops must satisfy is in `methods_ops.rs`.
+//! Replayed steps are in `replay.rs`, what single ops must satisfy in `methods_ops.rs`.
 
 mod common;
 

@@ -264,7 +264,7 @@ fn held_lists_are_audited_like_others() {
     let model = Model::new();
     for dev in backends() {
         let spec = held(sparse(Variant::Sparcas, BUDGET));
-        let audit = AuditConfig { every: 1, layers: 0 };
+        let audit = AuditConfig::every(1);
         let mut engine = model.builder(&dev, &spec).audit(audit).build().unwrap();
         let seq = start(&mut engine, 4, PROMPT);
         steps(&mut engine, seq, 6);

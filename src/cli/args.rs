@@ -174,6 +174,18 @@ pub struct AnswerArgs {
     /// Every N steps, measure the attention mass and output error of the selection [default: 0, never]
     #[arg(long, value_name = "N")]
     pub audit: Option<usize>,
+    /// Double the budget whenever the selection kept less attention mass than this share in an audited step (every
+    /// 32nd, unless --audit says)
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub min_recall: Option<f32>,
+}
+
+/// More than 0, at most 1.
+fn share(s: &str) -> Result<f32, String> {
+    match s.parse() {
+        Ok(x) if x > 0.0 && x <= 1.0 => Ok(x),
+        _ => Err("a share of the attention mass: more than 0, at most 1".into()),
+    }
 }
 
 impl AnswerArgs {
@@ -190,7 +202,8 @@ impl AnswerArgs {
 
     /// Audit settings.
     pub fn audit(&self) -> Option<AuditConfig> {
-        self.audit.filter(|&n| n > 0).map(|every| AuditConfig { every, layers: 0 })
+        let every = self.audit.filter(|&n| n > 0).or(self.min_recall.map(|_| 32))?;
+        Some(AuditConfig { every, min_recall: self.min_recall })
     }
 }
 

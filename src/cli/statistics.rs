@@ -56,6 +56,9 @@ pub fn statistics(a: &Answer, method: &str) -> String {
             a.audit.layers.iter().map(|l| l.samples).max().unwrap_or(0)
         ));
     }
+    if a.audit.doubled > 0 {
+        parts.push(format!("budget doubled {} times", a.audit.doubled));
+    }
     match s.finish {
         Some(Finish::Cancelled) => parts.push("interrupted".into()),
         Some(Finish::Length) => parts.push("cut at the most tokens of an answer (-n)".into()),
@@ -146,7 +149,7 @@ mod tests {
         let said = |name: &str, prompt_tokens: usize, decode_steps: usize| {
             let stats = Stats { prompt_tokens, decode_steps, ..Stats::default() };
             let answer = Answer { text: String::new(), stats, audit: AuditSummary::default() };
-            let audit = Some(AuditConfig { every: 4, layers: 0 });
+            let audit = Some(AuditConfig::every(4));
             assert_eq!(unaudited(&answer, &plan(name), None), None);
             unaudited(&answer, &plan(name), audit).unwrap()
         };

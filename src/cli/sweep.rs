@@ -10,13 +10,12 @@ use clap::Args;
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Sparse attention")]
 pub struct Sweep {
-    /// Tokens attended to per KV head, comma separated [default: context / 32, 512 to 2048]. Each value is a row:
+    /// Tokens attended to per KV head, comma separated [default: as in `longsight run`]. Each value is a row:
     /// 128,256,512 runs every method three times. --dims, --update and --metric multiply the rows the same way,
     /// for the methods that know them
     #[arg(long, visible_alias = "budgets", value_name = "TOKENS,...", value_delimiter = ',')]
     pub budget: Vec<usize>,
-    /// Key dimensions scored, comma separated [default: a quarter of the head dimension; 32 for the query-chosen
-    /// profiles]
+    /// Key dimensions scored, comma separated [default: as in `longsight run`]
     #[arg(long, value_name = "DIMS,...", value_delimiter = ',')]
     pub dims: Vec<usize>,
     /// Steps between two choices of dimensions (query-chosen profiles), comma separated; 0 = once

@@ -3,29 +3,31 @@
 use crate::model::LayerAudit;
 use serde::Serialize;
 
-/// When to audit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// When to audit, and what follows.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AuditConfig {
-    /// Every n-th decode step.
+    /// Every n-th decode step, all sparse layers; 0 = never.
     pub every: usize,
-    /// Layers per audited step, taken in turn; 0 = all.
-    pub layers: usize,
+    /// The budget is doubled for the steps after one whose selections held less attention mass than this share, in the
+    /// mean over layers and query heads.
+    pub min_recall: Option<f32>,
 }
 
 impl AuditConfig {
-    /// The sparse layers to audit in decode step `step`, or none.
-    pub fn layers_at(&self, step: usize, sparse: &[usize]) -> Vec<usize> {
-        if self.every == 0 || !step.is_multiple_of(self.every) || sparse.is_empty() {
-            return Vec::new();
-        }
-        if self.layers == 0 || self.layers >= sparse.len() {
-            return sparse.to_vec();
-        }
-        // Evenly spaced, shifted each time, so that every layer gets its turn.
-        let turn = step / self.every;
-        (0..self.layers)
-            .map(|i| sparse[(i * sparse.len() / self.layers + turn) % sparse.len()])
-            .collect()
+    /// Every n-th decode step.
+    pub const fn every(n: usize) -> Self {
+        AuditConfig { every: n, min_recall: None }
+    }
+
+    /// Decode step `step` is audited.
+    pub fn due(&self, step: usize) -> bool {
+        self.every > 0 && step.is_multiple_of(self.every)
+    }
+
+    /// What this step's audits found calls for a larger budget.
+    pub fn too_little(&self, audits: &[LayerAudit]) -> bool {
+        let found = AuditSummary::new(audits);
+        self.min_recall.is_some_and(|least| !found.is_empty() && found.recall() < f64::from(least))
     }
 }
 
@@ -49,6 +51,8 @@ pub struct LayerSummary {
 pub struct AuditSummary {
     /// Audited layers in ascending order.
     pub layers: Vec<LayerSummary>,
+    /// Times that the budget was doubled ([`AuditConfig::min_recall`]).
+    pub doubled: usize,
 }
 
 impl AuditSummary {
@@ -70,7 +74,7 @@ impl AuditSummary {
                     / of.len().max(1) as f64,
             }
         };
-        AuditSummary { layers: ids.into_iter().map(layer).collect() }
+        AuditSummary { layers: ids.into_iter().map(layer).collect(), doubled: 0 }
     }
 
     /// Nothing was sparse, or nothing was audited.
@@ -105,13 +109,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_sparse_layer_gets_its_turn() {
-        let a = AuditConfig { every: 4, layers: 2 };
-        let sparse = [2, 3, 4, 5];
-        assert!(a.layers_at(1, &sparse).is_empty());
-        let mut seen: Vec<_> = (0..8).flat_map(|s| a.layers_at(s, &sparse)).collect();
-        seen.sort_unstable();
-        assert_eq!(seen, sparse);
+    fn a_budget_is_too_small_where_less_mass_is_kept() {
+        assert!(AuditConfig::every(4).due(8) && !AuditConfig::every(4).due(9));
+        assert!(!AuditConfig::every(0).due(0));
+        let audit = |recall: f32| LayerAudit {
+            layer: 0,
+            seq: 0,
+            recall: vec![recall; 2],
+            output_error: 0.0,
+        };
+        let least = |min| AuditConfig { min_recall: Some(min), ..AuditConfig::every(1) };
+        assert!(least(0.9).too_little(&[audit(0.7), audit(1.0)]));
+        assert!(!least(0.8).too_little(&[audit(0.7), audit(1.0)]));
+        assert!(!least(1.0).too_little(&[]) && !AuditConfig::every(1).too_little(&[audit(0.0)]));
     }
 
     #[test]

@@ -352,6 +352,7 @@ impl<'a> EngineBuilder<'a> {
             sequences: (0..limits.seqs).map(|_| None).collect(),
             kept: Vec::new(),
             decode_steps: 0,
+            doubled: 0,
         })
     }
 

@@ -53,7 +53,9 @@ impl Generation<'_> {
 
     /// Audit results so far (taken from the engine).
     pub fn audit(&mut self) -> AuditSummary {
-        AuditSummary::new(&self.scheduler.engine().take_audits())
+        let engine = self.scheduler.engine();
+        let doubled = engine.take_doubled();
+        AuditSummary { doubled, ..AuditSummary::new(&engine.take_audits()) }
     }
 }
 

@@ -48,6 +48,8 @@ pub struct Engine {
     /// Sequences kept after their answer, with the tokens they hold, oldest first.
     pub(super) kept: Vec<(SeqId, Vec<u32>)>,
     pub(super) decode_steps: usize,
+    /// Times that the audit doubled the budget.
+    pub(super) doubled: usize,
 }
 
 impl std::fmt::Debug for Engine {
@@ -178,6 +180,11 @@ impl Engine {
     /// Takes the audit results collected so far.
     pub fn take_audits(&mut self) -> Vec<LayerAudit> {
         std::mem::take(&mut self.attention.audits)
+    }
+
+    /// How often the budget was doubled since the last call ([`AuditConfig::min_recall`]).
+    pub fn take_doubled(&mut self) -> usize {
+        std::mem::take(&mut self.doubled)
     }
 
     /// Stops the audit and forgets what it has collected: an engine that goes on must neither measure nor keep it.

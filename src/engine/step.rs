@@ -54,15 +54,10 @@ impl Engine {
         self.check_work(work)?;
         let b = self.decoder.backend().clone();
         self.make_room(&*b, work)?;
-        self.attention.audit_layers = match self.audit {
-            Some(a) if work.iter().any(|w| w.decode) => {
-                let layers = &self.attention.plan().layers;
-                let sparse: Vec<usize> =
-                    (0..layers.len()).filter(|&l| layers[l].sparse()).collect();
-                a.layers_at(self.decode_steps, &sparse)
-            }
-            _ => Vec::new(),
-        };
+        let decodes = work.iter().any(|w| w.decode);
+        let audit = self.audit.filter(|a| decodes && a.due(self.decode_steps));
+        let audited = self.attention.audits.len();
+        self.attention.audit = audit.is_some();
         let mut seqs = Vec::with_capacity(work.len());
         for w in work {
             let id = w.seq.0;
@@ -85,9 +80,7 @@ impl Engine {
                 s.decode_steps += 1;
             }
         }
-        if work.iter().any(|w| w.decode) {
-            self.decode_steps += 1;
-        }
+        self.decode_steps += usize::from(decodes);
 
         let mut wanted = Vec::new();
         for (i, w) in work.iter().enumerate() {
@@ -101,6 +94,12 @@ impl Engine {
         }
         let rows: Vec<usize> = wanted.iter().map(|w| w.2).collect();
         self.decoder.logits(&rows, |i, logits| each(wanted[i].0, wanted[i].1, logits))?;
+        if audit.is_some_and(|a| a.too_little(&self.attention.audits[audited..])) {
+            let audits = self.take_audits();
+            self.set_plan(self.plan().doubled(self.context()))?;
+            self.attention.audits = audits;
+            self.doubled += 1;
+        }
         Ok(())
     }
 

@@ -94,7 +94,7 @@ pub fn evaluate(
             progress(before + p.tokens as u64, all)
         };
         let outcome = continued(engine, text, &plans, 1, on, |engine, branch, step| {
-            engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
+            engine.set_audit(audit.map(AuditConfig::every));
             let mut row = decoded(engine, branch.seq, sample, step)?;
             row.method = branch.plan.into();
             let dense = reference.get_or_insert_with(|| row.nlls.clone());

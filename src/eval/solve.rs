@@ -110,7 +110,7 @@ pub fn solve(
         };
         let mut dense: Vec<Vec<u32>> = Vec::with_capacity(group.len());
         let outcome = continued(engine, text, &plans, group.len(), on, |engine, branch, step| {
-            engine.set_audit(audit.map(|every| AuditConfig { every, layers: 0 }));
+            engine.set_audit(audit.map(AuditConfig::every));
             let problem = &group[branch.number];
             let (mut answer, written) = answered(engine, branch.seq, problem, step)?;
             answer.method = branch.plan.into();

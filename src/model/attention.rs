@@ -28,8 +28,8 @@ pub struct Attention {
     partials: Partials,
     audit_out: Growing,
     audit_lse: Growing,
-    /// Layers to audit in the next step.
-    pub audit_layers: Vec<usize>,
+    /// Audit the sparse layers of the next step.
+    pub audit: bool,
     /// Results, appended per step.
     pub audits: Vec<LayerAudit>,
     /// Looks at what sparse layers select, where somebody wants to know.
@@ -110,7 +110,7 @@ impl Attention {
             partials: Partials::new(),
             audit_out: Growing::new(DType::F32, "audit"),
             audit_lse: Growing::new(DType::F32, "audit"),
-            audit_layers: Vec::new(),
+            audit: false,
             audits: Vec::new(),
             probe: None,
             clock: Clock::default(),
@@ -257,7 +257,7 @@ impl Attention {
         let map = lists.head_map.as_ref();
         dense.listed(&group, &lists.attend, map, &mut self.partials, &ws.attn, &ws.lse)?;
         correct(&cx, p, &lists.attend, &ws.attn)?;
-        if self.audit_layers.contains(&l) {
+        if self.audit {
             let members = step.sparse_members(pace);
             let exact_out =
                 self.audit_out.at_least(b, cx.seqs.rows * shape.heads * shape.head_dim)?;

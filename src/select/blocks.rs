@@ -58,7 +58,7 @@ pub(super) fn check(plan: &LayerPlan) -> Result<(), String> {
         ));
     }
     if query == Query::Forecast && plan.lists(2, 1) != 1 {
-        return Err("a Forecast has one vector per KV head; take the pool sum_logit".into());
+        return Err("a Forecast has one vector per KV head; take the pool sum-logit".into());
     }
     if matches!(summary, SummaryKind::Windows { .. }) && plan.keep.recent == 0 {
         return Err("the newest tokens are in no window yet; keep at least 1 recent token".into());

@@ -31,7 +31,7 @@ impl LayerPlan {
             }
             _ => {
                 ensure(self.scorer != Scorer::None || !self.pool.softmax(), || {
-                    "it pools scores but makes none; take the pool sum_logit".into()
+                    "it pools scores but makes none; take the pool sum-logit".into()
                 })?;
                 None
             }
@@ -116,7 +116,7 @@ impl LayerPlan {
         })?;
         let shared = self.scorer == Scorer::None || self.scores_tiles();
         ensure(tile == 1 || shared, || {
-            "only exact scores pooled by mean_softmax or all_softmax are shared by the rows of a tile; take tile 1"
+            "only exact scores pooled by mean-softmax or all-softmax are shared by the rows of a tile; take tile 1"
                 .into()
         })?;
         let (Keep { sinks, .. }, budget) = (self.keep, &self.budget);

@@ -11,6 +11,7 @@ mod catalog;
 mod check;
 mod components;
 mod dims;
+mod doubled;
 mod error;
 mod infllm;
 mod key_profile;

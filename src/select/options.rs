@@ -83,9 +83,11 @@ macro_rules! options {
 }
 
 options! {
-    /// Tokens attended to per KV head [default: context / 32, 512 to 2048]
+    /// Tokens attended to per KV head [default: context / 32, 512 to 2048; kascade and omnikv: a share of the text; nosa:
+    /// as the model was trained]
     budget, "budget": usize = whole("TOKENS"), sparse;
-    /// Key dimensions scored [default: a quarter of the head dimension; 32 for the query-chosen profiles]
+    /// Key dimensions scored [default: a quarter of the head dimension; 32 for sparcas-paper, sparcas-recommended, sparq
+    /// and double-sparsity]
     dims, "dims": usize = whole("DIMS"), prunes;
     /// Steps between two choices of dimensions (query-chosen profiles); 0 = once
     update, "update": u32 = whole("STEPS"), asks_query;
@@ -102,11 +104,11 @@ options! {
     sinks, "sinks": usize = whole("TOKENS"), sparse;
     /// Last tokens that are always attended to
     recent, "recent": usize = whole("TOKENS"), sparse;
-    /// Leading layers that stay dense [default: 2]
+    /// Leading layers that stay dense [default: 2; infllm2, sparda and nosa: 0]
     dense_layers, "dense-layers": usize = whole("LAYERS"), alone;
-    /// Stay dense up to this many tokens [default: 2048; in eval, for sparcas-paper and kascade 0]
+    /// Stay dense up to this many tokens [default: 2048; in eval, for sparcas-paper, kascade and omnikv 0]
     dense_below, "dense-below": usize = whole("TOKENS"), sparse;
-    /// Share of a text's tokens attended to, where the budget follows the length (kascade) [default: 10]
+    /// Share of a text's tokens attended to, where the budget follows the length (kascade, omnikv) [default: 10]
     percent, "percent": f32 = number("PERCENT"), takes_a_share;
     /// Least tokens of such a share [default: 128]
     budget_min, "budget-min": usize = whole("TOKENS"), takes_a_share;

@@ -41,7 +41,7 @@ use super::{
 };
 use blas::Blas;
 use clock::timed;
-use cudarc::driver::{CudaContext, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaStream};
 use driver::Limits;
 use error::Said;
 use launch::{Args, Kernels, Shape};
@@ -108,9 +108,6 @@ impl CudaBackend {
         unsafe { ctx.disable_event_tracking() };
         let stream = ctx.new_stream().said("creating a stream")?;
         let arrived = Arc::new(Memory::new(&stream, PAIRS * 4, "counters")?);
-        // SAFETY: the range is what was just allocated.
-        unsafe { result::memset_d8_async(arrived.ptr(), 0, PAIRS * 4, stream.cu_stream()) }
-            .said("clearing memory")?;
         Ok(CudaBackend {
             arrived,
             caps,
