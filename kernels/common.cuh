@@ -223,6 +223,21 @@ DEVICE float block_sum(float x, float* scratch) {
     return scratch[32];
 }
 
+// Element `i` of f32 (0), f16 (1) or bf16 (2) at `p`, for what is read once.
+DEVICE float load_any(const void* p, u32 type, u64 i) {
+    if (type == 0) return ((const float*)p)[i];
+    return type == 1 ? to_f32(((const f16*)p)[i]) : to_f32(((const bf16*)p)[i]);
+}
+
+// Largest over the block, the same in every thread. `scratch` holds a word a warp, which nobody else uses.
+DEVICE float block_max(float x, float* scratch) {
+    u32 lane = threadIdx.x & 31;
+    x = warp_max(x);
+    if (lane == 0) scratch[threadIdx.x >> 5] = x;
+    __syncthreads();
+    return warp_max(lane < (blockDim.x >> 5) ? scratch[lane] : NEG_INF);
+}
+
 // Exclusive prefix sum over the block; `total` is the block's sum. `scratch` holds 33 words.
 DEVICE u32 block_scan(u32 x, u32* scratch, u32& total) {
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, warps = blockDim.x >> 5;

@@ -20,15 +20,11 @@ struct MeanValueArgs {
 template <class T> DEVICE void mean_value(const MeanValueArgs& a) {
     __shared__ float maxes[32], scratch[33];
     Seq seq = a.seqs.get(blockIdx.y);
-    u32 h = blockIdx.x, n = seq.kv_len, lane = threadIdx.x & 31;
+    u32 h = blockIdx.x, n = seq.kv_len;
     const float* row = a.scores + ((u64)blockIdx.y * a.heads + h) * a.stride;
     float m = NEG_INF, all = 0.0f, kept = 0.0f;
     for (u32 j = threadIdx.x; j < n; j += blockDim.x) m = fmaxf(m, row[j]);
-    m = warp_max(m);
-    if (lane == 0) maxes[threadIdx.x >> 5] = m;
-    __syncthreads();
-    // Every warp finds the block's largest.
-    m = warp_max(lane < (blockDim.x >> 5) ? maxes[lane] : NEG_INF);
+    m = block_max(m, maxes);
     if (m == NEG_INF || seq.q_len == 0 || seq.slot >= a.slots) return;
     for (u32 j = threadIdx.x; j < n; j += blockDim.x) all += expf(row[j] - m);
     all = block_sum(all, scratch);

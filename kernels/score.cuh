@@ -35,15 +35,10 @@ struct ScoreArgs {
     u32 lists, list_len;  // score_rows: lists a sequence, capacity of a list
 };
 
-DEVICE float query(const ScoreArgs& a, u64 i) {
-    if (a.q_type == 0) return ((const float*)a.q)[i];
-    return a.q_type == 1 ? to_f32(((const f16*)a.q)[i]) : to_f32(((const bf16*)a.q)[i]);
-}
-
 // Value `i` of the query at `src` as the keys' dimensions are listed (`dims`, or null for the leading ones).
 DEVICE float query_of(const ScoreArgs& a, const u32* dims, u64 src, u32 i) {
     u32 dim = dims ? dims[i] : i;
-    return dim < a.pool.head_dim ? query(a, src + dim) : 0.0f;
+    return dim < a.pool.head_dim ? load_any(a.q, a.q_type, src + dim) : 0.0f;
 }
 
 // c_h of the head whose query starts at `src`, by a warp.
@@ -51,7 +46,7 @@ DEVICE float head_scale(const ScoreArgs& a, const u32* dims, u64 src) {
     u32 d = a.pool.head_dim, lane = threadIdx.x & 31;
     if (!a.coverage) return 1.0f / sqrtf((float)d);
     float all = 0.0f, chosen = 0.0f;
-    for (u32 i = lane; i < d; i += 32) all += fabsf(query(a, src + i));
+    for (u32 i = lane; i < d; i += 32) all += fabsf(load_any(a.q, a.q_type, src + i));
     for (u32 i = lane; i < a.n; i += 32) chosen += fabsf(query_of(a, dims, src, i));
     all = warp_sum(all);
     chosen = warp_sum(chosen);

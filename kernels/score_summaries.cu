@@ -21,11 +21,6 @@ struct SummaryScoreArgs {
     u32 pad;
 };
 
-DEVICE float query(const SummaryScoreArgs& a, u64 i) {
-    if (a.q_type == 0) return ((const float*)a.q)[i];
-    return a.q_type == 1 ? to_f32(((const f16*)a.q)[i]) : to_f32(((const bf16*)a.q)[i]);
-}
-
 template <class T, int G> DEVICE void score(const SummaryScoreArgs& a) {
     extern __shared__ uint4 shared4[];
     float* q = (float*)shared4;  // [heads of the group][width]
@@ -35,7 +30,7 @@ template <class T, int G> DEVICE void score(const SummaryScoreArgs& a) {
     u32 count = s.count(seq.kv_len);
     u64 from = ((u64)seq.q_start * a.heads + kvh * group) * d + a.first;
     for (u32 i = threadIdx.x; i < group * dims; i += THREADS) {
-        float x = query(a, from + i / dims * d + i % dims) * a.scale;
+        float x = load_any(a.q, a.q_type, from + i / dims * d + i % dims) * a.scale;
         u32 at = i / dims * width + i % dims;
         q[at] = s.kind == WINDOWS ? x : fminf(x, 0.0f);
         if (s.kind != WINDOWS) q[at + dims] = fmaxf(x, 0.0f);

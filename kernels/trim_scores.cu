@@ -61,16 +61,12 @@ extern "C" __global__ void trim_scores_mass(float* scores, Seqs seqs, u32 rows_p
     depend();
     __shared__ u32 words[33];
     __shared__ float maxes[32], scratch[33];
-    u32 n = seqs.get(blockIdx.y).kv_len, lane = threadIdx.x & 31;
+    u32 n = seqs.get(blockIdx.y).kv_len;
     float* row = scores + ((u64)blockIdx.y * rows_per_seq + blockIdx.x) * stride;
     float top = NEG_INF;
     for (u32 i = threadIdx.x; i < n; i += blockDim.x)
         if (image(row[i]) != 0) top = fmaxf(top, row[i]);
-    top = warp_max(top);
-    if (lane == 0) maxes[threadIdx.x >> 5] = top;
-    __syncthreads();
-    // Every warp finds the block's largest.
-    top = warp_max(lane < (blockDim.x >> 5) ? maxes[lane] : NEG_INF);
+    top = block_max(top, maxes);
     if (top == NEG_INF) return;
     float goal = block_sum(my_mass(row, n, 0, top), scratch) * share;
     u32 t = 0;

@@ -135,3 +135,11 @@ fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
     let m = max(a.x, b.x);
     return vec2<f32>(m, a.y * exp(a.x - m) + b.y * exp(b.x - m));
 }
+
+// A partial log-sum-exp with one more score; those of -infinity and NaN count as nothing.
+fn with_score(part: vec2<f32>, s: f32) -> vec2<f32> {
+    if s > part.x {
+        return vec2<f32>(s, part.y * exp(part.x - s) + 1.0);
+    }
+    return select(part, vec2<f32>(part.x, part.y + exp(s - part.x)), s > LOWEST);
+}

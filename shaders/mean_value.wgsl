@@ -35,12 +35,7 @@ fn main(
     let row = (group.y * p.heads + head) * p.stride;
     var part = vec2<f32>(LOWEST, 0.0);
     for (var t = lane; t < kv_len; t += 64u) {
-        let s = scores[row + t];
-        if s > part.x {
-            part = vec2<f32>(s, part.y * exp(part.x - s) + 1.0);
-        } else if s > LOWEST {
-            part.y += exp(s - part.x);
-        }
+        part = with_score(part, scores[row + t]);
     }
     lane_part[lane] = part;
     workgroupBarrier();

@@ -49,12 +49,7 @@ fn partials(
     let last = min(first + CHUNK, length(group.z, group.y / GROUP));
     var part = vec2<f32>(LOWEST, 0.0);
     for (var t = first + lane; t < last; t += 64u) {
-        let s = scores[row * p.stride + t];
-        if s > part.x {
-            part = vec2<f32>(s, part.y * exp(part.x - s) + 1.0);
-        } else if s > LOWEST {
-            part.y += exp(s - part.x);
-        }
+        part = with_score(part, scores[row * p.stride + t]);
     }
     lane_part[lane] = part;
     workgroupBarrier();

@@ -68,10 +68,13 @@ pub(crate) fn write_atomic(path: &Path, contents: &[u8]) -> io::Result<()> {
 
 /// [`write_atomic`] into the cache folder, whose folders are made where they are missing.
 pub(crate) fn write_cached(path: &Path, contents: &[u8]) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
+    make_folder_of(path)?;
     write_atomic(path, contents)
+}
+
+/// Makes the folders that a file lies in.
+pub(crate) fn make_folder_of(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), std::fs::create_dir_all)
 }
 
 /// Lower-case hex of bytes.

@@ -4,7 +4,8 @@
 mod common;
 
 use common::cache::{Data, Heads, Layer, backends, upload};
-use common::nosa::{Choice, dot, importance, means, softmax, tokens_of, two_stages};
+use common::nosa::{Choice, dot, importance, means, tokens_of, two_stages};
+use common::pick::softmax;
 use common::select::{mean_queries, select};
 use longsight::backend::reference::floats;
 use longsight::backend::{Backend, ContentBias, PAGE};

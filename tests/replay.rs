@@ -13,7 +13,7 @@ use std::sync::Arc;
 const STEPS: usize = 200;
 
 /// Logits of the steps of two sequences in turn, one of which crosses its method's dense threshold on the way.
-fn run(model: &Model, dev: &Arc<dyn Backend>, spec: &MethodSpec, steps: usize) -> Vec<Vec<f32>> {
+fn run(model: &Model, dev: &Arc<dyn Backend>, spec: &MethodSpec) -> Vec<Vec<f32>> {
     let mut engine = model.builder(dev, spec).build().unwrap();
     let tokens = prompt(9, 240);
     let seqs = [30, 10].map(|n| {
@@ -22,7 +22,7 @@ fn run(model: &Model, dev: &Arc<dyn Backend>, spec: &MethodSpec, steps: usize) -
         seq
     });
     let mut all = Vec::new();
-    for step in 0..steps {
+    for step in 0..STEPS {
         let token = tokens[30 + step];
         for seq in seqs {
             all.push(engine.decode(seq, token).unwrap());
@@ -34,7 +34,11 @@ fn run(model: &Model, dev: &Arc<dyn Backend>, spec: &MethodSpec, steps: usize) -
 #[test]
 fn replayed_steps_are_the_steps() {
     let model = Model::deep(4);
-    for dev in backends() {
+    let replaying: Vec<_> = backends().into_iter().filter(|b| b.name() == "cuda").collect();
+    if replaying.is_empty() {
+        eprintln!("not tested: no backend here replays");
+    }
+    for dev in replaying {
         let methods = [
             dense(),
             MethodSpec { update: Some(4), ..sparse(Variant::SparcasPaper, 64) },
@@ -51,24 +55,13 @@ fn replayed_steps_are_the_steps() {
         unsafe { std::env::remove_var("LONGSIGHT_CUDA_GRAPHS") };
         for spec in methods {
             let before = dev.replayed();
-            // Where nothing is replayed a few steps say so.
-            let steps = if dev.name() == "cuda" { STEPS } else { 4 };
-            let (got, want) = (run(&model, &dev, &spec, steps), run(&model, &plain, &spec, steps));
+            let (got, want) = (run(&model, &dev, &spec), run(&model, &plain, &spec));
             let replayed = dev.replayed() - before;
             let wrong = got.iter().zip(&want).position(|(a, b)| a != b);
-            assert_eq!(
-                wrong,
-                None,
-                "{:?} on {}: first step that differs",
-                spec.variant,
-                dev.name()
-            );
+            assert_eq!(wrong, None, "{:?}: first step that differs", spec.variant);
             assert_eq!(plain.replayed(), 0);
-            match dev.name() {
-                // Two sequences; a step has two parts at least. The first two of every kind run one op at a time.
-                "cuda" => assert!(replayed > 3 * STEPS as u64, "{:?}: {replayed}", spec.variant),
-                _ => assert_eq!(replayed, 0),
-            }
+            // Two sequences; a step has two parts at least. The first two of every kind run one op at a time.
+            assert!(replayed > 3 * STEPS as u64, "{:?}: {replayed}", spec.variant);
         }
     }
 }

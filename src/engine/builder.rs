@@ -276,6 +276,20 @@ impl<'a> EngineBuilder<'a> {
                 backend.name()
             )));
         }
+        let kv = KvShape {
+            n_layers: config.n_layers,
+            kv_heads: config.n_kv_heads,
+            head_dim: config.kv_dim(),
+            lead: plans.iter().filter_map(Plan::lead).max().unwrap_or(config.kv_dim()),
+            dtype: kv_dtype,
+            n_pages,
+            slots: limits.seqs,
+            int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
+            key_stats: plans.iter().any(Plan::key_stats),
+            value_stats: plans.iter().any(Plan::value_stats),
+        };
+        // Before the weights are read, which may take minutes.
+        kv.check(&*backend)?;
         let mut notes = Vec::new();
         let calibrate = self.calibrate;
         let order_wanted = calibrate && plans.iter().any(Plan::wants_key_order);
@@ -315,22 +329,7 @@ impl<'a> EngineBuilder<'a> {
         if let Some(file) = forecast {
             decoder.set_forecast(file)?;
         }
-        let lead = plans.iter().filter_map(Plan::lead).max().unwrap_or(config.kv_dim());
-        let cache = KvCache::new(
-            &**decoder.backend(),
-            KvShape {
-                n_layers: config.n_layers,
-                kv_heads: config.n_kv_heads,
-                head_dim: config.kv_dim(),
-                lead,
-                dtype: kv_dtype,
-                n_pages,
-                slots: limits.seqs,
-                int8_dims: plans.iter().map(Plan::int8_dims).max().unwrap_or(0),
-                key_stats: plans.iter().any(Plan::key_stats),
-                value_stats: plans.iter().any(Plan::value_stats),
-            },
-        )?;
+        let cache = KvCache::new(&**decoder.backend(), kv)?;
         let summaries: Vec<_> = plans.iter().flat_map(Plan::summaries).collect();
         let cache = cache.with_summaries(&**decoder.backend(), &summaries)?;
         let shape = decoder.layer_shape(0, kv_dtype);

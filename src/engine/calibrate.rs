@@ -2,6 +2,7 @@
 
 use super::EngineError;
 use crate::backend::{DType, PAGE};
+use crate::files::hex;
 use crate::kv::{KvCache, KvShape, PageTable, pages_for};
 use crate::model::{
     Attention, Decoder, DecoderLimits, KeyOrder, ModelConfig, Observer, OrderSource, RopeScaling,
@@ -24,7 +25,7 @@ pub fn order_source(c: &ModelConfig, fingerprint: &str) -> OrderSource {
     OrderSource {
         model: fingerprint.into(),
         version: VERSION,
-        text: hash[..8].iter().map(|b| format!("{b:02x}")).collect(),
+        text: hex(&hash[..8]),
         tokens: TOKENS.min(c.max_context),
         beyond: matches!(c.rope_scaling, RopeScaling::Long { beyond: true, .. }),
     }

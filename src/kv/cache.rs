@@ -2,8 +2,8 @@
 
 use super::{PageAllocator, PageError, PageTable};
 use crate::backend::{
-    Backend, CompactSlice, DType, Int8Keys, KeyStats, KvAppend, KvPool, KvSummaries, PAGE, Result,
-    Seqs, Summaries, SummaryKind, Tensor, key_stats_len,
+    Backend, BackendError, CompactSlice, DType, Int8Keys, KeyStats, KvAppend, KvPool, KvSummaries,
+    PAGE, Result, Seqs, Summaries, SummaryKind, Tensor, key_stats_len,
 };
 
 /// Sizes of a cache.
@@ -55,9 +55,31 @@ impl std::fmt::Debug for KvCache {
     }
 }
 
+impl KvShape {
+    /// Refuses a cache that the ops of a device could not read: a layer's keys, like its values, are one binding.
+    ///
+    /// # Errors
+    /// [`BackendError::BufferLimit`].
+    pub fn check(&self, b: &dyn Backend) -> Result<()> {
+        let sizes = [self.n_pages, self.kv_heads, PAGE, self.head_dim, self.dtype.bytes()];
+        let need = sizes.iter().fold(1u64, |n, &size| n.saturating_mul(size as u64));
+        let limit = b.caps().max_binding;
+        if need <= limit {
+            return Ok(());
+        }
+        let what = format!("a layer's keys of {} tokens", self.n_pages.saturating_mul(PAGE));
+        let remedy = "use a shorter context (--ctx) or a 16-bit KV cache (--kv-dtype)".into();
+        Err(BackendError::BufferLimit { what, need, limit, remedy })
+    }
+}
+
 impl KvCache {
     /// Allocates all pools.
+    ///
+    /// # Errors
+    /// As [`KvShape::check`], and when the device is full.
     pub fn new(b: &dyn Backend, shape: KvShape) -> Result<Self> {
+        shape.check(b)?;
         let rows = shape.n_pages * shape.kv_heads * PAGE;
         let layer = |l: usize| -> Result<Layer> {
             let pool = |n: &str| {

@@ -1,6 +1,7 @@
 //! A model's [`KeyProfile`] between runs: kept in the checkpoint's order of dimensions, used in that of the keys.
 
 use super::{KeyOrder, ModelConfig, OrderSource};
+use crate::files::make_folder_of;
 use crate::select::KeyProfile;
 use crate::tensor_file::TensorFile;
 use std::io;
@@ -30,9 +31,7 @@ pub fn load(path: &Path, source: &OrderSource, c: &ModelConfig) -> Option<KeyPro
 
 /// Saves a profile; an interrupted write leaves no partial file.
 pub fn save(profile: &KeyProfile, path: &Path, source: &OrderSource) -> io::Result<()> {
-    if let Some(dir) = path.parent() {
-        std::fs::create_dir_all(dir)?;
-    }
+    make_folder_of(path)?;
     let (hkv, d) = (profile.kv_heads, profile.head_dim);
     let layers = profile.importance.len() / (hkv * d).max(1);
     let mut file = TensorFile::default();

@@ -1,6 +1,7 @@
 //! A NOSA model of tiny sizes in f64, written out from the formulas: what the engine is compared with.
 
 use super::forecast::Matrices;
+use super::pick::softmax;
 use super::tiny::Tiny;
 use longsight::backend::DType;
 use longsight::backend::reference::{decode, encode};
@@ -74,13 +75,6 @@ pub fn tokens_of(blocks: &[usize], n: usize) -> Vec<u32> {
 
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
-pub fn softmax(logits: &[f64]) -> Vec<f64> {
-    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let p: Vec<f64> = logits.iter().map(|s| (s - top).exp()).collect();
-    let sum: f64 = p.iter().sum();
-    p.into_iter().map(|p| p / sum).collect()
 }
 
 /// `a * ln(1 + exp(x))`.

@@ -2,7 +2,7 @@
 
 use super::launch::Source;
 use crate::backend::{BackendError, Result};
-use crate::files::{cache_dir, write_cached};
+use crate::files::{cache_dir, hex, write_cached};
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
 use std::ffi::{CStr, CString};
@@ -54,7 +54,7 @@ pub(super) fn cubin(source: &Source, cc: (i32, i32)) -> Result<Vec<u8>> {
     let arch = arch(cc);
     let options = options(&arch);
     let key = format!("{}\n{options:?}\n{version:?}", source.text);
-    let hash: String = Sha256::digest(key).iter().map(|b| format!("{b:02x}")).collect();
+    let hash: String = hex(&Sha256::digest(key));
     let name = format!("{}-{arch}-{}.cubin", source.op, &hash[..32]);
     let cached = cache_dir().map(|d| d.join("kernels").join(name));
     if let Some(bytes) = cached.as_deref().and_then(read) {

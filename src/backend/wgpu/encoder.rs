@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::memory::{Gpu, GpuBuffer};
+use super::memory::{Gpu, GpuBuffer, within};
 use super::pipelines::{Access, Constants, Kernel};
 use crate::backend::{BackendError, Result, Tensor};
 
@@ -196,6 +196,11 @@ impl Gpu {
         self.queue.submit(pending.encoder.take().map(wgpu::CommandEncoder::finish));
     }
 
+    fn bindable(&self, op: &str, size: u64) -> Result<()> {
+        let limit = self.limits.max_storage_buffer_binding_size;
+        within(limit, size, || format!("a tensor of op {op}"))
+    }
+
     fn resolve<'a>(
         &'a self,
         op: &'static str,
@@ -207,7 +212,10 @@ impl Gpu {
                 let buffer = if access == Access::Read { &self.absent[0] } else { &self.absent[1] };
                 return Ok(Bound { buffer, offset: 0, size: buffer.size() });
             }
-            Bind::Raw(buffer) => return Ok(Bound { buffer, offset: 0, size: buffer.size() }),
+            Bind::Raw(buffer) => {
+                self.bindable(op, buffer.size())?;
+                return Ok(Bound { buffer, offset: 0, size: buffer.size() });
+            }
             Bind::Tensor(t) => (t, t.byte_offset(), t.bytes()),
             Bind::Loose(t) => {
                 let back = t.byte_offset() % BIND_ALIGN;
@@ -225,15 +233,7 @@ impl Gpu {
         }
         // Bindings are whole vec4 words; allocations are padded so that these exist.
         let size = len.next_multiple_of(16).max(16) as u64;
-        let limit = self.limits.max_storage_buffer_binding_size;
-        if size > limit {
-            return Err(BackendError::BufferLimit {
-                what: format!("a tensor of op {op}"),
-                need: size,
-                limit,
-                remedy: "use a shorter context, a smaller batch or a 16-bit dtype".into(),
-            });
-        }
+        self.bindable(op, size)?;
         let buffer = &GpuBuffer::of(op, tensor)?.raw;
         Ok(Bound { buffer, offset: start as u64, size })
     }

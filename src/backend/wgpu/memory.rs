@@ -73,6 +73,15 @@ impl GpuBuffer {
     }
 }
 
+/// Refuses what needs more bytes than a device takes in one buffer.
+pub fn within(limit: u64, need: u64, what: impl FnOnce() -> String) -> Result<()> {
+    if need <= limit {
+        return Ok(());
+    }
+    let remedy = "use a shorter context, a smaller batch or a 16-bit dtype".into();
+    Err(BackendError::BufferLimit { what: what(), need, limit, remedy })
+}
+
 const STORAGE: wgpu::BufferUsages = wgpu::BufferUsages::STORAGE
     .union(wgpu::BufferUsages::COPY_SRC)
     .union(wgpu::BufferUsages::COPY_DST);
@@ -81,16 +90,7 @@ impl Gpu {
     /// A zero-filled tensor.
     pub fn alloc(&self, dtype: DType, len: usize, what: &str) -> Result<Tensor> {
         self.fault()?;
-        let limit = self.limits.max_buffer_size;
-        let bytes = len.checked_mul(dtype.bytes()).filter(|&b| b as u64 <= limit);
-        let Some(bytes) = bytes else {
-            return Err(BackendError::BufferLimit {
-                what: what.into(),
-                need: (len as u64).saturating_mul(dtype.bytes() as u64),
-                limit,
-                remedy: "use a shorter context, a smaller batch or a 16-bit dtype".into(),
-            });
-        };
+        let bytes = len.saturating_mul(dtype.bytes());
         let raw = self.create(bytes as u64, STORAGE, what)?;
         Ok(Tensor::from_buffer(Arc::new(GpuBuffer { raw, bytes }), dtype, len))
     }
@@ -113,8 +113,10 @@ impl Gpu {
     }
 
     fn create(&self, bytes: u64, usage: wgpu::BufferUsages, what: &str) -> Result<wgpu::Buffer> {
+        let limit = self.limits.max_buffer_size;
+        within(limit, bytes, || what.into())?;
         let padded = bytes.next_multiple_of(PAD as u64).max(PAD as u64);
-        let size = padded.min(self.limits.max_buffer_size / 16 * 16);
+        let size = padded.min(limit / 16 * 16);
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let raw = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(what),

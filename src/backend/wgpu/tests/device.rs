@@ -79,6 +79,7 @@ fn a_tensor_above_the_binding_limit_is_refused() {
     assert!(matches!(&r, Err(BackendError::BufferLimit { what, .. }) if what == "a big one"));
     let r = b.alloc(DType::F32, usize::MAX, "overflow");
     assert!(matches!(r, Err(BackendError::BufferLimit { .. })));
+    assert!(matches!(b.gpu.scratch(1 << 21), Err(BackendError::BufferLimit { .. })));
 }
 
 /// An error outside a call is told once at the next call, and the device goes on.
