@@ -50,6 +50,15 @@ pub fn table(
     }
     match old == new {
         true => Ok(()),
-        false => Err(format!("README.md is stale: {remedy}; it would say\n{new}")),
+        false => Err(format!("README.md is stale: {remedy}\n{}", difference(old, &new))),
     }
+}
+
+/// The lines of `old` that `new` has not, then those that it has instead.
+fn difference(old: &str, new: &str) -> String {
+    let only = |a: &str, b: &str, sign: &str| -> String {
+        let missing = a.lines().filter(|line| !b.lines().any(|other| other == *line));
+        missing.map(|line| format!("{sign} {line}\n")).collect()
+    };
+    only(old, new, "-") + &only(new, old, "+")
 }
