@@ -11,6 +11,8 @@ struct Params {
     scale: f32,
     // HEAD_DIM, for loops that are not to be unrolled.
     head_dim: u32,
+    // 0: prompts want log-sum-exps alone.
+    values: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -144,7 +146,8 @@ fn prefill(
             }
         }
         workgroupBarrier();
-        for (var t = 0u; t < min(PAGE, range.y - first); t += 1u) {
+        let weighed = select(0u, min(PAGE, range.y - first), p.values != 0u);
+        for (var t = 0u; t < weighed; t += 1u) {
             let w = vec4<f32>(
                 p_tile[ty * 4u * PAGE + t],
                 p_tile[(ty * 4u + 1u) * PAGE + t],

@@ -203,7 +203,6 @@ fn run_tile<T: Lane>(
     for start in keys.clone().step_by(TILE_KEYS) {
         let tile = start..keys.end.min(start + TILE_KEYS);
         cache.widen_keys(pages, t.kv_head, &tile, &mut x.k);
-        cache.widen_values(pages, t.kv_head, &tile, &mut x.v);
         let nk = tile.len();
         let logits = &mut x.logits[..n * nk];
         let (a, b) = (Matrix::rows(&x.q, d), Matrix::columns(&x.k, d));
@@ -228,8 +227,11 @@ fn run_tile<T: Lane>(
             }
             x.sum[i] += simd::exp_sub(&mut s[from..to], max);
         }
-        let (a, b) = (Matrix::rows(logits, nk), Matrix::rows(&x.v, d));
-        // SAFETY: `acc` is `n` rows of `d`.
-        unsafe { matmul((n, d, nk), x.acc.as_mut_ptr(), d, true, a, b) };
+        if p.values {
+            cache.widen_values(pages, t.kv_head, &tile, &mut x.v);
+            let (a, b) = (Matrix::rows(logits, nk), Matrix::rows(&x.v, d));
+            // SAFETY: `acc` is `n` rows of `d`.
+            unsafe { matmul((n, d, nk), x.acc.as_mut_ptr(), d, true, a, b) };
+        }
     }
 }

@@ -72,6 +72,7 @@ pub fn attend_dense(gpu: &Gpu, p: &AttendDense<'_>) -> Result<()> {
             word(OP, p.splits)?,
             p.scale.to_bits(),
             word(OP, cache.head_dim)?,
+            u32::from(p.values),
         ],
         grid: if decode {
             grid(OP, [p.splits, p.heads / heads, p.seqs.n])?
