@@ -71,3 +71,5 @@ longsight() {
 # What the default method does in each layer; fetches the model.
 longsight plan -m smollm2
 longsight run -m smollm2 -f "$text" --ask "$question" --audit 4 "$@"
+say
+say "The binary is $target/release/longsight; cargo install --locked --path . puts it on the PATH."

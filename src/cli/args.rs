@@ -151,7 +151,7 @@ pub fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
 #[command(next_help_heading = "Answer")]
 pub struct AnswerArgs {
     /// Longest answer in tokens
-    #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS")]
+    #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS", value_parser = at_least_one)]
     pub max_tokens: usize,
     /// Temperature; 0 takes the most likely token
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]

@@ -116,10 +116,13 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     bar.finish_and_clear();
     let statistics = match found {
         Err(CalibrateError::Engine(EngineError::Interrupted)) => {
-            ui::note(format!(
-                "interrupted; the same command goes on after the last whole piece ({})",
-                state.display()
-            ));
+            ui::note(match state.exists() {
+                true => format!(
+                    "interrupted; the same command goes on after the last whole piece ({})",
+                    state.display()
+                ),
+                false => "interrupted before the first piece was done; nothing was written".into(),
+            });
             return Ok(ExitCode::from(EXIT_CODE));
         }
         other => other?,

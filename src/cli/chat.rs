@@ -69,6 +69,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
             }
             "/new" => {
                 messages.retain(|m| m.role == "system");
+                ui::note("a new conversation");
                 continue;
             }
             text if looks_like_a_command(text) => {
@@ -87,7 +88,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         interrupt.disarm();
         match result {
             Ok(done) => {
-                ui::note(statistics(&done, &engine.plan().method));
+                ui::note(statistics(&done, engine.plan()));
                 if let Some(why) = unaudited(&done, engine.plan(), a.answer.audit()) {
                     ui::note(why);
                 }
@@ -107,10 +108,12 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A slash and one word of letters: a mistyped command rather than a message.
+/// A slash and one word of letters, or a command with something after it: a mistyped command rather than a message.
 fn looks_like_a_command(text: &str) -> bool {
-    let word = text.strip_prefix('/').unwrap_or_default();
-    !word.is_empty() && word.chars().all(|c| c.is_ascii_alphabetic())
+    let Some(text) = text.strip_prefix('/') else { return false };
+    let (word, rest) = text.trim_start().split_once(' ').unwrap_or((text.trim_start(), ""));
+    let known = ["quit", "exit", "new", "help"].contains(&word);
+    known || rest.is_empty() && !word.is_empty() && word.chars().all(|c| c.is_ascii_alphabetic())
 }
 
 #[cfg(test)]
@@ -119,8 +122,10 @@ mod tests {
 
     #[test]
     fn mistyped_commands_are_no_messages() {
-        assert!(looks_like_a_command("/nwe"));
-        for text in ["/", "new", "/etc/passwd: what is it?", "/new idea", "1/2"] {
+        for text in ["/nwe", "/quit now", "/ help"] {
+            assert!(looks_like_a_command(text), "{text}");
+        }
+        for text in ["/", "new", "/etc/passwd: what is it?", "/idea of mine", "1/2"] {
             assert!(!looks_like_a_command(text), "{text}");
         }
     }

@@ -41,7 +41,7 @@ fn calibrate(e: &CalibrateError) -> Option<String> {
     match e {
         CalibrateError::Engine(e) => engine(e).map(String::from),
         CalibrateError::TooLittleText { .. } => Some(
-            "--text gives the texts, --tokens the tokens of a piece, --prompts or --pieces how many there are".into(),
+            "--text gives the texts, --tokens the tokens of a piece, --pieces and --held-out (calibrate: --prompts) how many".into(),
         ),
         CalibrateError::NoChoice { tokens, block, budget } => Some(format!(
             "--tokens gives the tokens of a piece (here at least {}), --blocks the budget (here at most {})",
@@ -77,7 +77,7 @@ fn engine(e: &EngineError) -> Option<&'static str> {
         EngineError::Backend(e) => backend(e),
         EngineError::Select(e) => select(e),
         // Where the model itself ends, no option helps.
-        EngineError::ContextTooLong { hint, .. } if !hint.is_empty() => None,
+        EngineError::ContextTooLong { trained: true, .. } => None,
         EngineError::BadContext { .. } | EngineError::ContextTooLong { .. } => {
             Some("--ctx sets the context, in tokens")
         }
@@ -90,9 +90,9 @@ fn select(e: &SelectError) -> Option<&'static str> {
     match e {
         SelectError::Backend(e) => backend(e),
         SelectError::WrongModel { .. } => Some("`longsight plan --save` writes a plan"),
-        SelectError::BadPlan { .. } => {
-            Some("--dims, --budget, --sinks, --recent and the like change a method; see --help")
-        }
+        SelectError::BadPlan { .. } => Some(
+            "--dims, --budget, --sinks, --recent, --anchors and the like change a method; see --help",
+        ),
         _ => None,
     }
 }
@@ -136,7 +136,7 @@ mod tests {
                     tokens: 9,
                     room: String::new(),
                     limit: 8,
-                    hint: String::new(),
+                    trained: false,
                 }
                 .into(),
                 "--ctx",

@@ -7,7 +7,7 @@ use super::statistics::{Answer, statistics, unaudited};
 use super::{texts, ui};
 use crate::engine::{Engine, Finish, Generation, Request};
 use crate::model::{ChatTemplate, Checkpoint, Message, ModelError, Tokenizer};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
@@ -18,10 +18,10 @@ use std::process::ExitCode;
 pub struct RunArgs {
     /// Prompt; without one (and without -f) it is read from standard input
     prompt: Option<String>,
-    /// A text to read before the prompt
+    /// A text to read before the prompt; - for standard input
     #[arg(short, long, value_name = "FILE")]
     file: Option<PathBuf>,
-    /// A question about the text of -f (or about the prompt)
+    /// A question about the text of -f, about the prompt, or about the text on standard input
     #[arg(long, value_name = "QUESTION")]
     ask: Option<String>,
     /// Continue the text as it is, without the model's chat template
@@ -77,7 +77,7 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
         });
         ui::print(&(serde_json::to_string_pretty(&report)? + "\n"))?;
     } else {
-        ui::note(format!("\n{}", statistics(&answer, &engine.plan().method)));
+        ui::note(format!("\n{}", statistics(&answer, engine.plan())));
     }
     if let Some(why) = unaudited(&answer, engine.plan(), a.answer.audit()) {
         ui::note(why);
@@ -87,29 +87,43 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
 }
 
 fn prompt_text(a: &RunArgs) -> Result<String> {
-    if a.ask.is_some() && a.file.is_none() && a.prompt.is_none() {
+    let piped = !std::io::stdin().is_terminal();
+    let text = match a.file.as_deref() {
+        Some(path) if path.as_os_str() == "-" => Some(standard_input()?),
+        Some(path) => {
+            if piped && a.prompt.is_none() && a.ask.is_none() {
+                ui::note("note: with -f standard input is not read; -f - reads it as the text");
+            }
+            let text = texts::read(path)?;
+            ensure!(!text.trim().is_empty(), "the text {} is empty", path.display());
+            Some(text)
+        }
+        None if a.prompt.is_some() => None,
+        None => Some(if piped { standard_input()? } else { String::new() }),
+    };
+    let empty = |s: &Option<String>| s.as_ref().is_some_and(|s| s.trim().is_empty());
+    if empty(&text) && a.ask.is_some() {
         bail!(
             "--ask puts a question about a text: name the text with -f FILE, or give the question without --ask"
         );
     }
-    let file = a.file.as_deref().map(texts::read).transpose()?;
-    let mut parts: Vec<String> = file.into_iter().collect();
-    parts.extend(a.prompt.clone());
-    parts.extend(a.ask.clone());
-    if parts.is_empty() {
-        if std::io::stdin().is_terminal() {
-            bail!("give a prompt, a text (-f FILE), or pipe one into standard input");
-        }
-        let mut s = String::new();
-        std::io::stdin().read_to_string(&mut s).context("cannot read standard input")?;
-        // The newline that ends the last line is none of the prompt's.
-        parts.push(s.trim_end_matches(['\r', '\n']).to_owned());
+    if empty(&text) && !piped {
+        bail!("give a prompt, a text (-f FILE), or pipe one into standard input");
     }
-    let text = parts.join("\n\n");
-    if text.trim().is_empty() {
+    if empty(&text) || empty(&a.prompt) || empty(&a.ask) {
         bail!("the prompt is empty; give some text");
     }
-    Ok(text)
+    let parts: Vec<String> =
+        [text, a.prompt.clone(), a.ask.clone()].into_iter().flatten().collect();
+    Ok(parts.join("\n\n"))
+}
+
+/// All of standard input but the newline that ends its last line.
+fn standard_input() -> Result<String> {
+    let mut s = String::new();
+    std::io::stdin().read_to_string(&mut s).context("cannot read standard input")?;
+    s.truncate(s.trim_end_matches(['\r', '\n']).len());
+    Ok(s)
 }
 
 /// Tokens of the prompt: put through the model's chat template, if it has one and `chat` says so.

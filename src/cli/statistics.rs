@@ -12,8 +12,8 @@ pub struct Answer {
 }
 
 /// One line: sizes, speeds, bytes, and what the audit found.
-pub fn statistics(a: &Answer, method: &str) -> String {
-    let s = &a.stats;
+pub fn statistics(a: &Answer, plan: &Plan) -> String {
+    let (s, method) = (&a.stats, &plan.method);
     let rate = |n: usize, t: f64| if t > 0.0 { n as f64 / t } else { 0.0 };
     let reused = match s.reused_tokens {
         0 => String::new(),
@@ -45,7 +45,15 @@ pub fn statistics(a: &Answer, method: &str) -> String {
         true => {
             parts.push(format!("{method}: {kv} of KV a token instead of {dense} ({share:.0} %)"))
         }
-        false => parts.push(format!("{method}: every token attended to ({kv} of KV)")),
+        false => {
+            let why = match plan.all_dense(s.prompt_tokens + s.decode_steps) {
+                Some(AllDense::Length { until, options }) if method != "dense" => {
+                    format!("; so it is up to {} tokens: {options}", ui::thousands(until as u64))
+                }
+                _ => String::new(),
+            };
+            parts.push(format!("{method}: every token attended to ({kv} of KV{why})"));
+        }
     }
     if let Some((layer, worst)) = a.audit.worst_layer() {
         parts.push(format!(
@@ -94,6 +102,7 @@ mod tests {
 
     #[test]
     fn an_interrupted_prompt_claims_no_more_than_was_read() {
+        let plan = Plan::dense(1);
         let stats = Stats {
             prompt_tokens: 3822,
             prefill_tokens: 2560,
@@ -103,8 +112,10 @@ mod tests {
             finish: Some(Finish::Cancelled),
             ..Stats::default()
         };
-        let line =
-            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        let line = statistics(
+            &Answer { text: String::new(), stats, audit: AuditSummary::default() },
+            &plan,
+        );
         let want =
             "2,560 of 3,822 prompt tokens, 10.0 s (256/s) | 0 answer tokens, 0.0/s | interrupted";
         assert_eq!(line, want);
@@ -112,6 +123,7 @@ mod tests {
 
     #[test]
     fn speeds_are_of_what_was_run() {
+        let plan = Plan::dense(1);
         let stats = Stats {
             prompt_tokens: 1100,
             reused_tokens: 1000,
@@ -122,8 +134,10 @@ mod tests {
             decode_seconds: 2.0,
             ..Stats::default()
         };
-        let line =
-            statistics(&Answer { text: String::new(), stats, audit: AuditSummary::default() }, "m");
+        let line = statistics(
+            &Answer { text: String::new(), stats, audit: AuditSummary::default() },
+            &plan,
+        );
         assert!(
             line.starts_with(
                 "1,100 prompt tokens (1,000 still cached), 2.0 s (50/s) | 8 answer tokens, 4.0/s"

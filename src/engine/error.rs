@@ -34,18 +34,21 @@ pub enum EngineError {
     },
     /// More tokens than the engine has room for.
     #[error(
-        "the text has {tokens} tokens{room}, but the context is {limit} tokens{hint}; \
-         shorten the text, or use a longer context or a model that was trained for one"
+        "the text has {tokens} tokens{room}, but {}",
+        match *trained {
+            true => format!("this model was trained for {limit}: shorten the text, or take a model that was trained for more"),
+            false => format!("the context is {limit} tokens: shorten the text, or use a longer context"),
+        }
     )]
     ContextTooLong {
         /// Tokens of the prompt.
         tokens: usize,
-        /// " and N are kept for the answer", or nothing.
+        /// ", N more for the answer", or nothing.
         room: String,
         /// Context of the engine.
         limit: usize,
-        /// " (the most this model was trained for)", or nothing.
-        hint: String,
+        /// This is the most that the model was trained for.
+        trained: bool,
     },
     /// Nothing to run.
     #[error("the prompt is empty; give some text")]

@@ -252,17 +252,9 @@ impl Engine {
         let most = self.decoder.config().max_context;
         EngineError::ContextTooLong {
             tokens,
-            room: if kept > 0 {
-                format!(" and {kept} are kept for the answer")
-            } else {
-                String::new()
-            },
+            room: if kept > 0 { format!(", {kept} more for the answer") } else { String::new() },
             limit: self.context(),
-            hint: if self.context() >= most {
-                " (the most this model was trained for)".into()
-            } else {
-                String::new()
-            },
+            trained: self.context() >= most,
         }
     }
 }

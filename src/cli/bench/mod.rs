@@ -65,6 +65,15 @@ pub fn bench(a: BenchArgs) -> Result<ExitCode> {
     }
 }
 
+/// A file that may hold JSON by its name.
+fn json_file(s: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(s);
+    match path.extension() {
+        Some(ending) if ending != "json" => Err("it will hold JSON: name a .json file".into()),
+        _ => Ok(path),
+    }
+}
+
 /// How a report leaves the program.
 #[derive(Args, Clone, Debug)]
 struct ReportArgs {
@@ -72,7 +81,7 @@ struct ReportArgs {
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
     /// Also write everything (raw samples, settings, device, driver, date, commit) to this file as JSON
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_parser = json_file)]
     output: Option<PathBuf>,
 }
 
