@@ -23,7 +23,8 @@ struct Seqs {
     }
 };
 
-// One layer's K and V pages, of which the page lists name only such as exist. A K tile of 64 tokens is [64][lead] followed by [64][head_dim - lead].
+// One layer's K and V pages; page lists name only such as exist. A K tile of 64 tokens is [64][lead] followed by
+// [64][head_dim - lead].
 struct Pool {
     void* k;
     void* v;

@@ -146,6 +146,9 @@ pub fn read_file(path: &Path, what: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Decode steps from one audit to the next where nothing else is asked for.
+pub const AUDIT_EVERY: usize = 32;
+
 /// How an answer is drawn and shown.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Answer")]
@@ -202,7 +205,7 @@ impl AnswerArgs {
 
     /// Audit settings.
     pub fn audit(&self) -> Option<AuditConfig> {
-        let every = self.audit.filter(|&n| n > 0).or(self.min_recall.map(|_| 32))?;
+        let every = self.audit.filter(|&n| n > 0).or(self.min_recall.map(|_| AUDIT_EVERY))?;
         Some(AuditConfig { every, min_recall: self.min_recall })
     }
 }

@@ -45,8 +45,6 @@ pub struct Tokenizer {
     spelling: Spelling,
     added: HashSet<u32>,
     special: HashSet<u32>,
-    /// How special tokens are spelled.
-    special_spellings: Vec<String>,
     vocab_size: usize,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -134,11 +132,7 @@ impl Tokenizer {
             fault("its decoder is neither byte-level nor SentencePiece".to_owned())
         })?;
         let added_tokens = inner.get_added_tokens_decoder();
-        let special = || added_tokens.iter().filter(|(_, t)| t.special);
-        let mut special_spellings: Vec<_> = special().map(|(_, t)| t.content.clone()).collect();
-        special_spellings.retain(|s| s.chars().count() > 1);
-        // A longer one may hold a shorter one.
-        special_spellings.sort_by_key(|s| std::cmp::Reverse(s.len()));
+        let special = added_tokens.iter().filter(|(_, t)| t.special).map(|(&id, _)| id).collect();
         let top = inner.get_vocab(true).into_values().max();
         let Some(top) = top else {
             return Err(fault("its vocabulary is empty".to_owned()));
@@ -156,8 +150,7 @@ impl Tokenizer {
             literal: OnceLock::new(),
             spelling,
             added: added_tokens.keys().copied().collect(),
-            special: special().map(|(&id, _)| id).collect(),
-            special_spellings,
+            special,
             vocab_size: top as usize + 1,
             bos: extras.bos,
             eos: extras.eos,
@@ -201,10 +194,14 @@ impl Tokenizer {
     /// `text` with a mark within every spelling of a special token, which [`Tokenizer::encode_marked`] then reads as text.
     pub(super) fn mark(&self, text: &str) -> String {
         let mut marked = text.replace(MARK, "\u{fffd}");
-        for spelling in self.special_spellings.iter().filter(|s| text.contains(s.as_str())) {
+        let mut spellings: Vec<_> = self.special.iter().filter_map(|&id| self.token(id)).collect();
+        spellings.retain(|s| s.chars().count() > 1 && text.contains(s));
+        // A longer one may hold a shorter one.
+        spellings.sort_by_key(|s| std::cmp::Reverse(s.len()));
+        for spelling in spellings {
             let first = spelling.chars().next().map_or(0, char::len_utf8);
             let (head, tail) = spelling.split_at(first);
-            marked = marked.replace(spelling, &format!("{head}{MARK}{tail}"));
+            marked = marked.replace(&spelling, &format!("{head}{MARK}{tail}"));
         }
         marked
     }

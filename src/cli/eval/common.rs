@@ -1,7 +1,7 @@
 //! What all evaluations share: options, the engine with every method's plan, and the report.
 
 use super::report::{Kind, Output, Report};
-use crate::cli::args::{Format, ModelArgs, at_least_one, read_plans};
+use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
 use crate::cli::output::{OutputFile, Written};
@@ -75,7 +75,7 @@ fn name(path: &Path) -> String {
 #[derive(Args)]
 pub struct AuditArgs {
     /// Measure attention mass and output error of every sparse layer in every N-th step; 0 = never
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = AUDIT_EVERY)]
     audit: usize,
 }
 
