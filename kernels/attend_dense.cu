@@ -1,7 +1,8 @@
 // attend_dense: causal softmax attention over the cached tokens, for decode and for (chunked) prefill:
 //   out = sum_j softmax_j(scale * q . K[j]) V[j] over j <= p (and j > p - window), lse = log sum_j exp(..).
 //
-// Plan. Decode (one row a sequence, 16-bit): decode.cuh.
+// Plan. Decode (one row a sequence, 16-bit): decode.cuh; `attend_scored` leaves the logits as well (`Logits`), for 4 or
+// 4 * heads / kv_heads bytes a token and KV head more.
 // Prefill (16-bit): wgmma.cuh on Hopper, else prefill.cuh, tiles above the diagonal or before the window skipped. Else:
 // generic.cuh on 16 vectors at a time.
 // Bytes: decode 2 * kv_len * head_dim * kv per KV head; prefill is bound by arithmetic.
@@ -44,6 +45,51 @@ struct DensePairs {
         Range r = split_range(low(s), s.kv_len, split, a.splits);
         return {r.begin, r.end};
     }
+    DEVICE Dropped keep(u32) const { return {}; }
+};
+
+// The logits of a pair's tokens on their way to `scores`, as score_dims leaves those of all dimensions.
+struct Logits {
+    const AttendArgs& a;
+    u32 pair;
+    DEVICE static float finite(float x) { return fabsf(x) < POS_INF ? x : NEG_INF; }
+    DEVICE float join(float x, float y) const { return a.pool_mode == POOL_SUM ? x + y : fmaxf(x, y); }
+    DEVICE void operator()(u32 first, u32 valid, const float (&s)[2][4]) const {
+        u32 lane = threadIdx.x & 31, g = a.heads / a.pool.kv_heads, key = (lane & 3) * 2;
+        if (a.pool_mode == POOL_NONE) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 half = i & 1, at = (i >> 1) * 8 + key, head = (lane >> 2) + 8 * half;
+                if (head >= g) continue;
+                float* to = a.scores + ((u64)pair * g + head) * a.stride + first + at;
+                float2 x = make_float2(finite(s[i >> 1][2 * half] * a.scale), finite(s[i >> 1][2 * half + 1] * a.scale));
+                if ((valid >> at & 3) == 3) *(float2*)to = x;
+                else if (valid >> at & 1) *to = x.x;
+            }
+            return;
+        }
+        float x[4];  // of keys `key`, `key` + 1, and these + 8
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            x[i] = a.pool_mode == POOL_SUM ? 0.0f : NEG_INF;
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                float one = s[i >> 1][2 * half + (i & 1)] * a.scale;
+                if ((lane >> 2) + 8 * half < g) x[i] = join(x[i], a.pool_mode == POOL_SUM ? one : finite(one));
+            }
+        }
+        // Eight lanes hold other heads of the same four keys. Each step hands half of the keys to the other lane.
+        bool high = lane & 4, odd = lane & 8;
+        float a0 = __shfl_xor_sync(~0u, high ? x[0] : x[2], 4), a1 = __shfl_xor_sync(~0u, high ? x[1] : x[3], 4);
+        float b0 = join(high ? x[2] : x[0], a0), b1 = join(high ? x[3] : x[1], a1);
+        float c0 = __shfl_xor_sync(~0u, odd ? b0 : b1, 8), c = join(odd ? b1 : b0, c0);
+        c = join(c, __shfl_xor_sync(~0u, c, 16));
+        u32 at = (high ? 8 : 0) + key + (odd ? 1 : 0);
+        if (lane < 16 && (valid >> at & 1)) a.scores[(u64)pair * a.stride + first + at] = finite(c);
+    }
+};
+struct ScoredPairs : DensePairs {
+    DEVICE Logits keep(u32 pair) const { return {a, pair}; }
 };
 
 // Tokens [low, high) of the sequence, less those before the window and behind the position of a row.
@@ -164,6 +210,11 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
         attend_decode_##T##_d##D(AttendArgs a) {                                                \
         depend();                                                                               \
         decode<T, D>(a, DensePairs{a});                                                         \
+    }                                                                                           \
+    extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
+        attend_scored_##T##_d##D(AttendArgs a) {                                                \
+        depend();                                                                               \
+        decode<T, D>(a, ScoredPairs{DensePairs{a}});                                            \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
         depend();                                                                               \

@@ -81,6 +81,7 @@ struct ListPairs {
     DEVICE Whole whole(u32 pair) const {
         return {list_of(a, pair / groups, pair % groups), a.list_len};
     }
+    DEVICE Dropped keep(u32) const { return {}; }
     DEVICE Listed plane(u32 pair, const Seq&, u32 split) const {
         return part_of(list_of(a, pair / groups, pair % groups), split, a.splits, 16);
     }

@@ -49,9 +49,11 @@ template <int D> struct Found {
 };
 
 // The pair's query heads against entries [keys.begin(), keys.end()), whose rounds block `turn` of `turns` takes in turn.
-template <class T, int D, class Keys>
-DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys, u32 turn = 0,
-                          u32 turns = 1) {
+// keep(first, valid, s): the products of a warp's 16 entries from `first` on, of which `valid` has the bits, as `logits`
+// of flash.cuh leaves them.
+template <class T, int D, class Keys, class Keep>
+DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys, const Keep& keep,
+                          u32 turn = 0, u32 turns = 1) {
     typedef DecodeShape<D> Shape;
     extern __shared__ uint4 shared4[];
     T* q = (T*)shared4;
@@ -121,7 +123,8 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
         u32 stage = t % Shape::stages, mask = (u32)(masks >> (16 * stage)) & 0xffff;
         const T* k = ring + stage * 2 * Shape::tile;
         flash.template step<T, 16>(query, k, k + Shape::tile, a.scale * LOG2E, mask != 0xffff,
-                                   [&](int, u32 key) { return (mask >> key & 1) != 0; });
+                                   [&](int, u32 key) { return (mask >> key & 1) != 0; },
+                                   [&](const float(&s)[2][4]) { keep(keys.begin() + skip + t * stride, mask, s); });
         __syncwarp();
     }
     copy_wait<0>();
@@ -335,7 +338,8 @@ template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, 
             Seq seq = source.seq(pair);
             if (seq.q_len == 0) return;  // all blocks of the cluster
             Heads heads = source.heads(pair);
-            join_cluster<T, D>(a, seq, heads, read_keys<T, D>(a, seq, heads, keys, cluster_rank(), cluster_size()));
+            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair), cluster_rank(), cluster_size());
+            join_cluster<T, D>(a, seq, heads, f);
             return;
         }
     }
@@ -344,7 +348,7 @@ template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, 
         Seq seq = source.seq(pair);
         if (seq.q_len == 0) return;
         Heads heads = source.heads(pair);
-        Found<D> f = read_keys<T, D>(a, seq, heads, source.plane(pair, seq, split));
+        Found<D> f = read_keys<T, D>(a, seq, heads, source.plane(pair, seq, split), source.keep(pair));
         put_all<T, D>(a, seq, heads, split, f);
         return;
     }
@@ -358,7 +362,7 @@ template <class T, int D, class Source> DEVICE void decode(const AttendArgs& a, 
             Seq seq = source.seq(pair);
             Heads heads = source.heads(pair);
             auto keys = source.keys(pair, seq, (at - start) * round, (end - start) * round);
-            Found<D> f = read_keys<T, D>(a, seq, heads, keys);
+            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair));
             if (at == start && end == start + rounds) put_all<T, D>(a, seq, heads, 0, f);
             else join<T, D>(a, seq, heads, share, pair, start, rounds, f);
             __syncthreads();

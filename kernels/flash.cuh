@@ -61,6 +61,11 @@ DEVICE void logits(const Query& q, const T* k, float (&s)[KEYS / 8][4]) {
     }
 }
 
+// What becomes of the products of a tile besides the softmax: nothing.
+struct Dropped {
+    template <class... Any> DEVICE void operator()(const Any&...) const {}
+};
+
 // Running softmax of 16 query vectors: a thread holds vectors lane/4 and lane/4 + 8, and of each output
 // tile of 8 dimensions the two at 2 * (lane % 4). `sum` is the thread's own part until `finish`.
 template <int D> struct Flash {
@@ -78,13 +83,15 @@ template <int D> struct Flash {
 
     // One tile of KEYS keys. `q`: 16 query vectors; `k`, `v`: KEYS padded rows, zero where invalid.
     // `visible(half, key)` says whether vector lane/4 + 8 * half sees key `key` of the tile; asked only
-    // when `masked`. `scale2` = logit scale * log2(e).
-    template <class T, int KEYS, class Query, class Visible>
-    DEVICE void step(const Query& q, const T* k, const T* v, float scale2, bool masked, Visible visible) {
+    // when `masked`. `scale2` = logit scale * log2(e). `keep` is shown the products as `logits` leaves them.
+    template <class T, int KEYS, class Query, class Visible, class Keep = Dropped>
+    DEVICE void step(const Query& q, const T* k, const T* v, float scale2, bool masked, Visible visible,
+                     Keep keep = Keep()) {
         const int P = Padded<D>::value;
         u32 lane = threadIdx.x & 31;
         float s[KEYS / 8][4] = {};
         logits<T, D, KEYS>(q, k, s);
+        keep(s);
         float best[2] = {top[0], top[1]};
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
@@ -156,4 +163,7 @@ struct AttendArgs {
     u32 lists, list_len;  // attend_rows: lists a sequence, capacity of a list
     float* parts;         // decode with one plane: see decode.cuh
     u32* arrived;
+    float* scores;        // decode that keeps its logits: see attend_dense.cu
+    u64 stride;
+    u32 pool_mode, pad;
 };

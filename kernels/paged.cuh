@@ -5,6 +5,11 @@
 #define PAGE 64u
 #define META_WORDS 8u
 
+// How the logits of query heads that share a KV head become its scores: they stay, their sum, their largest.
+#define POOL_NONE 0u
+#define POOL_SUM 1u
+#define POOL_MAX 2u
+
 // One sequence's record (src/backend/ops/kv.rs, `Meta`).
 struct Seq {
     u32 q_start, q_len, kv_len, slot, step;

@@ -14,9 +14,6 @@
 #define GATHER 3u
 #define SLICE8 4u
 #define SLICE4 5u
-#define POOL_NONE 0u
-#define POOL_SUM 1u
-#define POOL_MAX 2u
 
 struct ScoreArgs {
     const void* q;

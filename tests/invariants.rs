@@ -98,6 +98,7 @@ fn the_mass_of_a_tile_and_its_own_keys_sum_to_its_rows() {
                 out: &out,
                 lse: Some(&lse),
                 values: true,
+                logits: None,
             })
             .unwrap();
             for (pool, lists) in [(HeadPool::MeanSoftmax, HEADS.kv), (HeadPool::AllSoftmax, 1)] {

@@ -2,7 +2,7 @@
 
 use super::step::{Group, GroupSeqs, Step};
 use super::workspace::Growing;
-use crate::backend::{AttendDense, AttendRows, Backend, DType, Merge, Result, Tensor};
+use crate::backend::{AttendDense, AttendRows, Backend, DType, Logits, Merge, Result, Tensor};
 use crate::kv::KvCache;
 use crate::select::{LayerShape, Selection};
 
@@ -79,12 +79,12 @@ impl Dense<'_> {
         out: &Tensor,
         lse: Option<&Tensor>,
     ) -> Result<()> {
-        self.run(g, splits, out, (lse, true))
+        self.run(g, splits, out, (lse, true), None)
     }
 
     /// Each row's log-sum-exp alone; `out` is room for what a backend has beside it.
     pub fn sums(&self, g: Group, out: &Tensor, lse: &Tensor) -> Result<()> {
-        self.run(g, 1, out, (Some(lse), false))
+        self.run(g, 1, out, (Some(lse), false), None)
     }
 
     fn run(
@@ -93,6 +93,7 @@ impl Dense<'_> {
         splits: usize,
         out: &Tensor,
         (lse, values): (Option<&Tensor>, bool),
+        logits: Option<Logits<'_>>,
     ) -> Result<()> {
         if g.n == 0 {
             return Ok(());
@@ -109,6 +110,7 @@ impl Dense<'_> {
             out,
             lse,
             values,
+            logits,
         })
     }
 
@@ -143,12 +145,13 @@ impl Dense<'_> {
         })
     }
 
+    /// Attention of decoding sequences over all their tokens; `logits`: where these are wanted too.
     pub fn decode(
         &self,
         g: Group,
         partials: &mut Partials,
-        out: &Tensor,
-        lse: &Tensor,
+        (out, lse): (&Tensor, &Tensor),
+        logits: Option<Logits<'_>>,
     ) -> Result<()> {
         if g.n == 0 {
             return Ok(());
@@ -157,7 +160,7 @@ impl Dense<'_> {
         let keys = self.window.map_or(g.max_kv, |w| w.min(g.max_kv));
         let splits = self.splits(g.n, keys);
         partials.run(self.b, &group, splits, self.shape, out, lse, |o, l, splits| {
-            self.attend(g, splits, o, Some(l))
+            self.run(g, splits, o, (Some(l), true), logits)
         })
     }
 }

@@ -13,7 +13,7 @@ use crate::backend::{Backend, DType, HeadPool, Result, Seqs, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
     Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection,
-    Selector, build, correct, hand_down, refine,
+    Selector, build, correct, hand_down, logits, pool_and_pick, refine,
 };
 
 /// A plan made runnable on a device: selectors, their buffers, and the audit.
@@ -216,7 +216,7 @@ impl Attention {
         let run = Run { ws, partials: &mut self.partials, clock: &mut self.clock };
         let Some(lists) = &self.lists[l] else {
             densely(&dense, run)?;
-            return Ok(dense.decode(step.decode, &mut self.partials, &ws.attn, &ws.lse)?);
+            return Ok(dense.decode(step.decode, &mut self.partials, (&ws.attn, &ws.lse), None)?);
         };
         let missing = |what: &str| SelectError::BadPlan {
             method: self.plan.method.clone(),
@@ -242,14 +242,18 @@ impl Attention {
         let pace = pace(p);
         let split = step.split(pace).ok_or_else(|| missing("split of the step"))?;
         let densely = if p.sparse() { split.dense } else { step.decode };
-        dense.decode(densely, &mut self.partials, &ws.attn, &ws.lse)?;
+        // Sequences of both are in the same order; where only some choose, they are scored by themselves.
+        let scored = p.scores_densely() && window.is_none() && split.fresh.n == step.decode.n;
+        let kept = scored.then(|| logits(&cx, p)).transpose()?;
+        dense.decode(densely, &mut self.partials, (&ws.attn, &ws.lse), kept)?;
         if split.sparse.n == 0 {
             return Ok(());
         }
         let group = GroupSeqs::new(step, split.sparse);
         let cx = LayerContext { seqs: group.seqs(), ..cx };
         let fresh = GroupSeqs::new(step, split.fresh);
-        choose(&cx, fresh.seqs(), p, lists, self.selectors[l].as_deref_mut(), &ws.q)
+        let selector = self.selectors[l].as_deref_mut();
+        choose(&cx, fresh.seqs(), p, lists, selector, (&ws.q, scored))
             .map_err(|e| e.of_method(&self.plan.method))?;
         if !p.sparse() {
             return Ok(());
@@ -262,7 +266,7 @@ impl Attention {
             let exact_out =
                 self.audit_out.at_least(b, cx.seqs.rows * shape.heads * shape.head_dim)?;
             let exact_lse = self.audit_lse.at_least(b, cx.seqs.rows * shape.heads)?;
-            dense.decode(split.sparse, &mut self.partials, &exact_out, &exact_lse)?;
+            dense.decode(split.sparse, &mut self.partials, (&exact_out, &exact_lse), None)?;
             let rows: Vec<(usize, usize)> =
                 members.iter().map(|&i| (i, step.first_row[i])).collect();
             let sparse = (&ws.attn, &ws.lse);
@@ -277,18 +281,22 @@ impl Attention {
 
 /// Records what fills the layer's lists: its own choice for the sequences in `fresh`, and what it hands down, and what
 /// the others hold; or its choice among an anchor's candidates; nothing where the anchor's lists are taken as they are.
+/// `scored`: the logits are there.
 fn choose(
     cx: &LayerContext<'_>,
     fresh: Seqs<'_>,
     plan: &LayerPlan,
     lists: &LayerLists,
     selector: Option<&mut (dyn Selector + 'static)>,
-    q: &Tensor,
+    (q, scored): (&Tensor, bool),
 ) -> std::result::Result<(), SelectError> {
     if let Some(selector) = selector {
         if fresh.n > 0 {
             let cx = LayerContext { seqs: fresh, ..*cx };
-            selector.select(&cx, q, lists.chosen())?;
+            match scored {
+                true => pool_and_pick(&cx, plan, lists.chosen())?,
+                false => selector.select(&cx, q, lists.chosen())?,
+            }
             if let Some(candidates) = lists.handed_down() {
                 hand_down(&cx, candidates)?;
             }

@@ -143,7 +143,13 @@ impl MethodSpec {
                 Some(from) if m.windows[l].is_none() => {
                     let first = anchors.first() == Some(&l);
                     let role = match from == l {
-                        true if first || filters.is_some() => Role::DenseAnchor,
+                        true if (first || filters.is_some()) && !blocks => {
+                            // It has the exact logits of every token anyway.
+                            let (scorer, scale) = (Scorer::Exact, LogitScale::InvSqrtDim);
+                            let role = Role::DenseAnchor;
+                            return LayerPlan { role, scorer, scale, ..anchor.clone() };
+                        }
+                        true if first => Role::DenseAnchor,
                         true => Role::Select,
                         false => {
                             let (head_map, refine) = (head_map.clone(), refine.clone());
@@ -339,19 +345,21 @@ mod tests {
         let scorer = |spec: &str| {
             let m = ModelShape {
                 model: "m",
-                windows: &[None; 4],
+                windows: &[None; 14],
                 heads: 8,
                 kv_heads: 4,
                 head_dim: 64,
                 importance: None,
             };
             let plan = spec.parse::<MethodSpec>()?.plan(&m, 8192)?;
-            Ok::<_, SelectError>(plan.layers[0].scorer.clone())
+            let anchors = plan.layers.into_iter().filter(LayerPlan::selects);
+            Ok::<_, SelectError>(anchors.map(|l| l.scorer).collect::<Vec<_>>())
         };
-        assert_eq!(scorer("kascade:scorer=exact").unwrap(), Scorer::Exact);
-        let int8 = Scorer::Sorted { dims: 16, int8: true };
-        assert_eq!(scorer("kascade:scorer=int8").unwrap(), int8);
-        assert!(matches!(scorer("kascade:scorer=blocks").unwrap(), Scorer::Blocks { .. }));
+        let (exact, int8) = (Scorer::Exact, Scorer::Sorted { dims: 16, int8: true });
+        assert_eq!(scorer("kascade:scorer=exact").unwrap(), [exact.clone(), exact.clone()]);
+        assert_eq!(scorer("kascade:scorer=int8").unwrap(), [exact, int8]);
+        let blocks = scorer("kascade:scorer=blocks").unwrap();
+        assert!(blocks.iter().all(|s| matches!(s, Scorer::Blocks { .. })));
         for refused in ["refined:scorer=blocks", "kascade-pooled:scorer=blocks"] {
             assert!(scorer(refused).is_err(), "{refused}");
         }

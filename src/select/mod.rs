@@ -55,6 +55,7 @@ pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
 pub use random::{RandomSelector, noise};
 pub use refine::refine;
 pub use role::{Budget, Follow, Keep, Refine, Role, Scorer};
+pub(crate) use selector::logits;
 pub use selector::{
     Given, LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build,
     hand_down, pool_and_pick,

@@ -103,6 +103,11 @@ impl LayerPlan {
         self.selects() && self.scorer == Scorer::Exact && sums
     }
 
+    /// The layer has every logit at hand that it chooses by: attention to every token has just made them.
+    pub fn scores_densely(&self) -> bool {
+        self.role == Role::DenseAnchor && self.scorer == Scorer::Exact
+    }
+
     /// The layer attends to some of the tokens only, in sequences longer than its budget's
     /// [`dense_until`](Budget::dense_until).
     pub fn sparse(&self) -> bool {
@@ -170,6 +175,8 @@ impl LayerPlan {
         let grown = |tokens: usize| (tokens + (self.reuse.max(1) - 1) / 2).min(n);
         let score = match refine {
             Some(refine) => score_bytes(&refine.scorer, grown(refine.candidates), row, elem),
+            // The logits of its attention.
+            None if self.scores_densely() => 0.0,
             None => score_bytes(&self.scorer, n, row, elem) / self.reuse.max(1) as f64,
         };
         // The mean value is kept in f32.
@@ -359,7 +366,9 @@ mod tests {
         assert_eq!(read(&pooled(HeadPool::AllSoftmax)), read(&select));
         assert_eq!(read(&pooled(HeadPool::None)), 100 * 64 * 2 + 2 * 64 * 64 * 8);
         let anchor = LayerPlan { role: Role::DenseAnchor, ..select.clone() };
-        assert_eq!(read(&anchor), 2 * 100 * 64 * 2 + 100 * 64 * 2);
+        assert_eq!(read(&anchor), 2 * 100 * 64 * 2);
+        let sorted = Scorer::Sorted { dims: 8, int8: false };
+        assert_eq!(read(&LayerPlan { scorer: sorted, ..anchor }), 2 * 100 * 64 * 2 + 100 * 32 * 2);
         let reuse = |refine, budget| LayerPlan {
             role: Role::Reuse { from: 0, head_map: vec![0, 1], refine },
             scorer: Scorer::None,

@@ -6,8 +6,8 @@ use super::{
     LabelsSelector, LayerPlan, RandomSelector, Scorer, SelectError, SortedSelector, WindowSelector,
 };
 use crate::backend::{
-    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, PoolScores, Seqs,
-    Share, Summaries, Tensor, TopK, Trim, TrimScores,
+    Among, Backend, CompactSlice, DType, Force, HeadPool, Int8Keys, KvPool, Logits, PoolScores,
+    Seqs, Share, Summaries, Tensor, TopK, Trim, TrimScores,
 };
 use std::sync::Arc;
 
@@ -353,6 +353,18 @@ pub(super) fn score_target<'a>(
     })
 }
 
+/// Where a plan's logits go before they are pooled, by what is left for [`pool_and_pick`] to do.
+///
+/// # Errors
+/// [`SelectError::BadPlan`] without a buffer for every head where the plan needs one.
+pub(crate) fn logits<'a>(
+    cx: &LayerContext<'a>,
+    plan: &LayerPlan,
+) -> Result<Logits<'a>, SelectError> {
+    let pool = if per_head(plan) { HeadPool::None } else { plan.pool };
+    Ok(Logits { scores: score_target(cx, plan)?, stride: cx.scratch.stride, pool })
+}
+
 /// Scores the keys from `source` and picks tokens: the body of every dimension-pruning selector.
 pub(super) fn score_and_pick(
     cx: &LayerContext<'_>,
@@ -361,16 +373,17 @@ pub(super) fn score_and_pick(
     source: crate::backend::ScoreSource<'_>,
     out: &Selection,
 ) -> Result<(), SelectError> {
+    let Logits { scores, stride, pool } = logits(cx, plan)?;
     cx.backend.score_dims(&crate::backend::ScoreDims {
         q,
         seqs: cx.seqs,
         cache: cx.cache,
         source,
         heads: cx.shape.heads,
-        pool: if per_head(plan) { HeadPool::None } else { plan.pool },
+        pool,
         scale: plan.scale,
-        scores: score_target(cx, plan)?,
-        stride: cx.scratch.stride,
+        scores,
+        stride,
     })?;
     pool_and_pick(cx, plan, out)
 }

@@ -364,6 +364,7 @@ impl Layer {
             out: &out,
             lse: None,
             values: true,
+            logits: None,
         };
         self.dev.attend_dense(&p).unwrap();
         floats(&*self.dev, &out).unwrap()

@@ -5,7 +5,7 @@ use super::listed::token_lists;
 use super::rig::{Outcome, Rig};
 use super::{Cases, Types};
 use longsight::backend::reference::{self, Cell, Output};
-use longsight::backend::{AttendDense, AttendRows, DType, Merge, Tensor};
+use longsight::backend::{AttendDense, AttendRows, DType, HeadPool, Logits, Merge, Tensor};
 
 #[derive(Clone, Copy)]
 pub(super) struct Heads {
@@ -57,7 +57,7 @@ pub fn cases(c: &mut Cases) {
                     continue;
                 }
                 let name = format!("{}_{mix}_s{splits}", h.name());
-                let d = Dense { h, window: None, splits, wide: splits > 1 };
+                let d = Dense { h, window: None, splits, wide: splits > 1, logits: None };
                 c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
             }
         }
@@ -70,7 +70,7 @@ pub fn cases(c: &mut Cases) {
         (set[3], None, 1),
     ] {
         let name = format!("{}_chunk_window{}_s{splits}", h.name(), window.unwrap_or(0));
-        let d = Dense { h, window, splits, wide: splits > 1 };
+        let d = Dense { h, window, splits, wide: splits > 1, logits: None };
         c.add("attend_dense", name, move |rig, t| dense(rig, t, CHUNK, d));
     }
     let h = heads(64, 2, 3, 32);
@@ -81,8 +81,21 @@ pub fn cases(c: &mut Cases) {
             };
             let Some(seqs) = find(PREFILL).or_else(|| find(DECODE)) else { continue };
             let name = format!("{}_{mix}_window{window}_s{splits}", h.name());
-            let d = Dense { h, window: Some(window), splits, wide: true };
+            let d = Dense { h, window: Some(window), splits, wide: true, logits: None };
             c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
+        }
+    }
+    // Logits of each head, their sum and their largest: of short sequences, and of such as blocks share.
+    for h in set {
+        for pool in [HeadPool::None, HeadPool::SumLogit, HeadPool::MaxLogit] {
+            let seqs = DECODE.iter().copied().chain([("ragged", RAGGED)]);
+            for (mix, seqs) in seqs.filter(|s| s.0 != "one") {
+                for splits in if mix == "long" { vec![1, 3] } else { vec![1] } {
+                    let name = format!("{}_{mix}_logits_{pool}_s{splits}", h.name());
+                    let d = Dense { h, window: None, splits, wide: splits > 1, logits: Some(pool) };
+                    c.add("attend_dense", name, move |rig, t| dense(rig, t, seqs, d));
+                }
+            }
         }
     }
     for h in set {
@@ -158,6 +171,8 @@ struct Dense {
     splits: usize,
     /// f32 output.
     wide: bool,
+    /// Logits are wanted, pooled like this.
+    logits: Option<HeadPool>,
 }
 
 fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome {
@@ -174,11 +189,32 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     // Without splits lse is optional: one batch in three asks for none.
     let lse = (c.splits > 1 || b.n() != 3).then_some(&lse);
     let (window, splits) = (c.window, c.splits);
-    let values = true;
-    let p =
-        AttendDense { q: &q, seqs, cache, heads, scale, window, splits, out: &out, lse, values };
+    let kept = c.logits.map(|pool| (pool, if pool.in_score() { kv_heads } else { heads }));
+    let scores =
+        kept.map(|(_, rows)| rig.output(DType::F32, b.n() * rows * b.stride())).transpose()?;
+    let logits = kept.zip(scores.as_ref());
+    let logits = logits.map(|((pool, _), scores)| Logits { scores, stride: b.stride(), pool });
+    let p = AttendDense {
+        q: &q,
+        seqs,
+        cache,
+        heads,
+        scale,
+        window,
+        splits,
+        out: &out,
+        lse,
+        values: true,
+        logits,
+    };
     let outs = match (splits, lse) {
-        (2.., Some(lse)) => partials("attend_dense", &b, &out, lse, [splits, heads, d]),
+        (2.., Some(lse)) => {
+            let mut outs = partials("attend_dense", &b, &out, lse, [splits, heads, d]);
+            if let Some(scoring) = p.scoring() {
+                outs.extend(reference::score_dims(&scoring, &*rig.dev)?);
+            }
+            outs
+        }
         _ => reference::attend_dense(&p, &*rig.dev)?,
     };
     rig.check(t.act, &outs, &|dev| dev.attend_dense(&p))?;
@@ -189,7 +225,7 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     }
     let Some(lse) = lse.filter(|_| splits > 1) else { return Ok(()) };
     let whole = merged(rig, t, &b, &out, lse, [splits, heads, d])?;
-    let p = AttendDense { splits: 1, out: &whole.0, lse: Some(&whole.1), ..p };
+    let p = AttendDense { splits: 1, out: &whole.0, lse: Some(&whole.1), logits: None, ..p };
     let outs = reference::attend_dense(&p, &*rig.dev)?;
     rig.expect(t.act, &outs)
 }

@@ -305,11 +305,25 @@ fn attend(rig: &mut Rig) -> Outcome {
         out: &out,
         lse: Some(&lse),
         values: true,
+        logits: None,
     };
     rig.refuses("empty window", dev.attend_dense(&AttendDense { window: Some(0), ..p() }))?;
     let nothing = AttendDense { lse: None, values: false, ..p() };
     rig.refuses("nothing wanted", dev.attend_dense(&nothing))?;
     rig.refuses("no split", dev.attend_dense(&AttendDense { splits: 0, ..p() }))?;
+    let stride = b.stride();
+    let scores = rig.output(DType::F32, b.n() * heads * stride)?;
+    let (less, begin) = (short(&scores), scores.slice(0, n));
+    let logits = Logits { scores: &scores, stride, pool: HeadPool::None };
+    let kept = || AttendDense { logits: Some(logits), ..p() };
+    let few = Some(Logits { scores: &less, ..logits });
+    rig.refuses("short logits", dev.attend_dense(&AttendDense { logits: few, ..p() }))?;
+    let window = AttendDense { window: Some(8), ..kept() };
+    rig.refuses("logits of a window", dev.attend_dense(&window))?;
+    let unscaled = AttendDense { scale: 1.0, ..kept() };
+    rig.refuses("logits at another scale", dev.attend_dense(&unscaled))?;
+    let within = AttendDense { lse: Some(&begin), ..kept() };
+    rig.refuses("lse in the logits", dev.attend_dense(&within))?;
     rig.refuses("no room for 2 splits", dev.attend_dense(&AttendDense { splits: 2, ..p() }))?;
     rig.refuses("short lse", dev.attend_dense(&AttendDense { lse: Some(&short(&lse)), ..p() }))?;
     rig.refuses("short out", dev.attend_dense(&AttendDense { out: &short(&out), ..p() }))?;

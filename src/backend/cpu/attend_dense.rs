@@ -12,6 +12,7 @@ use super::attention::{Cache, Job, Queries, log_sum, run_jobs};
 use super::matmul::{Matrix, matmul};
 use super::memory::{Io, Parts, with_float};
 use super::par;
+use super::score_dims;
 use super::seqs::{Sequence, sequences};
 use super::simd::{self, Lane};
 use crate::backend::{AttendDense, PAGE, Result};
@@ -39,7 +40,7 @@ pub(super) fn run(io: &Io<'_>, p: &AttendDense<'_>) -> Result<()> {
         let cache = Cache::<T>::new(io, &p.cache)?;
         few_rows(p, &cache, &seqs, &pages, q, out, lse.as_deref_mut());
         many_rows(p, &cache, &seqs, &pages, q, out, lse);
-        Ok(())
+        p.scoring().map_or(Ok(()), |s| score_dims::run(io, &s))
     })
 }
 

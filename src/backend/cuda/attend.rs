@@ -5,6 +5,7 @@ use super::args::{PoolArg, SeqsArg, word};
 use super::hopper;
 use super::launch::{Args, Shape};
 use super::parts::{self, Cluster};
+use super::score::pool_mode;
 use crate::backend::{
     AttendDense, AttendRows, Backend, DType, DeviceBuffer, KvPool, MeanValue, Merge, Result, Seqs,
     Tensor,
@@ -35,6 +36,10 @@ struct AttendArgs {
     list_len: u32,
     parts: u64,
     arrived: u64,
+    scores: u64,
+    stride: u64,
+    pool_mode: u32,
+    pad: u32,
 }
 
 /// `MergeArgs` of `merge.cu`.
@@ -202,7 +207,14 @@ impl CudaBackend {
         let mma = on_tensor_cores(act, kv, d);
         if mma && p.seqs.max_q <= 1 {
             let keys = p.window.map_or(p.seqs.max_kv, |w| w.min(p.seqs.max_kv));
-            let entry = format!("attend_decode_{kv}_d{d}");
+            let (kind, args) = match &p.logits {
+                None => ("decode", args),
+                Some(l) => {
+                    let (scores, stride) = (self.ptr(OP, l.scores)?, l.stride as u64);
+                    ("scored", AttendArgs { scores, stride, pool_mode: pool_mode(l.pool), ..args })
+                }
+            };
+            let entry = format!("attend_{kind}_{kv}_d{d}");
             return self.decode(OP, &entry, d, (hkv * p.seqs.n, keys), args);
         }
         let (entry, shape) = if mma {
@@ -214,7 +226,8 @@ impl CudaBackend {
             let shape = Shape::new(grid, 128).shared(generic_shared(d));
             (format!("attend_dense_{act}_{kv}"), shape)
         };
-        self.launch(OP, &entry, shape, Args::new().with(args))
+        self.launch(OP, &entry, shape, Args::new().with(args))?;
+        p.scoring().map_or(Ok(()), |s| self.score_dims_op(&s))
     }
 
     pub(super) fn attend_rows_op(&self, p: &AttendRows<'_>) -> Result<()> {

@@ -80,14 +80,19 @@ fn kernel(
     Some(Kernel { suffix: format!("g{g}"), rows, resident: if g == 1 { 8 } else { 5 } })
 }
 
+/// `POOL_..` of `paged.cuh`.
+pub(super) fn pool_mode(pool: HeadPool) -> u32 {
+    match pool {
+        HeadPool::SumLogit => 1,
+        HeadPool::MaxLogit => 2,
+        _ => 0,
+    }
+}
+
 /// What the activations, the pool and the scale set.
 fn how(act: DType, pool: HeadPool, scale: LogitScale) -> ScoreArgs {
     ScoreArgs {
-        pool_mode: match pool {
-            HeadPool::SumLogit => 1,
-            HeadPool::MaxLogit => 2,
-            _ => 0,
-        },
+        pool_mode: pool_mode(pool),
         q_type: match act {
             DType::F16 => 1,
             DType::BF16 => 2,

@@ -1,8 +1,21 @@
 //! Attention and the merge of its splits.
 
 use super::score::check_heads;
-use super::{KvPool, Named, Seqs, apart, ensure, float, holds, is};
+use super::{HeadPool, KvPool, LogitScale, Named, ScoreDims, ScoreSource, Seqs};
+use super::{apart, ensure, float, holds, is};
 use crate::backend::{DType, Result, Tensor};
+
+/// Where a decode attention leaves its logits, for those who choose tokens by them: as [`ScoreDims`] over all
+/// dimensions would, which reads the keys once more.
+#[derive(Debug, Clone, Copy)]
+pub struct Logits<'a> {
+    /// f32 `[n, rows_per_seq, stride]`, see [`ScoreDims::scores`].
+    pub scores: &'a Tensor,
+    /// At least `seqs.max_kv`; a multiple of 64.
+    pub stride: usize,
+    /// How the query heads of a KV head share a score.
+    pub pool: HeadPool,
+}
 
 /// Causal softmax attention of every row over its sequence's cached tokens.
 ///
@@ -36,9 +49,27 @@ pub struct AttendDense<'a> {
     pub lse: Option<&'a Tensor>,
     /// `out` is wanted. Without it only `lse` is, and what lies in `out` afterwards is unspecified.
     pub values: bool,
+    /// The logits are wanted too: in decode, without a window, with a `scale` of `1 / sqrt(head_dim)`.
+    pub logits: Option<Logits<'a>>,
 }
 
-impl AttendDense<'_> {
+impl<'a> AttendDense<'a> {
+    /// What fills `logits` where attention itself does not.
+    pub fn scoring(&self) -> Option<ScoreDims<'a>> {
+        let Logits { scores, stride, pool } = self.logits?;
+        Some(ScoreDims {
+            q: self.q,
+            seqs: self.seqs,
+            cache: self.cache,
+            source: ScoreSource::Lead { n: self.cache.head_dim },
+            heads: self.heads,
+            pool,
+            scale: LogitScale::InvSqrtDim,
+            scores,
+            stride,
+        })
+    }
+
     /// Shapes and dtypes fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "attend_dense";
@@ -50,7 +81,14 @@ impl AttendDense<'_> {
         ensure(OP, self.values || self.lse.is_some(), || "neither out nor lse is wanted".into())?;
         let shape = [self.splits, self.seqs.rows, self.heads, d];
         let ([k, v], [meta, pages]) = (self.cache.named(), self.seqs.named());
-        check_out(OP, self.out, self.lse, shape, &[("q", self.q), k, v, meta, pages])
+        check_out(OP, self.out, self.lse, shape, &[("q", self.q), k, v, meta, pages])?;
+        let Some(scoring) = self.scoring() else { return Ok(()) };
+        ensure(OP, self.window.is_none(), || "logits of a window".into())?;
+        let whole = 1.0 / (d as f32).sqrt();
+        ensure(OP, self.scale == whole, || format!("logits at a scale of {}", self.scale))?;
+        let outs = [("out", self.out), ("lse", self.lse.unwrap_or(self.out))];
+        apart(OP, &[("logits", scoring.scores)], &[outs[0], outs[1], v])?;
+        scoring.check()
     }
 }
 

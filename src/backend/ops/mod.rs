@@ -23,7 +23,7 @@ mod score_tiles;
 mod trim_scores;
 mod union_ranks;
 
-pub use attend::{AttendDense, AttendRows, Merge};
+pub use attend::{AttendDense, AttendRows, Logits, Merge};
 pub use blocks::{ExpandBlocks, KvSummaries, PoolBlocks, ScoreSummaries, Summaries, SummaryKind};
 pub use content_bias::ContentBias;
 pub(crate) use dense::check_gated;

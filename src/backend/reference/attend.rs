@@ -1,6 +1,6 @@
 //! Attention and the merge of its splits.
 
-use super::{Cell, Layout, Output, Seq, floats, words};
+use super::{Cell, Layout, Output, Seq, floats, score_dims, words};
 use crate::backend::{AttendDense, AttendRows, Backend, Merge, PAGE, Result, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -99,6 +99,10 @@ pub fn attend_dense<'a>(p: &AttendDense<'a>, dev: &dyn Backend) -> Result<Vec<Ou
     if !p.values {
         let out = outs.iter_mut().filter(|o| o.name == "out");
         out.for_each(|o| o.cells.fill(Cell::Any));
+    }
+    if let Some(scoring) = p.scoring() {
+        let scores = score_dims(&scoring, dev)?.into_iter();
+        outs.extend(scores.map(|o| Output { op: "attend_dense", name: "logits", ..o }));
     }
     Ok(outs)
 }

@@ -2,6 +2,7 @@
 
 use super::encoder::{Bind, Dispatch, MAX_GROUPS, grid, word};
 use super::memory::Gpu;
+use super::score::score_dims;
 use super::{acts_are_f32, dtype_code, pipelines};
 use crate::backend::{AttendDense, AttendRows, KvPool, MeanValue, Merge, Result};
 
@@ -79,7 +80,8 @@ pub fn attend_dense(gpu: &Gpu, p: &AttendDense<'_>) -> Result<()> {
         } else {
             grid(OP, [p.seqs.max_q.div_ceil(PREFILL_ROWS), p.heads, p.seqs.n * p.splits])?
         },
-    })
+    })?;
+    p.scoring().map_or(Ok(()), |s| score_dims(gpu, &s))
 }
 
 pub fn attend_rows(gpu: &Gpu, p: &AttendRows<'_>) -> Result<()> {

@@ -118,6 +118,7 @@ impl Case for Dense<'_> {
                 out,
                 lse: Some(lse),
                 values: true,
+                logits: None,
             })
         })
     }
@@ -138,6 +139,7 @@ impl Case for Dense<'_> {
             out: &out,
             lse: None,
             values: true,
+            logits: None,
         };
         let want = expected(&reference::attend_dense(&p, &small.host)?, 0, n);
         self.a.compare(rig, &pair, &want, rig.o.depth)

@@ -108,9 +108,11 @@ fn methods_read_the_options_they_list() {
             if key == "prompt-dense" && m.variant.takes("tile") {
                 spec.tile = Some(1);
             }
-            let base = spec.plan(&model(&[None; 6]), 8192).unwrap();
+            // Anchors behind the first one, too.
+            let layers = [None; 14];
+            let base = spec.plan(&model(&layers), 8192).unwrap();
             spec.set(key, value).unwrap_or_else(|e| panic!("{key}={value}: {e}"));
-            let changed = spec.plan(&model(&[None; 6]), 8192).unwrap() != base;
+            let changed = spec.plan(&model(&layers), 8192).unwrap() != base;
             assert_eq!(changed, m.variant.takes(key), "{} {key}", m.name);
         }
     }

@@ -145,6 +145,7 @@ fn attention_without_lse() {
         out: &dense,
         lse,
         values: true,
+        logits: None,
     })
     .expect("attend_dense");
     let all: Vec<u32> = (0..100).collect();
