@@ -64,13 +64,13 @@ template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void score_all_m
     MMA(K, NAME, SOURCE, 1, 1, ROWS1, RESIDENT1)   \
     MMA(K, NAME, SOURCE, 2, 1, 4, 6)               \
     MMA(K, NAME, SOURCE, 4, 1, 4, 4)               \
-    MMA(K, NAME, SOURCE, 1, 2, 4, 6)               \
+    MMA(K, NAME, SOURCE, 1, 2, 4, 5)               \
     MMA(K, NAME, SOURCE, 2, 2, 4, 4)               \
     MMA(K, NAME, SOURCE, 4, 2, 4, 3)
 MMA_ALL(f16, f16_lead, LEAD, 4, 10)
 MMA_ALL(f16, f16_slice, SLICE, 4, 10)
 MMA_ALL(bf16, bf16_lead, LEAD, 4, 10)
 MMA_ALL(bf16, bf16_slice, SLICE, 4, 10)
-MMA_ALL(i8, int8, INT8, 8, 8)
+MMA_ALL(i8, int8, INT8, 8, 6)
 MMA_ALL(i8, slice8, SLICE8, 4, 8)
 MMA_ALL(i8, slice4, SLICE4, 4, 8)

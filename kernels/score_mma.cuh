@@ -3,7 +3,8 @@
 // mma m16n8k16 with keys as the left operand: a quad holds a key row in pieces of 8 dimensions, as it loads them. Which
 // dimension is which of the operand's columns does not matter as long as queries and keys agree, so nothing is moved
 // between lanes. Heads are the 8 columns of a result, NT times. Integers become f16 without rounding, and a query that
-// a power of two has brought below 1 does up to 2^-24 of its largest value.
+// a power of two has brought below 1 does up to 2^-24 of its largest value. What counts for keys of 8 bits is how few
+// instructions a key takes: 85 of 8 rows in flight held the kernel at 76 % of the read bandwidth.
 #pragma once
 #include "mma.cuh"
 #include "score.cuh"
@@ -31,10 +32,50 @@ DEVICE void operand(const Raw8<i8>& r, u32 (&x)[4]) {
 
 // Largest magnitude of a head's query below 2^result.
 DEVICE int exponent_above(float x) { return x > 0.0f && x < POS_INF ? ilogbf(x) + 1 : 0; }
+// A score that is not finite is never taken by top_k.
+DEVICE float finite(float x) { return fabsf(x) < POS_INF ? x : NEG_INF; }
+
+// How the heads' logits of a row become one score.
+struct Sum {
+    DEVICE float none() const { return 0.0f; }
+    DEVICE float add(float all, float x) const { return all + x; }
+    DEVICE float join(float x, float y) const { return x + y; }
+};
+// NaN counts for nothing, nor does infinity, where there can be one.
+template <bool INFINITE> struct Largest {
+    DEVICE float none() const { return NEG_INF; }
+    DEVICE float add(float all, float x) const { return fmaxf(all, INFINITE ? finite(x) : x); }
+    DEVICE float join(float x, float y) const { return fmaxf(x, y); }
+};
+
+// Of four rows of a quad, the one whose score lane `sub` of it keeps; and the lane that keeps row `sub`.
+DEVICE u32 keeper(u32 sub) { return sub >> 1 | (sub & 1) << 1; }
+
+// All `g` heads of the row that this lane keeps; s(i, n, j): of row i, the lane's own head j of tile n. Every lane hands
+// on what is not its own: three exchanges for four rows.
+template <int NT, class Pool, class Scores> DEVICE float pool_rows(Pool pool, u32 g, Scores s) {
+    u32 sub = threadIdx.x & 3;
+    float rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        rows[i] = pool.none();
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                if (n * 8 + sub * 2 + j < g) rows[i] = pool.add(rows[i], s(i, n, j));
+    }
+    bool high = sub & 2, odd = sub & 1;
+    float x = __shfl_xor_sync(~0u, high ? rows[0] : rows[1], 2), y = __shfl_xor_sync(~0u, high ? rows[2] : rows[3], 2);
+    x = pool.join(high ? rows[1] : rows[0], x), y = pool.join(high ? rows[3] : rows[2], y);
+    float z = __shfl_xor_sync(~0u, odd ? x : y, 1);
+    return pool.join(odd ? y : x, z);
+}
 
 template <class K, u32 SOURCE, int NC, int NT, int ROWS, class Keys>
 DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& keys) {
     typedef typename Operand<K>::type Q;
+    static_assert(ROWS % 4 == 0, "a lane of a quad keeps one row of four");
     constexpr bool SLOTTED = SOURCE == SLICE || SOURCE == SLICE8 || SOURCE == SLICE4;
     constexpr bool SCALED = SOURCE == INT8 || SOURCE == SLICE8 || SOURCE == SLICE4;
     __shared__ float of_head[MAX_GROUP];
@@ -45,33 +86,43 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     const u32 block = blockDim.x / 4 * ROWS, step = gridDim.x * block;
     u32 t0 = blockIdx.x * block;
     if (t0 >= count) return;
-    u64 slot = (u64)seq.slot * a.pool.kv_heads + kvh;
+    const u64 slot = SLOTTED ? (u64)seq.slot * a.pool.kv_heads + kvh : 0;
 
     Raw8<K> raw[ROWS][NC];
-    float row_scale[(ROWS + 3) / 4];
+    float row_scale[ROWS / 4];  // of the rows that this lane keeps
     u32 there;  // a bit a row
     auto fetch = [&](u32 t0) {
-        // A warp's tokens in order lie in one page.
-        u32 first = min(t0 + warp * 8 * ROWS, count - 1) / (8 * ROWS) * (8 * ROWS);
-        u32 run = Keys::in_order && !SLOTTED ? a.pool.row(seq, kvh, first) + (lane >> 2) : 0;
-        there = 0;
+        there = ~0u;
+        if (Keys::in_order) {
+            // A warp's tokens lie in one page; past the end of a slice's slot the last of its tokens again. What is read
+            // past the sequence's end is not written.
+            u32 first = t0 + warp * 8 * ROWS, last = SLOTTED ? a.capacity - 1 : ~0u;
+            u32 row0 = SLOTTED ? 0 : a.pool.row(seq, kvh, min(first, count - 1) / (8 * ROWS) * (8 * ROWS));
+            u32 at = (SLOTTED ? first : 0) + (lane >> 2);
+            if (SCALED)
+#pragma unroll
+                for (int i = 0; i < ROWS / 4; i++)
+                    row_scale[i] = a.row_scale[slot * a.capacity + row0 + min(at + 8 * (4 * i + keeper(sub)), last)];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                u32 row = row0 + min(at + 8 * r, last);
+#pragma unroll
+                for (int c = 0; c < NC; c++)
+                    raw[r][c] = load_chunk<K, SOURCE>(a, (slot * a.capacity + row) * a.width, row, c * 32 + sub * 8,
+                                                      nullptr, nullptr);
+            }
+            return;
+        }
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            u32 row = run + 8 * r;
-            if (!Keys::in_order || SLOTTED) {
-                // Past the end the last one again; its scores are not written.
-                u32 t = keys.token(min(t0 + warp * 8 * ROWS + (lane >> 2) + 8 * r, count - 1));
-                bool ok = keys.cached(t);
-                if (ok) there |= 1u << r;
-                row = SLOTTED ? (ok ? t : 0) : a.pool.row(seq, kvh, ok ? t : 0);
-            } else {
-                there |= 1u << r;
-            }
-            u64 base = (SLOTTED ? slot * a.capacity + row : (u64)row) * a.width;
-            if (SCALED && (r & 3) == sub) row_scale[r / 4] = a.row_scale[SLOTTED ? slot * a.capacity + row : row];
+            // Past the end the last one again; its scores are not written.
+            u32 t = keys.token(min(t0 + warp * 8 * ROWS + (lane >> 2) + 8 * r, count - 1));
+            bool ok = keys.cached(t);
+            if (!ok) there &= ~(1u << r);
+            u32 row = a.pool.row(seq, kvh, ok ? t : 0);
 #pragma unroll
             for (int c = 0; c < NC; c++)
-                raw[r][c] = load_chunk<K, SOURCE>(a, base, row, c * 32 + sub * 8, nullptr, nullptr);
+                raw[r][c] = load_chunk<K, SOURCE>(a, (u64)row * a.width, row, c * 32 + sub * 8, nullptr, nullptr);
         }
     };
     // The first keys come while the query is prepared.
@@ -82,9 +133,11 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     for (u32 h = warp; h < g; h += blockDim.x >> 5) {
         float scale = head_scale(a, dims, src + h * d), top = 0.0f;
         if (SCALED)
-            for (u32 i = lane; i < a.n; i += 32) top = fmaxf(top, fabsf(query_of(a, dims, src + h * d, i)));
-        int e = SCALED ? exponent_above(warp_max(top)) : 0;
-        if (lane == 0) exponents[h] = e, of_head[h] = ldexpf(scale, e);
+            for (u32 i = lane; i < a.n; i += 32) top = fmaxf(top, -finite(-fabsf(query_of(a, dims, src + h * d, i))));
+        top = warp_max(top);
+        int e = SCALED ? exponent_above(top) : 0;
+        // What is not finite makes NaN of every score of its head.
+        if (lane == 0) exponents[h] = e, of_head[h] = top < POS_INF ? ldexpf(scale, e) : __int_as_float(0x7fffffff);
     }
     __syncthreads();
     u32 q[NT][NC][4];
@@ -108,7 +161,11 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
             scale[n][j] = h < g ? of_head[h] : 0.0f;
         }
     }
-    u64 out_row = ((u64)blockIdx.z * parts + blockIdx.y) * (a.pool_mode == POOL_NONE ? g : 1);
+    // Of the first of the lane's heads, or of all, where they are pooled.
+    u64 part = (u64)blockIdx.z * parts + blockIdx.y;
+    float* to = a.scores + (a.pool_mode == POOL_NONE ? part * g + sub * 2 : part) * a.stride;
+    to += t0 + warp * 8 * ROWS + (lane >> 2);
+
 
     while (true) {
         float acc[ROWS / 2][NT][4] = {};
@@ -127,43 +184,39 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
                         mma16816(acc[p][n], keys16, q[n][c][2 * s], q[n][c][2 * s + 1], Q());
                 }
         }
-        float own_scale[(ROWS + 3) / 4];
+        float own_scale[ROWS / 4];
 #pragma unroll
-        for (int i = 0; i < (ROWS + 3) / 4; i++) own_scale[i] = SCALED ? row_scale[i] : 1.0f;
+        for (int i = 0; i < ROWS / 4; i++) own_scale[i] = SCALED ? row_scale[i] : 1.0f;
         u32 mine = t0 + warp * 8 * ROWS + (lane >> 2), ok = there;
         t0 += step;
         bool more = t0 < count;
         if (more) fetch(t0);
+        if (a.pool_mode == POOL_NONE) {
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float of_row = SCALED ? __shfl_sync(~0u, own_scale[r / 4], (lane & ~3u) | (r & 3)) : 1.0f;
-            u32 t = mine + 8 * r;
-            bool listed = t < count;
-            float pooled = a.pool_mode == POOL_SUM ? 0.0f : NEG_INF;
+            for (int r = 0; r < ROWS; r++) {
+                float of_row = SCALED ? __shfl_sync(~0u, own_scale[r / 4], (lane & ~3u) | keeper(r & 3)) : 1.0f;
 #pragma unroll
-            for (int n = 0; n < NT; n++)
+                for (int n = 0; n < NT; n++)
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u32 h = n * 8 + sub * 2 + j;
-                    if (h >= g) continue;
-                    float s = acc[r / 2][n][(r & 1) * 2 + j] * scale[n][j] * of_row;
-                    if (a.pool_mode == POOL_SUM) {
-                        pooled += s;
-                        continue;
+                    for (int j = 0; j < 2; j++) {
+                        float s = finite(acc[r / 2][n][(r & 1) * 2 + j] * scale[n][j] * of_row);
+                        if (n * 8 + sub * 2 + j < g && mine + 8 * r < count)
+                            to[(n * 8 + j) * a.stride + 8 * r] = ok >> r & 1 ? s : NEG_INF;
                     }
-                    if (!(fabsf(s) < POS_INF) || !(ok >> r & 1)) s = NEG_INF;  // never taken by top_k
-                    pooled = fmaxf(pooled, s);
-                    if (a.pool_mode == POOL_NONE && listed) a.scores[(out_row + h) * a.stride + t] = s;
-                }
-            if (a.pool_mode == POOL_NONE) continue;
-#pragma unroll
-            for (int s = 1; s < 4; s <<= 1) {
-                float other = __shfl_xor_sync(~0u, pooled, s);
-                pooled = a.pool_mode == POOL_SUM ? pooled + other : fmaxf(pooled, other);
             }
-            if (!(fabsf(pooled) < POS_INF) || !(ok >> r & 1)) pooled = NEG_INF;
-            if (sub == (r & 3) && listed) a.scores[out_row * a.stride + t] = pooled;
+        } else {
+#pragma unroll
+            for (int four = 0; four < ROWS / 4; four++) {
+                auto s = [&](int i, int n, int j) {
+                    return acc[four * 2 + i / 2][n][(i & 1) * 2 + j] * scale[n][j];
+                };
+                float all = a.pool_mode == POOL_SUM ? pool_rows<NT>(Sum(), g, s) : pool_rows<NT>(Largest<!SCALED>(), g, s);
+                u32 r = four * 4 + keeper(sub), t = mine + 8 * r;
+                // No scale of a row is negative, so the largest stays the largest.
+                if (t < count) to[8 * r] = ok >> r & 1 ? finite(all * own_scale[four]) : NEG_INF;
+            }
         }
         if (!more) break;
+        to += step;
     }
 }

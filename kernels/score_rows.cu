@@ -55,6 +55,6 @@ SOURCES(bf16)
         depend();                                                                                               \
         score_listed_mma<K, NC, NT>(a);                                                                         \
     }
-#define MMA_ALL(K) MMA(K, 1, 1, 8) MMA(K, 2, 1, 6) MMA(K, 4, 1, 4) MMA(K, 1, 2, 6) MMA(K, 2, 2, 4) MMA(K, 4, 2, 3)
+#define MMA_ALL(K) MMA(K, 1, 1, 8) MMA(K, 2, 1, 6) MMA(K, 4, 1, 4) MMA(K, 1, 2, 5) MMA(K, 2, 2, 4) MMA(K, 4, 2, 3)
 MMA_ALL(f16)
 MMA_ALL(bf16)

@@ -66,10 +66,11 @@ fn kernel(
         let (pieces, tiles) = (n / 32, heads.div_ceil(8));
         let (rows, resident) = match (pieces, tiles) {
             (1, 1) if op == "score_rows" => (4, 8),
-            (1, 1) if source == 1 => (8, 8),
+            (1, 1) if source == 1 => (8, 6),
             (1, 1) if keys == DType::I8 => (4, 8),
             (1, 1) => (4, 10),
-            (2, 1) | (1, 2) => (4, 6),
+            (2, 1) => (4, 6),
+            (1, 2) => (4, 5),
             (4, 2) => (4, 3),
             _ => (4, 4),
         };
