@@ -8,7 +8,9 @@
 // 3. Prefix sums of the warps' counts place what is chosen. Equal scores are kept from the smallest index on.
 //
 // Plan: a block, or a cluster of them, per row. What a block scores it reads once, into registers and shared memory
-// (top_k_cached); where clusters do not hold a row it is read three times, mostly from L2 (top_k_streamed).
+// (top_k_cached). Where that would be more blocks than run at once, or clusters do not hold a row, the row streams by
+// (top_k_streamed): a bound is guessed from a sample, lowered should fewer than k scores reach it, and only candidates
+// are kept.
 // A histogram is counted in shared memory; the blocks of a cluster add up each other's.
 // Bytes: row length * 4 read, k * 4 written.
 #include "digits.cuh"
@@ -27,12 +29,12 @@ struct TopKArgs {
     u32* counts;
     const u32* among;         // candidates' numbers, or null
     const u32* among_counts;
-    u32* masks;               // device memory for top_k_streamed
+    u32* masks;               // top_k_streamed: [rows, blocks, tiles, THREADS] for which scores are candidates
     u64 stride;
     u32 rows_per_seq, k, unit, permille, at_least, among_k;
     u32 span;                 // scores of a block, a multiple of 64
     u32 sinks, recent;        // tokens that are forced first, see `force`
-    u32 pad;
+    u32 room;                 // top_k_streamed: candidates that shared memory holds
 };
 
 // A block's share of a row.
@@ -59,6 +61,8 @@ struct Part {
         }
     }
 };
+
+DEVICE float finite_or_less(float x) { return x < POS_INF ? x : NEG_INF; }
 
 // The four scores that a thread holds of each of its chunks.
 typedef float4 Held[CHUNKS];
@@ -87,17 +91,21 @@ template <class F> DEVICE void tops(const Held& v, Groups groups, F f) {
     f(fmaxf(a, fmaxf(fmaxf(top[1].x, top[1].y), fmaxf(top[1].z, top[1].w))));
 }
 
-// A block's scores, the candidates among them, and what is chosen of these. A warp has its own part of every tile and
-// lists its candidates, in ascending order: its lanes share them evenly.
+// A block's scores, the candidates among them, and what is chosen of these. A warp has its own part of them, and
+// lists its candidates, in ascending order: its lanes share them evenly. Streamed ones are gathered in shared memory,
+// where there is room, and warps share them evenly, too.
 template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
     const float* x;
     u32 tiles, chunks;  // of the block; of a warp in a tile
     u16* list;          // the warp's, [chunks * CHUNK]: from its part of the tile on
     u32 count;          // of it
     u32* words;         // [tiles, THREADS] where they are streamed: a bit for each of 32 neighbours
+    u32 candidates, before;      // of the block, and in the warps before this one
+    u32 *keys, *places;          // images and numbers of them, once they are `gathered`
+    bool gathered = false;
     u32 bottom, top;    // images: larger ones are chosen, and `want` of these
 
-    DEVICE u32 warp_at(u32 tile) const { return tile * TILE + (threadIdx.x >> 5) * chunks * CHUNK; }
+    DEVICE u32 warp_at(u32 tile) const { return ((threadIdx.x >> 5) * tiles + tile) * chunks * CHUNK; }
     DEVICE u32 four_at(u32 tile, u32 j) const { return warp_at(tile) + j * CHUNK + (threadIdx.x & 31) * 4; }
 
     // Takes a bit for each of the thread's fours, chunk by chunk.
@@ -122,18 +130,64 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
         for (; word; word &= word - 1) list[at++] = (u16)(lane * 32 + __ffs(word) - 1);
         __syncwarp();
     }
-    // f(number, image) of the tile's candidates in turn, 32 at a time; image 0 for none.
-    template <class F> DEVICE void each(u32 tile, F f) {
-        if (!CACHED) write_list(words[tile * THREADS + threadIdx.x]);
-        u32 lane = threadIdx.x & 31, from = warp_at(tile);
-        for (u32 first = 0; first < count; first += 32) {
-            bool there = first + lane < count;
-            u32 at = from + (there ? list[first + lane] : 0);
-            f(at, there ? image(x[at]) : 0);
+    // f(number, image) of the warp's candidates in turn, 32 at a time; image 0 for none.
+    template <class F> DEVICE void each(F f) {
+        u32 lane = threadIdx.x & 31;
+        if (!CACHED && gathered) {
+            u32 per = (candidates + WARPS * 32 - 1) / (WARPS * 32) * 32, first = (threadIdx.x >> 5) * per;
+            u32 end = min(first + per, candidates);
+            for (; first < end; first += 32) {
+                bool there = first + lane < end;
+                f(there ? places[first + lane] : 0, there ? keys[first + lane] : 0);
+            }
+            return;
+        }
+        for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
+            if (!CACHED) write_list(words[tile * THREADS + threadIdx.x]);
+            u32 from = warp_at(tile);
+            for (u32 first = 0; first < count; first += 32) {
+                bool there = first + lane < count;
+                u32 at = from + (there ? list[first + lane] : 0);
+                f(at, there ? image(x[at]) : 0);
+            }
         }
     }
-    template <class F> DEVICE void each(F f) {
-        for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) each(tile, f);
+    // Counts what the threads have marked, `mine` each, and finds the largest finite score: candidates of the row.
+    DEVICE u32 meet(u32 mine, float high) {
+        __shared__ u32 counts[WARPS], of_block[2];
+        __shared__ float tops[WARPS];
+        u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        u32 of_warp = __reduce_add_sync(~0u, mine);
+        high = warp_max(high);
+        if (lane == 0) counts[warp] = of_warp, tops[warp] = high;
+        __syncthreads();
+        u32 c = counts[lane];
+        before = __reduce_add_sync(~0u, lane < warp ? c : 0), candidates = __reduce_add_sync(~0u, c);
+        high = warp_max(tops[lane]);
+        u32 all = candidates;
+        if (CLUSTER) {
+            if (threadIdx.x == 0) of_block[0] = candidates, of_block[1] = __float_as_uint(high);
+            cluster_sync();
+            bool there = lane < cluster_size();
+            all = __reduce_add_sync(~0u, there ? remote_word(&of_block[0], lane) : 0);
+            high = warp_max(there ? __uint_as_float(remote_word(&of_block[1], lane)) : NEG_INF);
+            cluster_sync();
+        }
+        this->last = high > NEG_INF ? image(high) : LEAST;
+        return all;
+    }
+    DEVICE void gather() {
+        u32 lane = threadIdx.x & 31, at = before;
+        for (u32 tile = 0; tile < tiles; tile++) {
+            write_list(words[tile * THREADS + threadIdx.x]);
+            for (u32 i = lane; i < count; i += 32) {
+                u32 place = warp_at(tile) + list[i];
+                keys[at + i] = image(x[place]), places[at + i] = place;
+            }
+            at += count;
+        }
+        gathered = true;
+        __syncthreads();
     }
     DEVICE bool last_bin(u32 key) const { return bottom <= key && key <= top; }
 
@@ -160,51 +214,34 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
         }
     }
 
-    // How many of a tile's candidates of the warp are larger, and how many in the last bin.
-    DEVICE uint2 numbers(u32 tile) {
-        u32 g = 0, e = 0;
-        each(tile, [&](u32, u32 key) { g += key > top, e += last_bin(key); });
-        return make_uint2(__reduce_add_sync(~0u, g), __reduce_add_sync(~0u, e));
-    }
     // Chosen are the larger ones and the first `want` of the last bin of the row.
     template <class Emit> DEVICE void write(u32 first, Emit emit) {
         __shared__ uint2 warps[WARPS], block;
         u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, want = this->want;
-        u32 below = (1u << lane) - 1, g0 = 0, e0 = 0;  // before this block, then before this tile
+        u32 below = (1u << lane) - 1, g = 0, e = 0;
+        each([&](u32, u32 key) { g += key > top, e += last_bin(key); });
+        g = __reduce_add_sync(~0u, g), e = __reduce_add_sync(~0u, e);
+        if (lane == 0) warps[warp] = make_uint2(g, e);
+        __syncthreads();
+        uint2 c = warps[lane];
+        // In the warps before this one, and in the blocks before this one.
+        u32 gb = __reduce_add_sync(~0u, lane < warp ? c.x : 0), eb = __reduce_add_sync(~0u, lane < warp ? c.y : 0);
         if (CLUSTER) {
-            uint2 mine = make_uint2(0, 0);
-            for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
-                uint2 c = numbers(tile);
-                mine.x += c.x, mine.y += c.y;
-            }
-            if (lane == 0) warps[warp] = mine;
-            __syncthreads();
-            uint2 c = warps[lane];
             c.x = __reduce_add_sync(~0u, c.x), c.y = __reduce_add_sync(~0u, c.y);
             if (threadIdx.x == 0) block = c;
             cluster_sync();
-            g0 = lane < cluster_rank() ? remote_word(&block.x, lane) : 0;
-            e0 = lane < cluster_rank() ? remote_word(&block.y, lane) : 0;
-            g0 = __reduce_add_sync(~0u, g0), e0 = __reduce_add_sync(~0u, e0);
+            u32 g0 = lane < cluster_rank() ? remote_word(&block.x, lane) : 0;
+            u32 e0 = lane < cluster_rank() ? remote_word(&block.y, lane) : 0;
+            gb += __reduce_add_sync(~0u, g0), eb += __reduce_add_sync(~0u, e0);
             cluster_arrive_read();  // no block leaves before the others have read its memory
         }
-        for (u32 tile = 0; tile < (CACHED ? 1 : tiles); tile++) {
-            uint2 mine = numbers(tile);
-            if (CLUSTER || tile > 0) __syncthreads();
-            if (lane == 0) warps[warp] = mine;
-            __syncthreads();
-            uint2 c = warps[lane];
-            u32 gb = g0 + __reduce_add_sync(~0u, lane < warp ? c.x : 0);
-            u32 eb = e0 + __reduce_add_sync(~0u, lane < warp ? c.y : 0);
-            g0 += __reduce_add_sync(~0u, c.x), e0 += __reduce_add_sync(~0u, c.y);
-            each(tile, [&](u32 at, u32 key) {
-                u32 g = __ballot_sync(~0u, key > top), e = __ballot_sync(~0u, last_bin(key));
-                u32 larger = gb + __popc(g & below), equal = eb + __popc(e & below);
-                if (key > top) emit(larger + min(equal, want), first + at);
-                else if (last_bin(key) && equal < want) emit(larger + equal, first + at);
-                gb += __popc(g), eb += __popc(e);
-            });
-        }
+        each([&](u32 at, u32 key) {
+            u32 g = __ballot_sync(~0u, key > top), e = __ballot_sync(~0u, last_bin(key));
+            u32 larger = gb + __popc(g & below), equal = eb + __popc(e & below);
+            if (key > top) emit(larger + min(equal, want), first + at);
+            else if (last_bin(key) && equal < want) emit(larger + equal, first + at);
+            gb += __popc(g), eb += __popc(e);
+        });
         if (CLUSTER) cluster_wait();
     }
 };
@@ -222,12 +259,15 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     u64 r = (u64)blockIdx.z * a.rows_per_seq + blockIdx.y;
     Select<CLUSTER, CACHED> s;
     s.hist = (u32*)shared4, s.shared = found;
-    s.tiles = CACHED ? 1 : (a.span + TILE - 1) / TILE;
+    s.tiles = 1;
     s.chunks = CACHED ? (a.span + WARPS * CHUNK - 1) / (WARPS * CHUNK) : CHUNKS;
     float4* kept = (float4*)(s.hist + HISTOGRAMS * BINS);
     u32 round = WARPS * s.chunks * CHUNK;
     s.list = (u16*)(kept + (CACHED ? round / 4 : 0)) + (t >> 5) * s.chunks * CHUNK;
-    if (!CACHED) s.words = a.masks + (r * gridDim.x + rank) * s.tiles * THREADS;
+    if (!CACHED) {
+        s.words = a.masks + (r * gridDim.x + rank) * ((a.span + TILE - 1) / TILE) * THREADS;
+        s.keys = (u32*)((u16*)kept + TILE), s.places = s.keys + a.room;
+    }
     Part p;
     p.first = rank * a.span, p.x = a.scores + r * a.stride + p.first;
     p.readable = a.stride > p.first ? min((u32)(a.stride - p.first), a.span) : 0;
@@ -243,9 +283,8 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
     p.n = n > p.first ? min(n - p.first, a.span) : 0;
     bool forced = a.sinks + a.recent > 0;
     p.sinks = forced ? a.sinks : 0, p.from = forced ? len - min(a.recent, len) : ~0u;
-    u32 alone = THREADS * gridDim.x;  // groups of all scores of a thread
-    Groups groups = !CACHED || k > alone * 5 ? EACH : k > alone / 5 * 2 ? FOURS : ALL;
-
+    // How many of the scores looked at are to reach the bound: k of all, about k's share of a sample.
+    u32 want = k;
     if (CACHED) {
 #pragma unroll
         for (u32 j = 0; j < CHUNKS; j++) {
@@ -254,48 +293,67 @@ template <bool CLUSTER, bool CACHED> DEVICE void top_k(const TopKArgs& a) {
             p.fit(v[j], i);
             kept[i / 4] = v[j];
         }
-    }
-    // f of the groups' largest.
-    auto each_top = [&](auto f) {
-        if constexpr (CACHED) {
-            tops(v, groups, f);
-        } else {
-            for (u32 i = t * 4; i < p.n; i += THREADS * 4) {
-                float4 x = p.four(i);
-                p.fit(x, i);
-                f(x.x), f(x.y), f(x.z), f(x.w);
-            }
+    } else {
+        s.tiles = (p.n + TILE - 1) / TILE;
+        // Chunks at equal distances.
+        const u32 SAMPLE = CHUNKS / 2;
+        u32 apart = max(p.n / (WARPS * SAMPLE), CHUNK);
+#pragma unroll
+        for (u32 j = 0; j < CHUNKS; j++) {
+            u32 i = ((t >> 5) * SAMPLE + j) * apart / 4 * 4 + (t & 31) * 4;
+            v[j] = p.four(j < SAMPLE ? i : p.readable);
+            p.fit(v[j], j < SAMPLE ? i : p.n);
         }
-    };
+        u32 looked = min(n, gridDim.x * WARPS * SAMPLE * CHUNK);
+        if (looked < n) {
+            want = (u32)((u64)k * looked / n);
+            want += want / 16 + 4 * (u32)sqrtf((float)want) + 16;
+        }
+    }
+    u32 alone = THREADS * gridDim.x;  // groups of all scores of a thread
+    Groups groups = want > alone * 5 ? EACH : want > alone / 5 * 2 ? FOURS : ALL;
     Extent extent;
     bool infinite = false;
-    each_top([&](float x) { extent.add(x), infinite |= x == POS_INF; });
+    tops(v, groups, [&](float x) { extent.add(x), infinite |= x == POS_INF; });
     // Infinity hides its group's largest finite score.
-    if (CACHED && infinite) tops(v, EACH, [&](float x) { extent.raise(x); });
+    if (infinite) tops(v, EACH, [&](float x) { extent.raise(x); });
     s.set(extent);
-    each_top([&](float x) {
+    tops(v, groups, [&](float x) {
         u32 key = image(x);
         if (key >= LEAST) s.count_first(0, key);
     });
-    s.want = k;
     s.sync();
-    s.search(0, true);
-    // Fewer groups than k: all finite scores are candidates.
-    u32 low = s.total < k ? LEAST : s.low();
-    float from = k > 0 ? score_of(low) : score_of(NOTHING);
-    for (u32 tile = 0; tile < (CACHED ? 1 : s.tiles); tile++) {
-        u32 bits = 0;
-#pragma unroll
-        for (u32 j = 0; j < CHUNKS; j++) {
-            u32 i = s.four_at(tile, j);
-            float4 x = CACHED ? v[j] : p.four(i);
-            if (!CACHED) p.fit(x, i);
-            bits |= (x.x >= from) << 4 * j | (x.y >= from) << (4 * j + 1);
-            bits |= (x.z >= from) << (4 * j + 2) | (x.w >= from) << (4 * j + 3);
-        }
-        s.mark(tile, bits);
-    }
     s.x = CACHED ? (const float*)kept : p.x;
+    u32 low;
+    while (true) {
+        s.want = want;
+        s.search(0, true);
+        // Fewer groups than that: all finite scores are candidates.
+        low = s.total < want ? LEAST : s.low();
+        float from = k > 0 ? score_of(low) : score_of(NOTHING), high = NEG_INF;
+        u32 marked = 0;
+        for (u32 tile = 0; tile < (CACHED ? 1 : s.tiles); tile++) {
+            u32 bits = 0;
+#pragma unroll
+            for (u32 j = 0; j < CHUNKS; j++) {
+                u32 i = s.four_at(tile, j);
+                float4 x = CACHED ? v[j] : p.four(i);
+                if (!CACHED) {
+                    p.fit(x, i);
+                    high = fmaxf(fmaxf(high, finite_or_less(x.x)), fmaxf(finite_or_less(x.y), finite_or_less(x.z)));
+                    high = fmaxf(high, finite_or_less(x.w));
+                }
+                bits |= (x.x >= from) << 4 * j | (x.y >= from) << (4 * j + 1);
+                bits |= (x.z >= from) << (4 * j + 2) | (x.w >= from) << (4 * j + 3);
+            }
+            marked += __popc(bits);
+            s.mark(tile, bits);
+        }
+        if (CACHED) break;
+        if (s.meet(marked, high) >= k || low == LEAST) break;
+        want *= 2;
+    }
+    if (!CACHED && s.candidates <= a.room) s.gather();
     s.run(low, k);
     u32* out = a.indices + r * a.k;
     const u32* among = a.among ? a.among + r * a.among_k : nullptr;

@@ -61,6 +61,14 @@ fn huge(v: &mut [f64]) {
     v.iter_mut().for_each(|x| *x = f64::from((*x * 3e38) as f32).clamp(-3.4e38, 3.4e38));
 }
 
+/// The largest are all in a few places, or at the end: what a sample of the row says is wrong.
+fn islands(v: &mut [f64]) {
+    v.iter_mut().enumerate().filter(|(i, _)| i % 3000 > 2700).for_each(|(_, x)| *x += 20.0);
+}
+fn rising(v: &mut [f64]) {
+    v.iter_mut().enumerate().for_each(|(i, x)| *x += f64::from(i as f32 * 1e-3));
+}
+
 fn none(_: &mut [f64]) {}
 
 pub fn cases(c: &mut Cases) {
@@ -86,10 +94,21 @@ pub fn cases(c: &mut Cases) {
         ("many_forced", long, 2, forced),
         ("close", long, 2, close),
         ("huge", long, 1, huge),
+        // More rows than there are blocks for several each.
+        ("random", &[40_000], 70, none),
+        ("islands", &[40_000], 70, islands),
+        ("rising", &[40_000], 70, rising),
+        ("coarse", &[40_000], 70, quantise),
+        ("forced", &[40_000], 70, forced),
+        ("rising", &[300_000], 1, rising),
     ] {
         for k in [1, 8, 64, 256, 2048, 6000] {
             let longest = kv.iter().max().copied().unwrap_or(0);
-            if k == 2048 && longest < 1000 || k == 6000 && name != "random" {
+            let skewed = matches!(name, "islands" | "rising");
+            if k == 2048 && longest < 1000 || k == 6000 && name != "random" && !skewed {
+                continue;
+            }
+            if rows == 70 && k < 256 {
                 continue;
             }
             let name = format!("{name}_kv{longest}_rows{rows}_k{k}");

@@ -28,7 +28,7 @@ struct TopKArgs {
     span: u32,
     sinks: u32,
     recent: u32,
-    pad: u32,
+    room: u32,
 }
 
 // Constants of `digits.cuh` and `top_k.cu`.
@@ -44,6 +44,9 @@ const ENTRY: usize = 2;
 /// More shared memory than the kernel declares.
 const DECLARED: usize = 1024;
 
+/// Bytes of a candidate: its image and its number.
+const CANDIDATE: usize = 8;
+
 /// How a row is shared out.
 #[derive(Debug, PartialEq, Eq)]
 struct Blocks {
@@ -55,14 +58,20 @@ struct Blocks {
 }
 
 impl Blocks {
-    fn of(l: &Limits, n: usize) -> Self {
+    /// For `rows` rows of `n` scores.
+    fn of(l: &Limits, rows: usize, n: usize) -> Self {
         let room = l.shared.saturating_sub(HISTOGRAMS + DECLARED) / (SCORE + ENTRY);
         let most = (room / ROUND * ROUND).min(TILE);
         let fewest = if most == 0 { usize::MAX } else { n.div_ceil(most) };
-        let cached = fewest <= l.cluster;
-        // As few as hold the row: blocks of a cluster wait for each other after every histogram, which takes longer than
-        // what one of them has to do (8 rows of 32,768 scores on an H100: 8 us, 13 with two blocks each).
-        let blocks = if cached { fewest } else { l.cluster };
+        // More clusters than run at once take longer than blocks that each read a row alone.
+        let at_once = fewest == 1 || rows.saturating_mul(fewest) <= l.sms;
+        let (blocks, cached) = match fewest <= l.cluster {
+            // As few as hold the row: blocks of a cluster wait for each other after every histogram, which takes longer
+            // than what one of them has to do (8 rows of 32,768 scores on an H100: 8 us, 13 with two blocks each).
+            true if at_once => (fewest, true),
+            true => (1, false),
+            false => (if rows * l.cluster <= l.sms { l.cluster } else { 1 }, false),
+        };
         Blocks { blocks, span: n.div_ceil(blocks).next_multiple_of(64), cached }
     }
 }
@@ -74,7 +83,7 @@ impl CudaBackend {
         p.check()?;
         let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
         let rows = p.rows_per_seq * p.seqs.n;
-        let Blocks { blocks, span, cached } = Blocks::of(&self.limits, n);
+        let Blocks { blocks, span, cached } = Blocks::of(&self.limits, rows, n);
         let scores = self.ptr(OP, p.scores)?;
         if !scores.is_multiple_of(16) {
             return Err(self.unsupported(OP, "scores that do not begin at 16 bytes".into()));
@@ -82,6 +91,12 @@ impl CudaBackend {
         let scratch = match cached {
             true => None,
             false => Some(self.scratch(rows * blocks * span.div_ceil(TILE) * THREADS * 4)?),
+        };
+        let (kept, listed) = if cached { (span.next_multiple_of(ROUND), 0) } else { (0, TILE) };
+        let shared = HISTOGRAMS + kept * (SCORE + ENTRY) + listed * ENTRY;
+        let room = match cached {
+            true => 0,
+            false => self.limits.shared.saturating_sub(shared + DECLARED) / CANDIDATE,
         };
         let args = TopKArgs {
             scores,
@@ -101,13 +116,12 @@ impl CudaBackend {
             span: word(OP, "scores of a block", span)?,
             sinks: forced.map_or(0, |f| f.sinks.min(p.seqs.max_kv) as u32),
             recent: forced.map_or(0, |f| f.recent.min(p.seqs.max_kv) as u32),
-            pad: 0,
+            room: word(OP, "candidates in shared memory", room)?,
         };
         let kind = if cached { "cached" } else { "streamed" };
         let cluster = if blocks > 1 { "_cluster" } else { "" };
         let grid = [blocks, p.rows_per_seq, p.seqs.n];
-        let (kept, listed) = if cached { (span.next_multiple_of(ROUND), 0) } else { (0, TILE) };
-        let shared = HISTOGRAMS + kept * (SCORE + ENTRY) + listed * ENTRY;
+        let shared = shared + room * CANDIDATE;
         let shape = Shape::new(grid, THREADS).shared(shared).cluster(blocks);
         self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
     }
@@ -134,7 +148,7 @@ mod tests {
     #[test]
     fn rows_are_shared_out_to_blocks_that_hold_them() {
         let of = |n| {
-            let b = Blocks::of(&Limits::H100, n);
+            let b = Blocks::of(&Limits::H100, 8, n);
             assert!(b.span.is_multiple_of(64) && b.span * b.blocks >= n);
             (b.blocks, b.cached)
         };
@@ -144,10 +158,19 @@ mod tests {
         assert_eq!(of(131_072), (4, true));
         assert_eq!(of(262_144), (8, true));
         assert_eq!(of(262_145), (8, false));
+        // Many rows: as many clusters as run at once, then a block a row.
+        let many = |rows, n| {
+            let b = Blocks::of(&Limits::H100, rows, n);
+            (b.blocks, b.cached)
+        };
+        assert_eq!(many(512, 32_768), (1, true));
+        assert_eq!(many(33, 131_072), (4, true));
+        assert_eq!(many(34, 131_072), (1, false));
+        assert_eq!(many(256, 300_000), (1, false));
         // Without clusters; and with little shared memory.
         let alone = Limits { cluster: 1, shared: 163 << 10, ..Limits::H100 };
-        assert_eq!(Blocks::of(&alone, 20_000), Blocks { blocks: 1, span: 20_032, cached: true });
-        assert!(!Blocks::of(&alone, 20_481).cached);
-        assert!(!Blocks::of(&Limits { shared: 99 << 10, ..alone }, 8193).cached);
+        assert_eq!(Blocks::of(&alone, 8, 20_000), Blocks { blocks: 1, span: 20_032, cached: true });
+        assert!(!Blocks::of(&alone, 8, 20_481).cached);
+        assert!(!Blocks::of(&Limits { shared: 99 << 10, ..alone }, 8, 8193).cached);
     }
 }
