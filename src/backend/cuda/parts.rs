@@ -20,6 +20,8 @@ const FEW_PAIRS: usize = 16;
 /// Pairs from which clusters read lists of any length; tiles of a warp up to which they do for fewer.
 const ENOUGH_PAIRS: usize = 8;
 const MANY_TILES: usize = 3;
+/// Blocks of a cluster from which on narrow ones read several rounds.
+const MANY_BLOCKS: usize = 6;
 /// Tiles of a warp up to which one block reads a list where many pairs are read.
 const SHORT_TILES: usize = 3;
 
@@ -103,7 +105,10 @@ pub(super) fn together(
     }
     let most = l.cluster.min(l.sms / pairs).min(keys.div_ceil(round(1)));
     for blocks in (2..=most).rev() {
-        let cluster = Cluster { blocks, times: if keys <= blocks * round(1) { 1 } else { wide } };
+        // Narrow ones for few rounds: of many blocks only each has so few.
+        let rounds = if blocks < MANY_BLOCKS { 1 } else { blocks - 1 };
+        let few = keys <= blocks * round(1) * rounds;
+        let cluster = Cluster { blocks, times: if few { 1 } else { wide } };
         if resident(cluster)? >= pairs {
             return Ok(Some(cluster));
         }
@@ -146,9 +151,10 @@ mod tests {
             found.map(|c| (c.blocks, c.times))
         };
         assert_eq!(of(8, 327), Some((6, 1)));
-        assert_eq!(of(8, 1024), Some((8, 2)));
+        assert_eq!(of(8, 1024), Some((8, 1)));
+        assert_eq!(of(8, 3276), Some((8, 1)));
         assert_eq!(of(8, 13_107), Some((8, 2)));
-        assert_eq!(of(16, 2048), Some((8, 2)));
+        assert_eq!(of(16, 2048), Some((8, 1)));
         assert_eq!(of(32, 327), Some((4, 2)));
         assert_eq!(of(64, 327), Some((1, 2)));
         assert_eq!(of(64, 1024), Some((2, 2)));
@@ -164,7 +170,7 @@ mod tests {
         assert_eq!(of(160, 3276), None);
         assert_eq!(of(512, 3276), None);
         // Few pairs with long lists are shared out to all multiprocessors.
-        assert_eq!(of(2, 3000), Some((8, 2)));
+        assert_eq!(of(2, 3000), Some((8, 1)));
         assert_eq!(of(2, 13_107), None);
         assert_eq!(of(0, 10), None);
         let none = Limits { cluster: 1, ..Limits::H100 };

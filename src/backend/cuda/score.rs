@@ -173,11 +173,13 @@ impl CudaBackend {
     fn score_shape(&self, kernel: &Kernel, [keys, parts, n]: [usize; 3]) -> Shape {
         const BLOCK: usize = 128;
         const MOST_TILES: usize = 16;
-        // All blocks at once where that leaves each a few tiles; more tiles a block would leave the last ones waiting.
+        // All blocks at once where that leaves each a few tiles, which they take in turn; more tiles a block would leave
+        // the last ones waiting.
         let resident = self.limits.sms * kernel.resident;
         let tiles = keys.div_ceil(BLOCK / 4 * kernel.rows);
-        let each = (tiles * parts * n).div_ceil(resident).clamp(1, MOST_TILES);
-        let blocks = tiles.div_ceil(each);
+        let at_once = resident / (parts * n).max(1);
+        let blocks = if at_once * MOST_TILES > tiles { at_once } else { tiles.div_ceil(MOST_TILES) };
+        let blocks = blocks.clamp(1, tiles.max(1));
         Shape::new([blocks, parts, n], BLOCK)
     }
 

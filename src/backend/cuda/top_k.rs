@@ -31,7 +31,7 @@ struct TopKArgs {
     room: u32,
 }
 
-// Constants of `digits.cuh` and `top_k.cu`.
+// Constants of `digits.cuh` and `candidates.cuh`.
 const THREADS: usize = 1024;
 /// Bytes of four histograms of 2048 bins.
 const HISTOGRAMS: usize = 4 * 2048 * 4;
@@ -48,7 +48,7 @@ const DECLARED: usize = 1024;
 const CANDIDATE: usize = 8;
 
 /// How a row is shared out.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Blocks {
     blocks: usize,
     /// Scores of a block.
@@ -58,21 +58,54 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// For `rows` rows of `n` scores.
-    fn of(l: &Limits, rows: usize, n: usize) -> Self {
+    fn new(n: usize, blocks: usize, cached: bool) -> Self {
+        Blocks { blocks, span: n.div_ceil(blocks).next_multiple_of(64), cached }
+    }
+
+    /// For `rows` rows of `n` scores; `resident` says how many rows are worked on at once.
+    fn of(
+        l: &Limits,
+        (rows, n): (usize, usize),
+        mut resident: impl FnMut(Blocks) -> Result<usize>,
+    ) -> Result<Self> {
         let room = l.shared.saturating_sub(HISTOGRAMS + DECLARED) / (SCORE + ENTRY);
         let most = (room / ROUND * ROUND).min(TILE);
         let fewest = if most == 0 { usize::MAX } else { n.div_ceil(most) };
-        // More clusters than run at once take longer than blocks that each read a row alone.
-        let at_once = fewest == 1 || rows.saturating_mul(fewest) <= l.sms;
-        let (blocks, cached) = match fewest <= l.cluster {
-            // As few as hold the row: blocks of a cluster wait for each other after every histogram, which takes longer
-            // than what one of them has to do (8 rows of 32,768 scores on an H100: 8 us, 13 with two blocks each).
-            true if at_once => (fewest, true),
-            true => (1, false),
-            false => (if rows * l.cluster <= l.sms { l.cluster } else { 1 }, false),
-        };
-        Blocks { blocks, span: n.div_ceil(blocks).next_multiple_of(64), cached }
+        // As few as hold the row: blocks of a cluster wait for each other after every histogram, which takes longer than
+        // what one of them has to do (8 rows of 32,768 scores on an H100: 8 us, 13 with two blocks each).
+        if fewest <= l.cluster {
+            let held = Blocks::new(n, fewest, true);
+            if fewest == 1 || resident(held)? >= rows {
+                return Ok(held);
+            }
+        }
+        // More clusters than run at once take longer than blocks that stream more of a row each.
+        for blocks in (2..=l.cluster.min(fewest)).rev() {
+            let streamed = Blocks::new(n, blocks, false);
+            if resident(streamed)? >= rows {
+                return Ok(streamed);
+            }
+        }
+        Ok(Blocks::new(n, 1, false))
+    }
+
+    fn entry(self) -> String {
+        let kind = if self.cached { "cached" } else { "streamed" };
+        format!("top_k_{kind}{}", if self.blocks > 1 { "_cluster" } else { "" })
+    }
+
+    /// What shared memory holds beside the histograms: all scores and lists, or candidates, else lists of a tile.
+    fn own(self, l: &Limits) -> usize {
+        match self.cached {
+            true => self.span.next_multiple_of(ROUND) * (SCORE + ENTRY),
+            false => l.shared.saturating_sub(HISTOGRAMS + DECLARED).max(TILE * ENTRY),
+        }
+    }
+
+    /// The launch over `rows` rows of each of `n` sequences.
+    fn shape(self, l: &Limits, rows: usize, n: usize) -> Shape {
+        let shape = Shape::new([self.blocks, rows, n], THREADS);
+        shape.shared(HISTOGRAMS + self.own(l)).cluster(self.blocks)
     }
 }
 
@@ -83,7 +116,11 @@ impl CudaBackend {
         p.check()?;
         let n = p.among.map_or(p.seqs.max_kv.div_ceil(p.unit), |a| a.k).max(1);
         let rows = p.rows_per_seq * p.seqs.n;
-        let Blocks { blocks, span, cached } = Blocks::of(&self.limits, rows, n);
+        let l = &self.limits;
+        let of = Blocks::of(l, (rows, n), |b| {
+            self.clusters(OP, &b.entry(), b.shape(l, p.rows_per_seq, p.seqs.n))
+        })?;
+        let Blocks { blocks, span, cached } = of;
         let scores = self.ptr(OP, p.scores)?;
         if !scores.is_multiple_of(16) {
             return Err(self.unsupported(OP, "scores that do not begin at 16 bytes".into()));
@@ -92,12 +129,7 @@ impl CudaBackend {
             true => None,
             false => Some(self.scratch(rows * blocks * span.div_ceil(TILE) * THREADS * 4)?),
         };
-        let (kept, listed) = if cached { (span.next_multiple_of(ROUND), 0) } else { (0, TILE) };
-        let shared = HISTOGRAMS + kept * (SCORE + ENTRY) + listed * ENTRY;
-        let room = match cached {
-            true => 0,
-            false => self.limits.shared.saturating_sub(shared + DECLARED) / CANDIDATE,
-        };
+        let room = if cached { 0 } else { of.own(l) / CANDIDATE };
         let args = TopKArgs {
             scores,
             seqs: self.seqs(OP, &p.seqs)?,
@@ -118,12 +150,8 @@ impl CudaBackend {
             recent: forced.map_or(0, |f| f.recent.min(p.seqs.max_kv) as u32),
             room: word(OP, "candidates in shared memory", room)?,
         };
-        let kind = if cached { "cached" } else { "streamed" };
-        let cluster = if blocks > 1 { "_cluster" } else { "" };
-        let grid = [blocks, p.rows_per_seq, p.seqs.n];
-        let shared = shared + room * CANDIDATE;
-        let shape = Shape::new(grid, THREADS).shared(shared).cluster(blocks);
-        self.launch(OP, &format!("top_k_{kind}{cluster}"), shape, Args::new().with(args))
+        let shape = of.shape(l, p.rows_per_seq, p.seqs.n);
+        self.launch(OP, &of.entry(), shape, Args::new().with(args))
     }
 }
 
@@ -147,30 +175,30 @@ mod tests {
 
     #[test]
     fn rows_are_shared_out_to_blocks_that_hold_them() {
-        let of = |n| {
-            let b = Blocks::of(&Limits::H100, 8, n);
+        // Seven groups of 18 multiprocessors and one of 6.
+        let resident = |b: Blocks| Ok(7 * (18 / b.blocks) + 6 / b.blocks);
+        let of = |l: &Limits, rows, n| {
+            let b = Blocks::of(l, (rows, n), resident).unwrap();
             assert!(b.span.is_multiple_of(64) && b.span * b.blocks >= n);
+            assert!(b.shape(l, 1, 1).shared + DECLARED <= l.shared || !b.cached);
             (b.blocks, b.cached)
         };
-        assert_eq!(of(1), (1, true));
-        assert_eq!(of(32_768), (1, true));
-        assert_eq!(of(32_769), (2, true));
-        assert_eq!(of(131_072), (4, true));
-        assert_eq!(of(262_144), (8, true));
-        assert_eq!(of(262_145), (8, false));
-        // Many rows: as many clusters as run at once, then a block a row.
-        let many = |rows, n| {
-            let b = Blocks::of(&Limits::H100, rows, n);
-            (b.blocks, b.cached)
-        };
-        assert_eq!(many(512, 32_768), (1, true));
-        assert_eq!(many(33, 131_072), (4, true));
-        assert_eq!(many(34, 131_072), (1, false));
-        assert_eq!(many(256, 300_000), (1, false));
+        let h100 = |rows, n| of(&Limits::H100, rows, n);
+        assert_eq!(h100(8, 1), (1, true));
+        assert_eq!(h100(512, 32_768), (1, true));
+        assert_eq!(h100(8, 32_769), (2, true));
+        assert_eq!(h100(8, 131_072), (4, true));
+        assert_eq!(h100(8, 262_144), (8, true));
+        assert_eq!(h100(8, 262_145), (8, false));
+        // Many rows: as many blocks as run at once.
+        assert_eq!(h100(66, 65_536), (2, true));
+        assert_eq!(h100(32, 131_072), (3, false));
+        assert_eq!(h100(64, 131_072), (2, false));
+        assert_eq!(h100(256, 131_072), (1, false));
         // Without clusters; and with little shared memory.
         let alone = Limits { cluster: 1, shared: 163 << 10, ..Limits::H100 };
-        assert_eq!(Blocks::of(&alone, 8, 20_000), Blocks { blocks: 1, span: 20_032, cached: true });
-        assert!(!Blocks::of(&alone, 8, 20_481).cached);
-        assert!(!Blocks::of(&Limits { shared: 99 << 10, ..alone }, 8, 8193).cached);
+        assert_eq!(of(&alone, 8, 20_000), (1, true));
+        assert_eq!(of(&alone, 8, 20_481), (1, false));
+        assert_eq!(of(&Limits { shared: 99 << 10, ..alone }, 8, 8193), (1, false));
     }
 }
