@@ -3,7 +3,8 @@
 // out_j = log sum_h exp(s_{h,j} - lse_h); or as they are: MaxLogit: max_h s_{h,j}, SumLogit: sum_h s_{h,j}.
 //
 // Plan: two kernels. `pool_lse` (softmax modes only): a CTA per (CHUNK scores, head, sequence) leaves their maximum and
-// sum; `pool_scores`: grid (token blocks, output rows, sequences) joins those of its heads and pools.
+// sum, in powers of two; `pool_scores`: grid (token blocks, output rows, sequences) joins those of its heads and pools,
+// four tokens a thread.
 // Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
 #include "paged.cuh"
 
@@ -16,45 +17,70 @@ DEVICE u32 row_length(const Seq& seq, const u32* lengths, u64 stride, u32 s, u32
     return lengths ? (u32)min((u64)lengths[s * rows + row], stride) : seq.kv_len;
 }
 
-// parts: [sequences, heads, chunks] of (maximum, sum of exp(s - maximum)).
+// Scores [j, j + 4) of a row, j a multiple of 4; -infinity from `n` on, which a row's stride has room behind.
+DEVICE float4 four(const float* row, u32 j, u32 n) {
+    float4 v = make_float4(NEG_INF, NEG_INF, NEG_INF, NEG_INF);
+    if (j < n) v = *(const float4*)(row + j);
+    if (j + 1 >= n) v.y = NEG_INF;
+    if (j + 2 >= n) v.z = NEG_INF;
+    if (j + 3 >= n) v.w = NEG_INF;
+    return v;
+}
+
+// A sum of powers of two, as the largest exponent and the sum over its power.
+struct Powers {
+    float top = NEG_INF, sum = 0.0f;
+    DEVICE void add(float x, float times = 1.0f) {
+        float d = x - top, e = x == NEG_INF ? 0.0f : exp2_fast(-fabsf(d));
+        if (d > 0.0f) sum = fmaf(sum, e, times), top = x;
+        else sum = fmaf(times, e, sum);
+    }
+    DEVICE float log() const { return top == NEG_INF ? NEG_INF : (top + log2f(sum)) * LN2; }
+    DEVICE void join_warp() {
+        float all = warp_max(top);
+        sum = warp_sum(top == NEG_INF ? 0.0f : sum * exp2_fast(top - all));
+        top = all;
+    }
+};
+
+// parts: [sequences, heads, chunks] of the sum of a chunk's exponentials.
 extern "C" __global__ void __launch_bounds__(THREADS) pool_lse(const float* scores, Seqs seqs, float2* parts,
                                                                u32 heads, u64 stride, const u32* lengths, u32 rows) {
     depend();
     __shared__ float tops[THREADS / 32], scratch[33];
     Seq seq = seqs.get(blockIdx.z);
     u32 n = row_length(seq, lengths, stride, blockIdx.z, rows, blockIdx.y / (heads / rows));
-    u32 lane = threadIdx.x & 31, first = blockIdx.x * CHUNK;
-    const float* row = scores + ((u64)blockIdx.z * heads + blockIdx.y) * stride + first;
-    float v[CHUNK / THREADS], top = NEG_INF, sum = 0.0f;
+    const float* row = scores + ((u64)blockIdx.z * heads + blockIdx.y) * stride;
+    const u32 EACH = CHUNK / THREADS / 4;
+    float4 v[EACH];
+    float top = NEG_INF, sum = 0.0f;
 #pragma unroll
-    for (u32 i = 0; i < CHUNK / THREADS; i++) {
-        u32 j = i * THREADS + threadIdx.x;
-        v[i] = first + j < n ? row[j] : NEG_INF;
-        top = fmaxf(top, v[i]);
+    for (u32 i = 0; i < EACH; i++) {
+        v[i] = four(row, blockIdx.x * CHUNK + (i * THREADS + threadIdx.x) * 4, n);
+        top = fmaxf(top, fmaxf(fmaxf(v[i].x, v[i].y), fmaxf(v[i].z, v[i].w)));
     }
-    top = warp_max(top);
-    if (lane == 0) tops[threadIdx.x >> 5] = top;
-    __syncthreads();
-    top = warp_max(lane < THREADS / 32 ? tops[lane] : NEG_INF);
+    top = block_max(top, tops) * LOG2E;
     float shift = top == NEG_INF ? 0.0f : top;
 #pragma unroll
-    for (u32 i = 0; i < CHUNK / THREADS; i++) sum += expf(v[i] - shift);
+    for (u32 i = 0; i < EACH; i++) {
+        sum += exp2_fast(fmaf(v[i].x, LOG2E, -shift)) + exp2_fast(fmaf(v[i].y, LOG2E, -shift));
+        sum += exp2_fast(fmaf(v[i].z, LOG2E, -shift)) + exp2_fast(fmaf(v[i].w, LOG2E, -shift));
+    }
     sum = block_sum(sum, scratch);
     if (threadIdx.x == 0)
         parts[((u64)blockIdx.z * heads + blockIdx.y) * gridDim.x + blockIdx.x] = make_float2(top, sum);
 }
 
-// Log-sum-exp of a row from its parts, by a warp: 0 for a row of -infinity throughout, which so stays what it is when
+// Log2-sum-exp of a row from its parts, by a warp: 0 for a row of -infinity throughout, which so stays what it is when
 // the result is taken off.
 DEVICE float join_lse(const float2* parts, u32 n) {
-    u32 lane = threadIdx.x & 31;
-    float top = NEG_INF, sum = 0.0f;
-    for (u32 i = lane; i < n; i += 32) top = fmaxf(top, parts[i].x);
-    top = warp_max(top);
-    float shift = top == NEG_INF ? 0.0f : top;
-    for (u32 i = lane; i < n; i += 32) sum += expf(parts[i].x - shift) * parts[i].y;
-    sum = warp_sum(sum);
-    return sum > 0.0f ? shift + logf(sum) : 0.0f;
+    Powers all;
+    for (u32 i = threadIdx.x & 31; i < n; i += 32) {
+        float2 part = parts[i];
+        all.add(part.x, part.y);
+    }
+    all.join_warp();
+    return all.sum > 0.0f ? all.top + log2f(all.sum) : 0.0f;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) pool_scores(const float* scores, Seqs seqs, const float2* parts,
@@ -74,23 +100,35 @@ extern "C" __global__ void __launch_bounds__(THREADS) pool_scores(const float* s
         __syncthreads();
     }
     float* dst = out + ((u64)blockIdx.z * rows + row) * stride;
-    for (u32 j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {
-        float top = NEG_INF, sum = 0.0f;
+    for (u32 j = (blockIdx.x * THREADS + threadIdx.x) * 4; j < n; j += gridDim.x * THREADS * 4) {
+        float pooled[4];
         if (!parts) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) pooled[i] = sums ? 0.0f : NEG_INF;
             for (u32 h = 0; h < g; h++) {
-                float s = scores[(first + h) * stride + j];
-                top = fmaxf(top, s);
-                sum += s;
+                float4 s = four(scores + (first + h) * stride, j, n);
+                const float x[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) pooled[i] = sums ? pooled[i] + x[i] : fmaxf(pooled[i], x[i]);
             }
-            dst[j] = sums ? sum : top;
-            continue;
+        } else {
+            Powers all[4];
+#pragma unroll 4
+            for (u32 h = 0; h < g; h++) {
+                float4 s = four(scores + (first + h) * stride, j, n);
+                const float x[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    float y = fmaf(x[i], LOG2E, -lse[h]);
+                    if (sums) all[i].add(y);
+                    else all[i].top = fmaxf(all[i].top, y), all[i].sum = 1.0f;
+                }
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) pooled[i] = all[i].log();
         }
-        for (u32 h = 0; h < g; h++) top = fmaxf(top, scores[(first + h) * stride + j] - lse[h]);
-        if (sums && top != NEG_INF) {
-            for (u32 h = 0; h < g; h++)
-                sum += expf(scores[(first + h) * stride + j] - lse[h] - top);
-            top += logf(sum);
-        }
-        dst[j] = top;
+        if (j + 4 <= n) *(float4*)(dst + j) = make_float4(pooled[0], pooled[1], pooled[2], pooled[3]);
+        else
+            for (u32 i = 0; j + i < n; i++) dst[j + i] = pooled[i];
     }
 }
