@@ -1,6 +1,6 @@
 // rebuild_slice: rewrites the columns of the compact slice that select_dims marked as changed.
 //
-// Plan: grid (pages, KV heads, sequences); a CTA whose mask is empty returns at once, others walk
+// Plan: grid (walkers over the pages, KV heads, sequences); a CTA whose mask is empty returns at once, others walk
 // (token, changed column) pairs with columns fastest. Bytes: kv_len * changed * kv, read and written
 // (reads cost a sector of 32 bytes each unless columns neighbour).
 #include "paged.cuh"

@@ -118,6 +118,8 @@ struct QuantiseArgs {
     slots: u32,
 }
 
+/// Blocks of 256 threads on a multiprocessor.
+const RESIDENT: usize = 8;
 /// Blocks of a (KV head, sequence) that bring keys up to date; most steps bring one.
 const WALKERS: usize = 64;
 
@@ -238,7 +240,11 @@ impl CudaBackend {
             n_dims: word(OP, "n_dims", p.slice.n_dims)?,
             capacity: word(OP, "capacity", p.slice.capacity)?,
         };
-        let grid = [p.seqs.max_kv.div_ceil(PAGE), p.cache.kv_heads, p.seqs.n];
+        // As many as run at once walk over the pages: in most steps nothing has changed, and every block that only finds
+        // that out takes its time to start.
+        let (pages, kv_heads, n) = (p.seqs.max_kv.div_ceil(PAGE), p.cache.kv_heads, p.seqs.n);
+        let walkers = (RESIDENT * self.limits.sms).div_ceil((kv_heads * n).max(1)).min(pages);
+        let grid = [walkers, kv_heads, n];
         let entry = format!("rebuild_slice_{}", p.cache.k.dtype());
         self.launch(OP, &entry, Shape::new(grid, 256), Args::new().with(args))
     }
