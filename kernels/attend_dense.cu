@@ -52,7 +52,6 @@ struct DensePairs {
 struct Logits {
     const AttendArgs& a;
     u32 pair;
-    DEVICE static float finite(float x) { return fabsf(x) < POS_INF ? x : NEG_INF; }
     DEVICE float join(float x, float y) const { return a.pool_mode == POOL_SUM ? x + y : fmaxf(x, y); }
     DEVICE void operator()(u32 first, u32 valid, const float (&s)[2][4]) const {
         u32 lane = threadIdx.x & 31, g = a.heads / a.pool.kv_heads, key = (lane & 3) * 2;

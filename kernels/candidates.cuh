@@ -81,7 +81,6 @@ template <bool CLUSTER, bool CACHED> struct Select : Digits<CLUSTER> {
 
     DEVICE u32 warp_at(u32 tile) const { return ((threadIdx.x >> 5) * tiles + tile) * chunks * CHUNK; }
     DEVICE u32 four_at(u32 tile, u32 j) const { return warp_at(tile) + j * CHUNK + (threadIdx.x & 31) * 4; }
-
     DEVICE u32 half_at(u32 half, u32 j) const { return four_at(half / 2, half % 2 * (CHUNKS / 2) + j); }
 
     // Takes a bit for each of the thread's fours, chunk by chunk.

@@ -9,6 +9,8 @@
 #define POOL_NONE 0u
 #define POOL_SUM 1u
 #define POOL_MAX 2u
+// A score that is not finite is never taken by top_k.
+DEVICE float finite(float x) { return fabsf(x) < POS_INF ? x : NEG_INF; }
 
 // One sequence's record (src/backend/ops/kv.rs, `Meta`).
 struct Seq {

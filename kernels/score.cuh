@@ -193,7 +193,7 @@ DEVICE void score(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& key
             u32 t = t0 + first_row + 8 * sub;
             if (sub >= ROWS || t >= count) continue;
             if (SCALED) mine *= row_scale;
-            if (!(fabsf(mine) < POS_INF) || !keys.cached(keys.token(t))) mine = NEG_INF;  // never taken by top_k
+            if (!(fabsf(mine) < POS_INF) || !keys.cached(keys.token(t))) mine = NEG_INF;  // see `finite`
             best = fmaxf(best, mine);
             if (a.pool_mode == POOL_NONE) a.scores[(out_row + h) * a.stride + t] = mine;
         }

@@ -32,9 +32,6 @@ DEVICE void operand(const Raw8<i8>& r, u32 (&x)[4]) {
 
 // Largest magnitude of a head's query below 2^result.
 DEVICE int exponent_above(float x) { return x > 0.0f && x < POS_INF ? ilogbf(x) + 1 : 0; }
-// A score that is not finite is never taken by top_k.
-DEVICE float finite(float x) { return fabsf(x) < POS_INF ? x : NEG_INF; }
-
 // How the heads' logits of a row become one score.
 struct Sum {
     DEVICE float none() const { return 0.0f; }
@@ -93,7 +90,7 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     u32 there;  // a bit a row
     auto fetch = [&](u32 t0) {
         there = ~0u;
-        if (Keys::in_order) {
+        if constexpr (Keys::in_order) {
             // A warp's tokens lie in one page; past the end of a slice's slot the last of its tokens again. What is read
             // past the sequence's end is not written.
             u32 first = t0 + warp * 8 * ROWS, last = SLOTTED ? a.capacity - 1 : ~0u;
@@ -111,18 +108,18 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
                     raw[r][c] = load_chunk<K, SOURCE>(a, (slot * a.capacity + row) * a.width, row, c * 32 + sub * 8,
                                                       nullptr, nullptr);
             }
-            return;
-        }
+        } else {
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            // Past the end the last one again; its scores are not written.
-            u32 t = keys.token(min(t0 + warp * 8 * ROWS + (lane >> 2) + 8 * r, count - 1));
-            bool ok = keys.cached(t);
-            if (!ok) there &= ~(1u << r);
-            u32 row = a.pool.row(seq, kvh, ok ? t : 0);
+            for (int r = 0; r < ROWS; r++) {
+                // Past the end the last one again; its scores are not written.
+                u32 t = keys.token(min(t0 + warp * 8 * ROWS + (lane >> 2) + 8 * r, count - 1));
+                bool ok = keys.cached(t);
+                if (!ok) there &= ~(1u << r);
+                u32 row = a.pool.row(seq, kvh, ok ? t : 0);
 #pragma unroll
-            for (int c = 0; c < NC; c++)
-                raw[r][c] = load_chunk<K, SOURCE>(a, (u64)row * a.width, row, c * 32 + sub * 8, nullptr, nullptr);
+                for (int c = 0; c < NC; c++)
+                    raw[r][c] = load_chunk<K, SOURCE>(a, (u64)row * a.width, row, c * 32 + sub * 8, nullptr, nullptr);
+            }
         }
     };
     // The first keys come while the query is prepared.

@@ -133,7 +133,7 @@ options! {
     reuse, "reuse": usize = whole("STEPS"), chooses;
     /// Bits of a number in the slice of double-sparsity: 4, 8, or 16 for those of the cache [default: 16]
     slice_bits, "slice-bits": usize = whole("BITS"), has_labels;
-    /// How anchors score tokens: exact, sorted, int8, dims, blocks [default: exact]
+    /// How anchors behind the first score tokens: exact, sorted, int8, dims, blocks [default: exact]
     scorer, "scorer": AnchorScorer = parse_name("SCORER"), hands_down;
     /// Of the budget, tokens of the blocks that the query chooses, forced ones included; the others are chosen by the
     /// content importance of their tokens [default: as the model was trained; NOSA-8B: 41 blocks of 96]
