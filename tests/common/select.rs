@@ -83,9 +83,11 @@ fn select_then(
     };
     let shape = LayerShape { plain_dim, ..l.shape() };
     let importance = (plain_dim < head_dim).then(TrainedBlocks::default);
-    let windows = &[None];
+    let windows = &[None; 14];
     let model = ModelShape { model: "m", windows, heads: query, kv_heads, head_dim, importance };
-    let plan = &spec.plan(&model, 4096).unwrap().layers[0];
+    // The last: a method's first anchor keeps to exact scores.
+    let layers = spec.plan(&model, 4096).unwrap().layers;
+    let plan = layers.iter().rfind(|l| l.selects()).expect("a layer that selects");
     let profile = profile::random(1, kv_heads, head_dim);
     let given = Given { profile: Some(&profile), ..Given::default() };
     let mut selector = build(&*l.dev, &shape, plan, given).unwrap().expect("a sparse layer");
