@@ -297,32 +297,28 @@ DEVICE void join(const AttendArgs& a, const Seq& seq, const Heads& heads, const 
 // Merges what the blocks of a cluster found of a pair, in their order.
 template <class T, int D>
 DEVICE void join_cluster(const AttendArgs& a, const Seq& seq, const Heads& heads, const Found<D>& f) {
-    const u32 blocks = cluster_size(), AHEAD = 8;
+    const u32 blocks = cluster_size();
     u64 first = (u64)seq.q_start * a.heads + heads.head0;
     cluster_sync();
     for (u32 i = threadIdx.x * blocks + cluster_rank(); i < heads.g * D / 4; i += blockDim.x * blocks) {
         u32 h = i * 4 / D;
-        float top = NEG_INF, sum = 0.0f, acc[4] = {};
-        for (u32 b0 = 0; b0 < blocks; b0 += AHEAD) {
-            float tops[AHEAD], sums[AHEAD], best = top;
-            float4 x[AHEAD];
+        float tops[MAX_CLUSTER], sums[MAX_CLUSTER], top = NEG_INF, sum = 0.0f, acc[4] = {};
+        float4 x[MAX_CLUSTER];
 #pragma unroll
-            for (u32 r = 0; r < AHEAD; r++) {
-                u32 from = min(b0 + r, blocks - 1);
-                tops[r] = remote_float(f.tops + h, from), sums[r] = remote_float(f.sums + h, from);
-                x[r] = remote_float4((const float4*)f.acc + i, from);
-                if (b0 + r >= blocks) tops[r] = NEG_INF;
-                best = fmaxf(best, tops[r]);
-            }
-            float shift = best == NEG_INF ? 0.0f : best, fix = exp2_fast(top - shift);
-            sum *= fix, acc[0] *= fix, acc[1] *= fix, acc[2] *= fix, acc[3] *= fix, top = best;
+        for (u32 r = 0; r < MAX_CLUSTER; r++) {
+            u32 from = min(r, blocks - 1);
+            tops[r] = remote_float(f.tops + h, from), sums[r] = remote_float(f.sums + h, from);
+            x[r] = remote_float4((const float4*)f.acc + i, from);
+            if (r >= blocks) tops[r] = NEG_INF;
+            top = fmaxf(top, tops[r]);
+        }
+        float shift = top == NEG_INF ? 0.0f : top;
 #pragma unroll
-            for (u32 r = 0; r < AHEAD; r++) {
-                float w = exp2_fast(tops[r] - shift);
-                sum = fmaf(w, sums[r], sum);
-                acc[0] = fmaf(w, x[r].x, acc[0]), acc[1] = fmaf(w, x[r].y, acc[1]);
-                acc[2] = fmaf(w, x[r].z, acc[2]), acc[3] = fmaf(w, x[r].w, acc[3]);
-            }
+        for (u32 r = 0; r < MAX_CLUSTER; r++) {
+            float w = exp2_fast(tops[r] - shift);
+            sum = fmaf(w, sums[r], sum);
+            acc[0] = fmaf(w, x[r].x, acc[0]), acc[1] = fmaf(w, x[r].y, acc[1]);
+            acc[2] = fmaf(w, x[r].z, acc[2]), acc[3] = fmaf(w, x[r].w, acc[3]);
         }
 #pragma unroll
         for (int e = 0; e < 4; e++) put<T>(a, first + h, i * 4 % D + e, D, acc[e], top, sum);

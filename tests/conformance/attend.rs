@@ -189,11 +189,11 @@ fn dense(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Dense) -> Outcome 
     // Without splits lse is optional: one batch in three asks for none.
     let lse = (c.splits > 1 || b.n() != 3).then_some(&lse);
     let (window, splits) = (c.window, c.splits);
-    let kept = c.logits.map(|pool| (pool, if pool.in_score() { kv_heads } else { heads }));
-    let scores =
-        kept.map(|(_, rows)| rig.output(DType::F32, b.n() * rows * b.stride())).transpose()?;
-    let logits = kept.zip(scores.as_ref());
-    let logits = logits.map(|((pool, _), scores)| Logits { scores, stride: b.stride(), pool });
+    let stride = b.stride();
+    let room = |pool: HeadPool| b.n() * pool.lists(heads, kv_heads) * stride;
+    let scores = c.logits.map(|pool| rig.output(DType::F32, room(pool))).transpose()?;
+    let logits = c.logits.zip(scores.as_ref());
+    let logits = logits.map(|(pool, scores)| Logits { scores, stride, pool });
     let p = AttendDense {
         q: &q,
         seqs,

@@ -178,9 +178,7 @@ impl CudaBackend {
         let resident = self.limits.sms * kernel.resident;
         let tiles = keys.div_ceil(BLOCK / 4 * kernel.rows);
         let at_once = resident / (parts * n).max(1);
-        let blocks =
-            if at_once * MOST_TILES > tiles { at_once } else { tiles.div_ceil(MOST_TILES) };
-        let blocks = blocks.clamp(1, tiles.max(1));
+        let blocks = at_once.max(tiles.div_ceil(MOST_TILES)).clamp(1, tiles.max(1));
         Shape::new([blocks, parts, n], BLOCK)
     }
 

@@ -86,8 +86,8 @@ impl<'a> AttendDense<'a> {
         ensure(OP, self.window.is_none(), || "logits of a window".into())?;
         let whole = 1.0 / (d as f32).sqrt();
         ensure(OP, self.scale == whole, || format!("logits at a scale of {}", self.scale))?;
-        let outs = [("out", self.out), ("lse", self.lse.unwrap_or(self.out))];
-        apart(OP, &[("logits", scoring.scores)], &[outs[0], outs[1], v])?;
+        let lse = ("lse", self.lse.unwrap_or(self.out));
+        apart(OP, &[("logits", scoring.scores)], &[("out", self.out), lse, v])?;
         scoring.check()
     }
 }
