@@ -316,7 +316,7 @@ fn the_program_calibrates_and_runs_the_plan() {
     let first = command(&["--anchors", "1", "--report", &report]);
     let done = home.run(&words_of(&first));
     assert_eq!(done.code, Some(0), "{done:?}");
-    assert!(done.out.contains("1 anchors from 3 pieces: 0"), "{}", done.out);
+    assert!(done.out.contains("1 anchors of 2 layers, from 3 pieces: 0"), "{}", done.out);
     assert!(home.path("k.json.state").exists() && home.path("report.json").exists());
     let read = || std::fs::read(home.path("k.json")).unwrap();
     let before = read();

@@ -13,7 +13,8 @@ pub fn open_all() -> Vec<(String, Result<Arc<dyn Backend>>)> {
 /// Opens a device.
 ///
 /// `selector`: `cpu`, `wgpu`, `wgpu:<part of the adapter's name>`, `cuda`, `cuda:<ordinal>`, or `auto`: CUDA
-/// where it works, else a wgpu adapter that is not a software renderer, else the CPU.
+/// where it works, else a wgpu adapter that is not a software renderer, else the CPU. The case of letters does not
+/// matter.
 ///
 /// # Errors
 /// [`BackendError::Unavailable`] when the device or its driver is missing, or the selector is not one of these.
@@ -22,7 +23,7 @@ pub fn open(selector: &str) -> Result<Arc<dyn Backend>> {
         Some((kind, rest)) => (kind, Some(rest)),
         None => (selector, None),
     };
-    match (kind, rest) {
+    match (&*kind.to_ascii_lowercase(), rest) {
         ("auto", None) => auto(),
         ("cpu", None) => cpu(),
         ("wgpu", name) => wgpu(name),

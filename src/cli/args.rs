@@ -1,5 +1,6 @@
 //! Options shared by commands.
 
+use super::progress::build_progress;
 use super::ui;
 use crate::backend::DType;
 use crate::engine::{AuditConfig, Engine, EngineBuilder, Progress, Sampling};
@@ -63,7 +64,7 @@ impl SizeArgs {
     /// # Errors
     /// A model that cannot be found, fetched or read.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        let progress = std::cell::RefCell::new(ui::build_progress());
+        let progress = std::cell::RefCell::new(build_progress());
         Ok(Checkpoint::named(&self.model, &|done, all| {
             (progress.borrow_mut())(Progress::Fetch(done, all));
         })?)
@@ -106,7 +107,7 @@ impl ModelArgs {
             .kv_dtype(self.size.kv_dtype)
             .context(self.size.ctx)
             .chunk(self.chunk)
-            .on_progress(ui::build_progress())
+            .on_progress(build_progress())
     }
 }
 

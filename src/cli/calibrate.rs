@@ -3,6 +3,7 @@
 use super::args::{Format, ModelArgs, at_least_one};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::{OutputFile, Written};
+use super::progress::Bar;
 use super::table::Table;
 use super::texts::{encoded, fits, state_of};
 use super::ui;
@@ -109,11 +110,11 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
         generated,
         ..Settings::of(&engine)
     };
-    let bar = ui::bar("calibrating", "tokens", 0);
+    let bar = Bar::new("calibrating", "tokens");
     let cancel = interrupt.arm();
-    let progress = |done, all| ui::go_on(&bar, &cancel, done, all);
+    let progress = |done, all| bar.go_on(&cancel, done, all);
     let found = gather(&mut engine, &texts, &settings, Some(&state), &progress);
-    bar.finish_and_clear();
+    bar.end();
     let statistics = match found {
         Err(CalibrateError::Engine(EngineError::Interrupted)) => {
             ui::note(match state.exists() {
@@ -145,6 +146,8 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Layers to an anchor where anchors are few (Kascade has 5 of 32).
+const LAYERS_AN_ANCHOR: usize = 6;
 /// Rows of the table of anchors beyond the chosen number.
 const MORE_ROWS: usize = 4;
 
@@ -176,6 +179,17 @@ fn tables(c: &Calibration, weighed: bool) -> String {
             format!("{:.4}", c.importance[b]),
         ]);
     }
-    let chosen = numbers(&c.anchors, " ");
-    format!("{worth}\n{} anchors from {} pieces: {chosen}\n\n{layers}", c.anchors.len(), c.texts)
+    let (chosen, n, of) = (numbers(&c.anchors, " "), c.anchors.len(), c.layers.len());
+    let few = of.div_ceil(LAYERS_AN_ANCHOR);
+    let saves_little = match c.table.get(few - 1) {
+        Some((_, share)) if 2 * n > of => format!(
+            "more than half of the layers choose their own tokens, which saves little time; --anchors {few} keeps {:.2} %\n",
+            100.0 * share
+        ),
+        _ => String::new(),
+    };
+    format!(
+        "{worth}\n{n} anchors of {of} layers, from {} pieces: {chosen}\n{saves_little}\n{layers}",
+        c.texts
+    )
 }

@@ -93,12 +93,18 @@ impl<const ALL: bool> FromArgMatches for Options<ALL> {
     }
 }
 
-/// Refuses an option that none of the methods, called `names`, reads.
+/// Refuses an option that none of the methods, called `names`, reads, and says which do.
 pub fn read_by_one(option: &str, methods: &[MethodSpec], names: &[&str]) -> Result<()> {
     if methods.iter().any(|m| m.variant.takes(option)) {
         return Ok(());
     }
-    bail!("--{option} changes nothing in {}; leave it out", names.join(", "))
+    let read_by = METHODS.iter().filter(|m| m.variant.takes(option)).map(|m| m.name);
+    let read_by: Vec<_> = read_by.collect();
+    bail!(
+        "--{option} changes nothing in {}; leave it out, or take a method that reads it: {}",
+        names.join(", "),
+        read_by.join(", ")
+    )
 }
 
 impl MethodOptions {

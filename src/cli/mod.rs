@@ -13,6 +13,7 @@ mod method_args;
 mod output;
 mod plan;
 mod plot;
+mod progress;
 mod run;
 mod statistics;
 mod sweep;

@@ -3,6 +3,7 @@
 use super::args::{AnswerArgs, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::method_args::MethodArgs;
+use super::progress::Bar;
 use super::statistics::{Answer, statistics, unaudited};
 use super::{texts, ui};
 use crate::engine::{Engine, Finish, Generation, Request};
@@ -145,13 +146,12 @@ fn prompt_tokens(
 
 /// Generates, showing prefill progress and, if `show`, the answer as it grows.
 pub fn answer(engine: &mut Engine, request: Request, show: bool) -> Result<Answer> {
-    let bar = ui::bar("reading", "tokens", 0);
+    let bar = Bar::new("reading", "tokens");
     let b = bar.clone();
     let mut generation: Generation<'_> = engine.generate(request)?.on_prefill(move |done, of| {
-        b.set_length(of as u64);
-        b.set_position(done as u64);
+        b.at(done as u64, of as u64);
         if done == of {
-            b.finish_and_clear();
+            b.end();
         }
     });
     let mut text = String::new();
@@ -167,7 +167,7 @@ pub fn answer(engine: &mut Engine, request: Request, show: bool) -> Result<Answe
     if show {
         writeln!(out)?;
     }
-    bar.finish_and_clear();
+    bar.end();
     let stats = generation.stats().cloned().unwrap_or_default();
     let audit = generation.audit();
     Ok(Answer { text, stats, audit })

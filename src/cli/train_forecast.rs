@@ -3,6 +3,7 @@
 use super::args::{Format, ModelArgs};
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::{OutputFile, Written};
+use super::progress::Bar;
 use super::table::Table;
 use super::texts::{encoded, fits, state_of};
 use super::ui;
@@ -130,18 +131,18 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
         save_every: a.save_every,
         ..TrainSettings::of(&engine, &texts)
     };
-    let bar = ui::bar("training", "steps", a.steps as u64);
+    let bar = Bar::new("training", "steps");
     let cancel = interrupt.arm();
     let go_on = || !cancel.load(Ordering::Relaxed);
     let each = |r: StepReport| {
-        bar.set_position(r.step as u64);
+        bar.at(r.step as u64, a.steps as u64);
         let line = format!("step {}  loss {:.4}  recall {:.2} %", r.step, r.loss, 100.0 * r.recall);
         if r.step.is_multiple_of(10) || r.step == a.steps || r.step == 1 {
-            bar.suspend(|| ui::note(&line));
+            bar.line(&line);
         }
     };
     let trained = train(&mut engine, &texts, a.steps, &settings, Some(&state), each, &go_on);
-    bar.finish_and_clear();
+    bar.end();
     let interrupted =
         |e: &CalibrateError| matches!(e, CalibrateError::Engine(EngineError::Interrupted));
     let (forecast, losses) = match trained {

@@ -1,32 +1,9 @@
-//! Progress bars and small formatting.
+//! Lines on both outputs, and small formatting.
 
 use crate::backend::Capabilities;
-use crate::engine::{Engine, Progress};
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::engine::Engine;
 use std::io::Write;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ")
-}
-
-/// A bar on stderr that counts `unit`; nothing is drawn when stderr is no terminal.
-pub fn bar(what: &'static str, unit: &'static str, all: u64) -> ProgressBar {
-    let bar = ProgressBar::new(all);
-    bar.set_style(style(&format!("{{msg:<10}} [{{bar:30}}] {{human_pos}}/{{human_len}} {unit}")));
-    bar.set_message(what);
-    bar
-}
-
-/// Moves a bar; whether to go on, which a set `cancel` says no to.
-pub fn go_on(bar: &ProgressBar, cancel: &AtomicBool, done: u64, all: u64) -> bool {
-    bar.set_length(all);
-    bar.set_position(done);
-    !cancel.load(Ordering::Relaxed)
-}
 
 /// Says what the engine had to say while it was built, and what there is to say of its device.
 pub fn notes(engine: &Engine) {
@@ -43,44 +20,6 @@ pub fn about_device(caps: &Capabilities) {
         SAID.call_once(|| {
             note(format!("note: {} is a software driver; -d cpu is faster", caps.device));
         });
-    }
-}
-
-fn bytes_bar(what: &'static str, all: Option<u64>) -> ProgressBar {
-    let bar = ProgressBar::new(all.unwrap_or(0));
-    bar.set_style(style("{msg:<10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec}"));
-    bar.set_message(what);
-    bar
-}
-
-/// Shows the parts of a build one after the other.
-pub fn build_progress() -> impl FnMut(Progress) {
-    let mut current: Option<(&'static str, ProgressBar)> = None;
-    move |p| {
-        let (what, done, all) = match p {
-            Progress::Fetch(done, all) => ("fetching", done, all),
-            Progress::Load(done, all) => ("loading", done, Some(all)),
-            Progress::Calibrate(done, all) => ("ordering", done, Some(all)),
-        };
-        if current.as_ref().is_none_or(|(w, _)| *w != what) {
-            let new = match p {
-                Progress::Fetch(..) => bytes_bar(what, all),
-                Progress::Load(..) => bar(what, "parameters", all.unwrap_or(0)),
-                Progress::Calibrate(..) => {
-                    bar(what, "tokens of the built-in text", all.unwrap_or(0))
-                }
-            };
-            current = Some((what, new));
-        }
-        if let Some((_, bar)) = &current {
-            if let Some(all) = all {
-                bar.set_length(all);
-            }
-            bar.set_position(done);
-            if Some(done) == all {
-                bar.finish_and_clear();
-            }
-        }
     }
 }
 

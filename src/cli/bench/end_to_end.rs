@@ -5,6 +5,7 @@ use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Prog
 use crate::cli::args::{ModelArgs, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::Interrupt;
+use crate::cli::progress::Bar;
 use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
@@ -104,18 +105,18 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
             e => e.into(),
         })?;
     ui::notes(&engine);
-    let filling = ui::bar("filling", "tokens", 0);
-    let measuring = ui::bar("measuring", "measurements", 0);
+    let filling = Bar::new("filling", "tokens");
+    let measuring = Bar::new("measuring", "measurements");
     let cancel = Interrupt::install().arm();
     let report = bench.run(&mut engine, &mut |p| match p {
-        Progress::Fill(done, all) => ui::go_on(&filling, &cancel, done as u64, all as u64),
+        Progress::Fill(done, all) => filling.go_on(&cancel, done as u64, all as u64),
         Progress::Measure(what, done, all) => {
-            measuring.set_message(what.to_owned());
-            ui::go_on(&measuring, &cancel, done as u64, all as u64)
+            measuring.about(what);
+            measuring.go_on(&cancel, done as u64, all as u64)
         }
     });
-    filling.finish_and_clear();
-    measuring.finish_and_clear();
+    filling.end();
+    measuring.end();
     let report = match report {
         Err(BenchError::Engine(EngineError::Interrupted)) => {
             ui::note("interrupted before a test was finished; nothing was written");

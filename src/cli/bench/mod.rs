@@ -7,6 +7,7 @@ mod kernels;
 use super::args::Format;
 use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::{OutputFile, Written};
+use super::progress::Bar;
 use super::ui;
 use crate::backend::{Backend, open};
 use crate::bench::Environment;
@@ -119,13 +120,13 @@ type On<'a> = dyn FnMut(&str, usize, usize) -> bool + 'a;
 
 /// Runs a measurement under a progress bar, to its end or to Ctrl-C: then the exit code says so.
 fn with_bar<R>(measure: impl FnOnce(&mut On<'_>) -> Result<R>) -> Result<(R, ExitCode)> {
-    let bar = ui::bar("measuring", "measurements", 0);
+    let bar = Bar::new("measuring", "measurements");
     let cancel = Interrupt::install().arm();
     let measured = measure(&mut |what, done, all| {
-        bar.set_message(what.to_owned());
-        ui::go_on(&bar, &cancel, done as u64, all as u64)
+        bar.about(what);
+        bar.go_on(&cancel, done as u64, all as u64)
     });
-    bar.finish_and_clear();
+    bar.end();
     Ok((measured?, exit_code(&cancel)))
 }
 

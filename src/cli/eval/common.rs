@@ -5,6 +5,7 @@ use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, read_plans}
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
 use crate::cli::output::{OutputFile, Written};
+use crate::cli::progress::Bar;
 use crate::cli::sweep::Sweep;
 use crate::cli::{texts, ui};
 use crate::engine::{Engine, EngineError};
@@ -186,11 +187,11 @@ impl Bench<'_> {
         report: impl FnOnce(&[T]) -> Result<Report>,
     ) -> Result<ExitCode> {
         let mut rows = Vec::new();
-        let bar = ui::bar("evaluating", "tokens", 0);
+        let bar = Bar::new("evaluating", "tokens");
         let cancel = self.interrupt.arm();
-        let mut on = |done, all| ui::go_on(&bar, &cancel, done, all);
+        let mut on = |done, all| bar.go_on(&cancel, done, all);
         let outcome = f(&mut self.engine, &self.plans, &mut on, &mut rows);
-        bar.finish_and_clear();
+        bar.end();
         let ended = outcome.err();
         match ended {
             Some(EngineError::Interrupted) if rows.is_empty() => {

@@ -24,9 +24,9 @@ pub type Progress<'a> = &'a dyn Fn(u64, Option<u64>);
 /// Finds or fetches a model.
 ///
 /// * a path that exists is returned as it is;
-/// * `smollm2` is the demo model (SmolLM2-135M-Instruct, 98 MB), fetched once into
+/// * `smollm2`, in any case, is the demo model (SmolLM2-135M-Instruct, 98 MB), fetched once into
 ///   `$LONGSIGHT_CACHE` or the user's cache folder;
-/// * `tiny` is the model that the program carries with it (4.3 M parameters, for tests), unpacked
+/// * `tiny`, in any case, is the model that the program carries with it (4.3 M parameters, for tests), unpacked
 ///   into the same folder;
 /// * `org/name` is the folder of a hub repository, `org/name:file.gguf` one file of it; both stay
 ///   in the hub client's own cache.
@@ -39,10 +39,10 @@ pub fn resolve(name: &str, progress: Progress<'_>) -> Result<PathBuf> {
     if path.exists() {
         return Ok(path.to_owned());
     }
-    if name == demo::NAME {
+    if name.eq_ignore_ascii_case(demo::NAME) {
         return demo::fetch(&cache_dir_for(name)?, progress);
     }
-    if name == tiny::NAME {
+    if name.eq_ignore_ascii_case(tiny::NAME) {
         return tiny::unpack(&cache_dir_for(name)?);
     }
     match HubId::parse(name) {
