@@ -1,4 +1,5 @@
-// content_bias: content importance of new tokens, in the keys' and queries' dimensions for it.
+// content_bias: content importance of new tokens, in the keys' and queries' dimensions for it:
+//   cis = a[m] * softplus(sum_i delta[m, i] v[r, i]), softplus(x) = max(x, 0) + ln(1 + exp(-|x|))
 //
 // Plan: a warp per (row, KV head), 8 numbers a lane at a time. The weights of `delta` stay in cache. Bytes:
 // rows * kv_heads * head_dim * act, and rows * heads * (head_dim - at) * act.

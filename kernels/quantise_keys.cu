@@ -1,4 +1,5 @@
-// quantise_keys: brings the chosen key dimensions of every token, in 4 or 8 bits, up to date.
+// quantise_keys: brings the chosen key dimensions of every token, in 4 or 8 bits, up to date:
+//   scale = max_c |k[c]| / most, number[c] = round(k[c] / scale), ties to even; most = 7 or 127
 //
 // Plan: two launches. `quantise_keys`: grid (pages, KV heads, sequences); CTAs walk the pages from `done` on, a warp a
 // token, which finds the largest of its numbers first. `quantise_mark`: notes how many tokens are there. Bytes: new

@@ -12,7 +12,8 @@
 // (top_k_streamed): a bound is guessed from a sample, lowered should fewer than k scores reach it, and only candidates
 // are kept.
 // A histogram is counted in shared memory; the blocks of a cluster add up each other's.
-// Bytes: row length * 4 read, k * 4 written.
+// Bytes: row length * 4 read, k * 4 written; top_k_streamed reads a sample more, the row again for every lowered bound and
+// once where candidates find no room (then also a bit a score, written and read three times).
 #include "candidates.cuh"
 #include "paged.cuh"
 

@@ -59,6 +59,8 @@ impl Row {
 #[derive(Debug, Serialize, Deserialize)]
 struct Run {
     version: String,
+    /// Older files have none.
+    commit: Option<String>,
     devices: Vec<Device>,
     results: Vec<Row>,
 }
@@ -242,6 +244,7 @@ fn every_method_agrees_with_the_reference_and_the_readme_says_so() {
         });
         let run = Run {
             version: env!("CARGO_PKG_VERSION").into(),
+            commit: std::env::var("LONGSIGHT_COMMIT").ok(),
             devices: devices.collect(),
             results: rows.clone(),
         };

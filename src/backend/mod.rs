@@ -41,7 +41,7 @@ pub mod wgpu;
 
 pub use caps::{Bandwidth, Capabilities, Topology};
 pub use error::{BackendError, Result};
-pub use open::{open, open_all};
+pub use open::{list, open, open_all};
 pub use ops::*;
 pub use tensor::{DType, DeviceBuffer, Tensor};
 
@@ -61,7 +61,10 @@ pub const MAX_GROUP: usize = 16;
 ///
 /// Ops run in call order; a later op sees the writes of an earlier one. Output tensors must not overlap
 /// inputs unless an op says that it works in place. Every op checks its arguments (`check` of its
-/// parameter struct) and answers [`BackendError::BadArgument`] instead of reading out of bounds.
+/// parameter struct) and answers [`BackendError::BadArgument`] instead of reading out of bounds;
+/// [`BackendError::Unsupported`] where the arguments fit but this backend has no kernel for their dtypes or sizes, with
+/// both in the reason; [`BackendError::OutOfMemory`] where scratch memory finds no room; [`BackendError::Driver`] where
+/// the device fails, possibly at a later call.
 ///
 /// Byte offsets of the tensors passed to ops are multiples of [`ALIGN`] inside their buffers; backends may
 /// rely on it. What lies beside a tensor, in rows and pages that no sequence owns, behind `kv_len` or between
@@ -220,6 +223,9 @@ pub trait Backend: Send + Sync {
 }
 
 /// Arguments of [`Backend::copy`] fit together: same dtype and length, no overlap.
+///
+/// # Errors
+/// [`BackendError::BadArgument`], naming what does not fit.
 pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
     const OP: &str = "copy";
     ops::is(OP, "dst", dst, src.dtype())?;
@@ -230,6 +236,9 @@ pub fn check_copy(src: &Tensor, dst: &Tensor) -> Result<()> {
 }
 
 /// `bytes` of host memory match the tensor that [`Backend::upload`] or [`Backend::download`] names.
+///
+/// # Errors
+/// [`BackendError::BadArgument`] with both sizes.
 pub fn check_host(op: &'static str, t: &Tensor, bytes: usize) -> Result<()> {
     ops::ensure(op, t.bytes() == bytes, || {
         format!("{bytes} bytes on the host, {} on the device", t.bytes())

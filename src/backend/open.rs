@@ -1,6 +1,6 @@
 //! Finding and opening devices.
 
-use super::{Backend, BackendError, Result};
+use super::{Backend, BackendError, Capabilities, Result};
 use std::sync::Arc;
 
 /// Opens every backend of this build: (`cpu`, `wgpu` or `cuda`; the backend, or why it cannot be used).
@@ -8,6 +8,17 @@ use std::sync::Arc;
 /// `wgpu` is the adapter that [`open`] would take for `wgpu`, `cuda` is ordinal 0.
 pub fn open_all() -> Vec<(String, Result<Arc<dyn Backend>>)> {
     ["cpu", "wgpu", "cuda"].map(|name| (name.to_string(), open(name))).into()
+}
+
+/// Every wgpu adapter, then every CUDA device, without opening them; none of a backend that this build or machine lacks.
+pub fn list() -> Vec<Capabilities> {
+    #[allow(unused_mut)]
+    let mut all: Vec<Capabilities> = Vec::new();
+    #[cfg(feature = "wgpu")]
+    all.extend(super::wgpu::WgpuBackend::list());
+    #[cfg(feature = "cuda")]
+    all.extend(super::cuda::list().unwrap_or_default());
+    all
 }
 
 /// Opens a device.

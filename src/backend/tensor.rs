@@ -130,11 +130,11 @@ impl Tensor {
         self.same_buffer(other) && self.byte_offset() == other.byte_offset()
     }
 
-    /// True when the views share bytes.
+    /// True when the views share bytes, which an empty one does not.
     pub fn overlaps(&self, other: &Tensor) -> bool {
-        self.same_buffer(other)
-            && self.byte_offset() < other.byte_offset() + other.bytes()
-            && other.byte_offset() < self.byte_offset() + self.bytes()
+        let end = |t: &Tensor| t.byte_offset() + t.bytes();
+        let first = self.byte_offset().max(other.byte_offset());
+        self.same_buffer(other) && first < end(self).min(end(other))
     }
 
     /// A sub-view of `len` elements from element `start` of this view.

@@ -66,11 +66,10 @@ fn reason(e: &BackendError) -> String {
 
 /// Adapters and GPUs besides the ones that `wgpu` and `cuda` open.
 fn others(opened: &[&str]) -> Vec<Capabilities> {
-    let mut all: Vec<Capabilities> = Vec::new();
-    #[cfg(feature = "wgpu")]
-    all.extend(crate::backend::wgpu::WgpuBackend::list());
-    #[cfg(feature = "cuda")]
-    all.extend(crate::backend::cuda::list().unwrap_or_default().into_iter().skip(1));
+    let mut all = crate::backend::list();
+    // The first GPU of CUDA is open whatever it is called.
+    let first = all.iter().position(|c| c.backend == "cuda");
+    first.map(|i| all.remove(i));
     all.retain(|c| c.backend == "cuda" || !opened.contains(&c.device.as_str()));
     all
 }

@@ -221,6 +221,10 @@ impl KvCache {
     }
 
     /// Makes room for `n` tokens of a sequence, copying a shared last page where needed.
+    ///
+    /// # Errors
+    /// Outside: [`PageError`] where pages run out, and nothing has changed. Inside: the device failed at the copy, and
+    /// the sequence is not to be used further.
     pub fn extend(
         &mut self,
         b: &dyn Backend,
@@ -255,6 +259,9 @@ impl KvCache {
     }
 
     /// A second page table over the same pages; the private statistics of slot `from` go to slot `to`.
+    ///
+    /// # Errors
+    /// Those of [`Backend::copy`](crate::backend::Backend::copy); no page is shared then.
     pub fn fork(
         &mut self,
         b: &dyn Backend,
@@ -269,7 +276,8 @@ impl KvCache {
         Ok(t.fork(&mut self.allocator))
     }
 
-    /// Drops all tokens of a sequence from `tokens` on and frees pages nobody else holds.
+    /// Drops all tokens of a sequence from `tokens` on and frees pages nobody else holds. Statistics of keys and values
+    /// cannot forget: where the cache has them, only `tokens = 0` leaves them right.
     pub fn truncate(&mut self, table: &mut PageTable, tokens: usize) {
         table.truncate(tokens, &mut self.allocator);
     }

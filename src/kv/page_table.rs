@@ -86,6 +86,9 @@ impl PageTable {
     ///
     /// Returns the copies `(from, to)` that the caller must do on the device before it writes: a last page
     /// that is shared with another sequence is replaced by a private one (copy on write).
+    ///
+    /// # Errors
+    /// [`PageError`] where the allocator has too few pages; nothing has changed then.
     pub fn extend(
         &mut self,
         n: usize,

@@ -123,6 +123,9 @@ impl Decoder {
     }
 
     /// Rewrites the weights that depend on the key order. Caches filled before are stale afterwards.
+    ///
+    /// # Errors
+    /// [`LoadError`] where the checkpoint cannot be read again, the order is not of this model, or the device fails.
     pub fn set_key_order(
         &mut self,
         checkpoint: &Checkpoint,
@@ -159,6 +162,9 @@ impl Decoder {
 
     /// Runs one step: keys and values of all new tokens go into `cache`, the residual stream of every row stays on
     /// the device for [`Decoder::logits`]. Returns the step, which names each sequence's rows.
+    ///
+    /// # Errors
+    /// [`SelectError`] where the step does not fit the limits or the plan, or the device fails.
     pub fn forward(
         &mut self,
         seqs: &[StepSeq<'_>],
@@ -332,6 +338,9 @@ impl Decoder {
     }
 
     /// Logits of some rows of the last step, f32 `[rows.len(), vocab]`, handed to `each` as (index, logits).
+    ///
+    /// # Errors
+    /// A row that the last step did not have, or the device failed.
     pub fn logits(&self, rows: &[usize], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
         let (c, ws, b) = (&self.config, &self.ws, &self.backend);
         let mut host = vec![0f32; rows.len().min(LOGIT_ROWS) * c.vocab];

@@ -207,6 +207,8 @@ fn kv(rig: &mut Rig) -> Outcome {
     let slice = Some(CompactSlice { data: &c.v, ..compact });
     rig.refuses("slice over values", dev.kv_append(&KvAppend { slice, ..p() }))?;
     rig.refuses("scales over the input", dev.kv_append(&KvAppend { k: &scale, ..p() }))?;
+    let int8 = Some(Int8Keys { scale: compact.data, ..keys });
+    rig.refuses("scales over the slice", dev.kv_append(&KvAppend { int8, ..p() }))?;
     let meta = short(b.seqs().meta);
     let seqs = Seqs { meta: &meta, ..b.seqs() };
     rig.refuses("short meta", dev.kv_append(&KvAppend { seqs, ..p() }))?;

@@ -70,7 +70,10 @@ impl<'a> AttendDense<'a> {
         })
     }
 
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "attend_dense";
         self.seqs.check(OP)?;
@@ -96,9 +99,10 @@ impl<'a> AttendDense<'a> {
 /// `indices[s, row, ..counts[s, row]]`, where `row` is the KV head (or the query head, see `rows_per_seq`).
 /// The rows of a sequence (one in decode, a tile in prefill) share its lists.
 ///
-/// Lists are ascending and hold no duplicates ([`TopK`](super::TopK) makes them so); an index beyond a row's position
-/// is skipped by that row. A row that is left without tokens gets zeros and `lse = -infinity`. With `splits > 1` the list is cut into contiguous
-/// pieces, which ones is the backend's choice.
+/// Lists hold no duplicates and, where a sequence has more than one row, are ascending ([`TopK`](super::TopK) makes
+/// them so): the last token of a tile decides whether all rows see all of it. An index beyond a row's position is
+/// skipped by that row. A row that is left without tokens gets zeros and `lse = -infinity`. With `splits > 1` the list
+/// is cut into contiguous pieces, which ones is the backend's choice.
 ///
 /// With a `head_map` the query heads of KV head `h` share list `head_map[h]`, so that one layer can attend with the
 /// lists of another. The map is data on the device: an entry from `rows_per_seq` on stands for an empty list.
@@ -133,7 +137,10 @@ pub struct AttendRows<'a> {
 }
 
 impl AttendRows<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "attend_rows";
         self.seqs.check(OP)?;
@@ -194,7 +201,10 @@ pub struct Merge<'a> {
 }
 
 impl Merge<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "merge";
         self.seqs.check(OP)?;

@@ -41,7 +41,10 @@ pub struct ContentBias<'a> {
 }
 
 impl ContentBias<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "content_bias";
         let (rows, heads, hkv, d) = (self.rows, self.heads, self.kv_heads, self.head_dim);

@@ -23,7 +23,10 @@ pub struct Embed<'a> {
 }
 
 impl Embed<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "embed";
         ensure(OP, self.scale.is_finite(), || format!("a scale of {}", self.scale))?;
@@ -55,7 +58,10 @@ pub struct GatherRows<'a> {
 }
 
 impl GatherRows<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "gather_rows";
         is(OP, "rows", self.rows, DType::U32)?;
@@ -86,7 +92,10 @@ pub struct RmsNorm<'a> {
 }
 
 impl RmsNorm<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "rms_norm";
         is(OP, "x", self.x, DType::F32)?;
@@ -121,7 +130,10 @@ pub struct Linear<'a> {
 }
 
 impl Linear<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "linear";
         float(OP, "x", self.x)?;
@@ -206,7 +218,10 @@ pub struct Rope<'a> {
 }
 
 impl Rope<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "rope";
         float(OP, "x", self.x)?;
@@ -251,7 +266,10 @@ pub struct SwiGlu<'a> {
 }
 
 impl SwiGlu<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "swiglu";
         float(OP, "x", self.x)?;

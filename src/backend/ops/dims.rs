@@ -110,7 +110,10 @@ pub struct SelectDims<'a> {
 }
 
 impl SelectDims<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "select_dims";
         self.seqs.check_decode(OP)?;
@@ -169,7 +172,10 @@ pub struct RebuildSlice<'a> {
 }
 
 impl RebuildSlice<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "rebuild_slice";
         self.seqs.check_decode(OP)?;

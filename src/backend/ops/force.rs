@@ -27,14 +27,19 @@ pub struct Force<'a> {
 }
 
 impl Force<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "force";
         self.seqs.check(OP)?;
         ensure(OP, self.recent >= 1, || "recent must be at least 1".into())?;
+        let scores = [("scores", self.scores)];
+        apart(OP, &scores, &self.seqs.named())?;
         if let Some(among) = &self.among {
             among.check(OP, self.seqs.n, self.rows_per_seq, self.stride)?;
-            apart(OP, &[("scores", self.scores)], &among.named())?;
+            apart(OP, &scores, &among.named())?;
         }
         check_scores(OP, self.scores, self.seqs, self.rows_per_seq, self.stride)
     }

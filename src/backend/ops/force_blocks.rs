@@ -23,7 +23,10 @@ pub struct ForceBlocks<'a> {
 }
 
 impl ForceBlocks<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "force_blocks";
         self.seqs.check_decode(OP)?;

@@ -203,7 +203,10 @@ pub struct KvAppend<'a> {
 }
 
 impl KvAppend<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "kv_append";
         float(OP, "k", self.k)?;
@@ -214,19 +217,18 @@ impl KvAppend<'_> {
         holds_rows(OP, "k", self.k, self.seqs.rows, self.k_stride, &width)?;
         holds_rows(OP, "v", self.v, self.seqs.rows, self.v_stride, &width)?;
         let [meta, pages] = self.seqs.named();
-        let ins = [("k", self.k), ("v", self.v), meta, pages];
-        let [keys, values] = self.cache.named();
-        apart(OP, &[keys, values], &ins)?;
+        let (mut outs, mut ins) =
+            (self.cache.named().to_vec(), vec![("k", self.k), ("v", self.v), meta, pages]);
         if let Some(q) = &self.int8 {
             check_int8(OP, q, &self.cache)?;
-            apart(OP, &[("int8 keys", q.data), ("int8 scales", q.scale), keys, values], &ins)?;
+            outs.extend([("int8 keys", q.data), ("int8 scales", q.scale)]);
         }
         if let Some(s) = &self.slice {
             s.check(OP, &self.cache)?;
-            let outs = [("slice", s.data), keys, values];
-            apart(OP, &outs, &[("k", self.k), ("v", self.v), meta, pages, ("dims", s.dims)])?;
+            outs.push(("slice", s.data));
+            ins.push(("dims", s.dims));
         }
-        Ok(())
+        apart(OP, &outs, &ins)
     }
 }
 
@@ -263,7 +265,10 @@ pub struct KeyStats<'a> {
 }
 
 impl KeyStats<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "key_stats";
         self.seqs.check(OP)?;

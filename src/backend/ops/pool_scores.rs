@@ -37,7 +37,10 @@ pub struct PoolScores<'a> {
 }
 
 impl PoolScores<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "pool_scores";
         self.seqs.check_decode(OP)?;
@@ -48,7 +51,8 @@ impl PoolScores<'_> {
             format!("{} heads over {} KV heads", self.heads, self.kv_heads)
         })?;
         check_scores(OP, self.scores, self.seqs, self.heads, self.stride)?;
-        apart(OP, &[("out", self.out)], &[("scores", self.scores)])?;
+        let [meta, pages] = self.seqs.named();
+        apart(OP, &[("out", self.out)], &[("scores", self.scores), meta, pages])?;
         if let Some(lengths) = self.lengths {
             is(OP, "lengths", lengths, DType::U32)?;
             holds(OP, "lengths", lengths, &[self.seqs.n, self.rows_per_seq()])?;

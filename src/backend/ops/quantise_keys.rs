@@ -84,7 +84,10 @@ pub struct QuantiseKeys<'a> {
 }
 
 impl QuantiseKeys<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "quantise_keys";
         self.seqs.check_decode(OP)?;

@@ -145,7 +145,10 @@ impl ScoreDims<'_> {
         if self.pool.in_score() { self.cache.kv_heads } else { self.heads }
     }
 
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "score_dims";
         self.seqs.check_decode(OP)?;
@@ -276,7 +279,10 @@ pub struct TopK<'a> {
 }
 
 impl TopK<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "top_k";
         self.seqs.check(OP)?;
@@ -297,12 +303,8 @@ impl TopK<'_> {
         let [meta, pages] = self.seqs.named();
         let outs = [("indices", self.indices), ("counts", self.counts)];
         if let Some(a) = &self.among {
-            is(OP, "candidates", a.indices, DType::U32)?;
-            is(OP, "candidate counts", a.counts, DType::U32)?;
-            ensure(OP, a.k > 0, || "lists of candidates need room".into())?;
-            holds(OP, "candidates", a.indices, &[n, rows, a.k])?;
-            holds(OP, "candidate counts", a.counts, &[n, rows])?;
-            apart(OP, &outs, &[("candidates", a.indices), ("candidate counts", a.counts)])?;
+            a.check_room(OP, n, rows)?;
+            apart(OP, &outs, &a.named())?;
         }
         apart(OP, &outs, &[("scores", self.scores), meta, pages])
     }

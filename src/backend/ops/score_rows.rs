@@ -60,7 +60,10 @@ impl ScoreRows<'_> {
         }
     }
 
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "score_rows";
         self.seqs.check_decode(OP)?;

@@ -39,7 +39,10 @@ impl ScoreTiles<'_> {
         self.pool.lists(self.heads, self.cache.kv_heads)
     }
 
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "score_tiles";
         self.seqs.check(OP)?;

@@ -54,7 +54,10 @@ pub struct TrimScores<'a> {
 }
 
 impl TrimScores<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "trim_scores";
         self.seqs.check_decode(OP)?;

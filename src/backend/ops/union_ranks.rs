@@ -28,7 +28,10 @@ pub struct UnionRanks<'a> {
 }
 
 impl UnionRanks<'_> {
-    /// Shapes and dtypes fit.
+    /// Shapes and dtypes fit, and no output shares bytes with an input or another output.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`](crate::backend::BackendError::BadArgument), naming what does not fit.
     pub fn check(&self) -> Result<()> {
         const OP: &str = "union_ranks";
         self.seqs.check_decode(OP)?;

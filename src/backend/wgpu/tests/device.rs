@@ -1,4 +1,5 @@
-//! What conformance cannot see: split weights, limits, driver errors. Skipped without an adapter.
+//! What conformance cannot see: split weights, limits, driver errors. Skipped without an adapter, unless
+//! `LONGSIGHT_REQUIRE` names wgpu.
 
 use super::*;
 use crate::backend::{KvPool, Seqs};
@@ -7,6 +8,8 @@ fn backend() -> Option<WgpuBackend> {
     match WgpuBackend::open(None) {
         Ok(b) => Some(b),
         Err(e) => {
+            let required = std::env::var("LONGSIGHT_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name == "wgpu"), "{e}");
             eprintln!("skipped: {e}");
             None
         }
