@@ -6,10 +6,13 @@
 mod common;
 
 use common::cache::backends;
-use common::model::{Model, dense, prompt, sparse};
+use common::model::{CONTEXT, Model, dense, prompt, sparse};
 use longsight::backend::DType;
 use longsight::engine::{Engine, EngineError};
-use longsight::eval::{Row, Sample, copy, evaluate, key_sequence, passkey, start_of_text};
+use longsight::eval::{
+    Answer, Cell, Check, Problem, Row, Sample, copy, evaluate, key_sequence, passkey, solve,
+    start_of_text,
+};
 use longsight::model::{EncodeOptions, Message};
 use longsight::select::{MethodSpec, Plan, Variant};
 use serde_json::Value;
@@ -59,6 +62,58 @@ fn a_stopped_evaluation_leaves_no_sequence_open() {
         assert_eq!(rows[0].nll_difference.mean, 0.0);
         assert!(rows[1].nll_difference.mean != 0.0 && !rows[1].audit.is_empty());
         assert!(rows[1].kv_bytes < rows[0].kv_bytes);
+    }
+}
+
+/// The audit counts steps from the start of each sample and method, so what it finds of a method does not depend on
+/// the methods and samples before.
+#[test]
+fn audits_do_not_depend_on_the_order_of_methods() {
+    let model = Model::new();
+    // 11 and 13 decode steps, of which the first and the ninth are audited.
+    let samples = [(1, 90), (2, 88)].map(|(seed, decode_from)| Sample {
+        name: seed.to_string(),
+        tokens: prompt(seed, 102),
+        decode_from,
+        score_from: 95,
+    });
+    let problems = samples.each_ref().map(|s| Problem {
+        task: "problem",
+        name: s.name.clone(),
+        cell: Cell::default(),
+        tokens: s.tokens.clone(),
+        decode_from: s.decode_from,
+        answer_tokens: 3,
+        stop: None,
+        check: Check::Number("1".into()),
+    });
+    for dev in backends() {
+        let specs = [Variant::Random, Variant::Window].map(|v| sparse(v, 40));
+        let mut engine = model.builder(&dev, &specs[0]).sequences(2).build().unwrap();
+        let shape = engine.decoder().config().plan_shape(engine.fingerprint());
+        let mut plans = specs.map(|s| (s.name().to_string(), s.plan(&shape, CONTEXT).unwrap()));
+        let mut audited = |plans: &[(String, Plan)]| {
+            let mut found = Vec::new();
+            let rows = |rows: Vec<Row>| {
+                found.extend(rows.into_iter().map(|r| ("row", r.sample, r.method, r.audit)));
+            };
+            evaluate(&mut engine, &samples, plans, Some(8), |_, _| true, rows).unwrap();
+            let answers = |of: Vec<Answer>| {
+                found.extend(of.into_iter().map(|a| ("answer", a.problem, a.method, a.audit)));
+            };
+            solve(&mut engine, &problems, plans, Some(8), |_, _| true, answers).unwrap();
+            found.retain(|f| f.2 != "dense");
+            found.sort_by(|a, b| (a.0, &a.1, &a.2).cmp(&(b.0, &b.1, &b.2)));
+            found
+        };
+        let one_way = audited(&plans);
+        plans.reverse();
+        let other_way = audited(&plans);
+        assert_eq!(one_way.len(), 8);
+        for (a, b) in one_way.iter().zip(&other_way) {
+            assert!(!a.3.is_empty() && a.3.layers.iter().all(|l| l.samples == 2), "{a:?}");
+            assert_eq!(format!("{a:?}"), format!("{b:?}"));
+        }
     }
 }
 

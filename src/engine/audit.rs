@@ -6,7 +6,7 @@ use serde::Serialize;
 /// When to audit, and what follows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AuditConfig {
-    /// Every n-th decode step, all sparse layers; 0 = never.
+    /// The first decode step and every n-th after it, all sparse layers; 0 = never.
     pub every: usize,
     /// The budget is doubled for the steps after one whose selections held less attention mass than this share, in the
     /// mean over layers and query heads.
@@ -14,12 +14,12 @@ pub struct AuditConfig {
 }
 
 impl AuditConfig {
-    /// Every n-th decode step.
+    /// The first decode step and every n-th after it.
     pub const fn every(n: usize) -> Self {
         AuditConfig { every: n, min_recall: None }
     }
 
-    /// Decode step `step` is audited.
+    /// Decode step `step`, counted from the setting of the audit, is audited.
     pub fn due(&self, step: usize) -> bool {
         self.every > 0 && step.is_multiple_of(self.every)
     }

@@ -350,7 +350,7 @@ impl<'a> EngineBuilder<'a> {
             key_order_settled: order_wanted || !calibrate,
             sequences: (0..limits.seqs).map(|_| None).collect(),
             kept: Vec::new(),
-            decode_steps: 0,
+            audit_steps: 0,
             doubled: 0,
         })
     }

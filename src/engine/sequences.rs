@@ -47,7 +47,8 @@ pub struct Engine {
     pub(super) sequences: Vec<Option<Sequence>>,
     /// Sequences kept after their answer, with the tokens they hold, oldest first.
     pub(super) kept: Vec<(SeqId, Vec<u32>)>,
-    pub(super) decode_steps: usize,
+    /// Decode steps since the audit was set.
+    pub(super) audit_steps: usize,
     /// Times that the audit doubled the budget.
     pub(super) doubled: usize,
 }
@@ -172,9 +173,10 @@ impl Engine {
         Ok(())
     }
 
-    /// Audits the selection from now on, or stops.
+    /// Audits the selection from now on, the next decode step first, or stops.
     pub fn set_audit(&mut self, audit: Option<AuditConfig>) {
         self.audit = audit;
+        self.audit_steps = 0;
     }
 
     /// Takes the audit results collected so far.

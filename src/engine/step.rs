@@ -55,7 +55,7 @@ impl Engine {
         let b = self.decoder.backend().clone();
         self.make_room(&*b, work)?;
         let decodes = work.iter().any(|w| w.decode);
-        let audit = self.audit.filter(|a| decodes && a.due(self.decode_steps));
+        let audit = self.audit.filter(|a| decodes && a.due(self.audit_steps));
         let audited = self.attention.audits.len();
         self.attention.audit = audit.is_some();
         let mut seqs = Vec::with_capacity(work.len());
@@ -80,7 +80,7 @@ impl Engine {
                 s.decode_steps += 1;
             }
         }
-        self.decode_steps += usize::from(decodes);
+        self.audit_steps += usize::from(decodes);
 
         let mut wanted = Vec::new();
         for (i, w) in work.iter().enumerate() {

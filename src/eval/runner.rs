@@ -67,8 +67,8 @@ fn score(logits: &[f32], target: u32) -> (f32, bool) {
 /// Decodes every sample with every plan, dense first. The engine needs two sequences and a cache that was built
 /// for all plans.
 ///
-/// `audit`: measure the selections of every sparse layer in every n-th step. `progress` gets (decode steps
-/// done, all) and answers whether to go on; `each` gets the rows of every finished sample.
+/// `audit`: measure the selections of every sparse layer in the first step of each method and every n-th after it.
+/// `progress` gets (decode steps done, all) and answers whether to go on; `each` gets the rows of every finished sample.
 ///
 /// # Errors
 /// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
@@ -94,6 +94,7 @@ pub fn evaluate(
             progress(before + p.tokens as u64, all)
         };
         let outcome = continued(engine, text, &plans, 1, on, |engine, branch, step| {
+            // Sets the count of steps back, so that every method is audited at the same ones.
             engine.set_audit(audit.map(AuditConfig::every));
             let mut row = decoded(engine, branch.seq, sample, step)?;
             row.method = branch.plan.into();

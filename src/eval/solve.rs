@@ -77,8 +77,9 @@ pub struct Answer {
 /// Answers every problem with every plan, dense first. The engine needs two sequences and a cache that was built for
 /// all plans. Problems in a row with the same tokens before `decode_from` share one dense prefill.
 ///
-/// `audit`: measure the selections of every sparse layer in every n-th step. `progress` gets (tokens done, all, at
-/// most) and answers whether to go on; `each` gets the answers to all problems of a prefill once they are there.
+/// `audit`: measure the selections of every sparse layer in the first step of each answer and every n-th after it.
+/// `progress` gets (tokens done, all, at most) and answers whether to go on; `each` gets the answers to all problems
+/// of a prefill once they are there.
 ///
 /// # Errors
 /// Any [`EngineError`]; [`EngineError::Interrupted`] when `progress` says so.
@@ -110,6 +111,7 @@ pub fn solve(
         };
         let mut dense: Vec<Vec<u32>> = Vec::with_capacity(group.len());
         let outcome = continued(engine, text, &plans, group.len(), on, |engine, branch, step| {
+            // Sets the count of steps back, so that every method is audited at the same ones.
             engine.set_audit(audit.map(AuditConfig::every));
             let problem = &group[branch.number];
             let (mut answer, written) = answered(engine, branch.seq, problem, step)?;
