@@ -46,6 +46,11 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
+/// " +- 0.25" behind a mean; nothing where there is no error.
+pub fn plus_minus(error: Option<f64>, decimals: usize) -> String {
+    error.map_or_else(String::new, |e| format!(" +- {e:.decimals$}"))
+}
+
 /// Writes to standard output.
 ///
 /// # Errors
@@ -76,5 +81,7 @@ mod tests {
         assert_eq!(super::thousands(1_234_567), "1,234,567");
         assert_eq!(super::thousands(12), "12");
         assert_eq!(super::bytes(98_362_432), "98.4 MB");
+        assert_eq!(super::plus_minus(Some(0.251), 2), " +- 0.25");
+        assert_eq!(super::plus_minus(None, 2), "");
     }
 }

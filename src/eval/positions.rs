@@ -150,7 +150,7 @@ mod tests {
             sample: sample.into(),
             method: method.into(),
             nll: 0.0,
-            nll_difference: Difference { mean: 0.0, error: 0.0 },
+            nll_difference: Difference { mean: 0.0, error: None },
             top1: 0.0,
             exact: false,
             nlls,

@@ -10,8 +10,8 @@ use serde::Serialize;
 pub struct Difference {
     /// Mean of the differences.
     pub mean: f64,
-    /// Standard error of the mean.
-    pub error: f64,
+    /// Standard error of the mean; none for a single value, which says nothing about it.
+    pub error: Option<f64>,
 }
 
 impl Difference {
@@ -25,8 +25,8 @@ impl Difference {
     pub fn of(d: &[f64]) -> Self {
         let n = d.len().max(1) as f64;
         let mean = d.iter().sum::<f64>() / n;
-        let var = d.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
-        Difference { mean, error: (var / n).sqrt() }
+        let squares = d.iter().map(|x| (x - mean).powi(2)).sum::<f64>();
+        Difference { mean, error: (d.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt()) }
     }
 }
 
@@ -209,7 +209,7 @@ fn decoded(
         sample: sample.name.clone(),
         method: String::new(),
         nll: nlls.iter().map(|&x| f64::from(x)).sum::<f64>() / n,
-        nll_difference: Difference { mean: 0.0, error: 0.0 },
+        nll_difference: Difference { mean: 0.0, error: None },
         top1: hits as f64 / n,
         exact: hits == nlls.len(),
         kv_bytes: engine.bytes_read(tokens),
@@ -233,8 +233,9 @@ mod tests {
     #[test]
     fn differences_are_paired() {
         let d = Difference::paired(&[1.0, 2.0, 3.0], &[0.5, 1.5, 2.5]);
-        assert_eq!((d.mean, d.error), (0.5, 0.0));
+        assert_eq!((d.mean, d.error), (0.5, Some(0.0)));
         let d = Difference::paired(&[1.0, 3.0], &[1.0, 1.0]);
-        assert!((d.error - 1.0).abs() < 1e-12);
+        assert!((d.error.unwrap() - 1.0).abs() < 1e-12);
+        assert_eq!(Difference::of(&[0.5]), Difference { mean: 0.5, error: None });
     }
 }

@@ -216,7 +216,7 @@ impl Measured for AttentionReport {
                 row.batch.to_string(),
                 ui::bytes(row.bytes),
                 format!("{:.4}", row.ms.mean),
-                format!("{:.4}", row.ms.sd),
+                row.ms.sd.map_or_else(|| "-".into(), |sd| format!("{sd:.4}")),
                 times(row.x_dense),
                 format!("{:.1}", row.gb_s),
                 percent(row.share),
@@ -274,7 +274,7 @@ impl Measured for PromptReport {
             let line = [
                 ui::thousands(row.chunk as u64),
                 ms(row.ms.mean),
-                ms(row.ms.sd),
+                row.ms.sd.map_or_else(|| "-".into(), ms),
                 times(row.x_dense),
                 row.tflop_s.map_or_else(|| "-".into(), |f| format!("{f:.1}")),
                 row.taken_bytes.map_or_else(|| "-".into(), ui::bytes),

@@ -182,7 +182,7 @@ fn cells(r: &EndToEndReport, row: &Row) -> Vec<String> {
         row.test.clone(),
         row.method.clone(),
         row.budget.map_or_else(none, |b| b.to_string()),
-        format!("{:.2} +- {:.2}", s.mean, s.sd),
+        format!("{:.2}{}", s.mean, ui::plus_minus(s.sd, 2)),
         row.traffic.as_ref().map_or_else(none, |t| ui::bytes(t.kv_bytes)),
         row.x_dense.map_or_else(none, |x| format!("{x:.2}")),
         row.traffic.as_ref().map_or_else(none, |t| format!("{:.1}", t.gb_s)),

@@ -120,7 +120,7 @@ fn table(r: &KernelReport) -> String {
             row.splits.map_or_else(|| "-".into(), |s| s.to_string()),
             ui::bytes(row.bytes),
             format!("{:.4}", row.ms.median),
-            format!("{:.4}", row.ms.sd),
+            row.ms.sd.map_or_else(|| "-".into(), |sd| format!("{sd:.4}")),
             format!("{:.1}", row.gb_s),
             percent(row.share),
             format!("{found} {}", if c.passed { "ok" } else { "WRONG" }),

@@ -133,7 +133,7 @@ impl Part<'_> {
     /// Mean score in percent, and its difference to dense.
     pub fn score(&self) -> [String; 2] {
         let (score, Difference { mean, error }) = mean_score(&self.answers, &self.dense);
-        [format!("{score:.1}"), format!("{mean:+.1} +- {error:.1}")]
+        [format!("{score:.1}"), format!("{mean:+.1}{}", ui::plus_minus(error, 1))]
     }
 
     pub fn kv_bytes(&self) -> String {
@@ -181,6 +181,7 @@ pub fn by_size(task: &str, axis: &'static str, answers: &[Answer]) -> Panel {
         LinePoint { x: size as f64, y, low: y - error, high: y + error }
     };
     let methods = distinct(answers.iter().map(|a| a.method.as_str()));
+        let error = error.unwrap_or(0.0);
     let lines = methods.iter().map(|method| Line {
         name: (*method).to_string(),
         points: sizes.iter().map(|&size| point(method, size)).collect(),

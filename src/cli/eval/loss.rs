@@ -199,13 +199,14 @@ fn cells(task: Task, group: &str, method: &str, rows: &[&Row]) -> Vec<String> {
     let n = rows.len().max(1) as f64;
     let mean = |f: &dyn Fn(&Row) -> f64| rows.iter().map(|r| f(r)).sum::<f64>() / n;
     // Independent samples: variances add.
-    let error = rows.iter().map(|r| r.nll_difference.error.powi(2)).sum::<f64>().sqrt() / n;
+    let squares: Option<f64> = rows.iter().map(|r| r.nll_difference.error.map(|e| e.powi(2))).sum();
+    let error = squares.map(|s| s.sqrt() / n);
     let found = rows.iter().filter(|r| r.exact).count();
     vec![
         group.to_string(),
         method.to_string(),
         format!("{:.4}", mean(&|r| r.nll)),
-        format!("{:+.4} +- {error:.4}", mean(&|r| r.nll_difference.mean)),
+        format!("{:+.4}{}", mean(&|r| r.nll_difference.mean), ui::plus_minus(error, 4)),
         match task {
             Task::Passkey => format!("{found}/{}", rows.len()),
             _ => format!("{:.2} %", 100.0 * mean(&|r| r.top1)),

@@ -78,6 +78,7 @@ pub fn frontier(task: &str, axis: &'static str, samples: &[Quality<'_>]) -> Pane
         let of: Vec<f64> =
             samples.iter().filter(|s| s.method == *method).map(|s| s.value).collect();
         let Difference { mean: y, error } = Difference::of(&of);
+        let error = error.unwrap_or(0.0);
         Point { name: (*method).to_string(), x: 100.0 * bytes(method) / all, y, error }
     });
     Panel::Points {
