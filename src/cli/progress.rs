@@ -41,19 +41,22 @@ impl Bar {
         let style = ProgressStyle::with_template(&format!("{{msg:<10}} [{{wide_bar}}] {numbers}"))
             .unwrap_or_else(|_| ProgressStyle::default_bar())
             .progress_chars("=> ");
-        let bar = ProgressBar::new(0);
-        bar.set_style(style);
-        bar.set_message(what);
+        // Setters would draw it, before anything is known.
+        let bar = ProgressBar::new(0).with_style(style).with_message(what);
         Bar { bar, unit, said: Arc::new(Mutex::new(Instant::now())) }
     }
 
-    /// What is worked on.
+    /// What is worked on, shown from the next [`Bar::at`] on.
     pub fn about(&self, what: &str) {
-        self.bar.set_message(what.to_owned());
+        drop(self.bar.clone().with_message(what.to_owned()));
     }
 
-    /// `done` of `all` are done; the same number twice where nobody knows how many there are.
+    /// `done` of `all` are done; the same number twice where nobody knows how many there are. Shows nothing as long as
+    /// there are none.
     pub fn at(&self, done: u64, all: u64) {
+        if all == 0 {
+            return;
+        }
         self.bar.set_length(all);
         self.bar.set_position(done);
         if !self.bar.is_hidden() || done >= all {
@@ -124,6 +127,7 @@ pub fn build_progress() -> impl FnMut(Progress) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use indicatif::{ProgressDrawTarget, TermLike};
 
     #[test]
     fn lines_say_what_how_far_and_of_how_much() {
@@ -131,6 +135,54 @@ mod tests {
         assert_eq!(line, "reading: 36 %, 1,500 of 4,096 tokens");
         let line = Unit::Bytes.line("fetching", 49_200_000, 98_362_432);
         assert_eq!(line, "fetching: 50 %, 49.2 MB of 98.4 MB");
+    }
+
+    /// A terminal that keeps what is written to it.
+    #[derive(Clone, Debug, Default)]
+    struct Paper(Arc<Mutex<String>>);
+
+    impl TermLike for Paper {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, s: &str) -> std::io::Result<()> {
+            self.write_str(s)
+        }
+        fn write_str(&self, s: &str) -> std::io::Result<()> {
+            self.0.lock().unwrap().push_str(s);
+            Ok(())
+        }
+        fn clear_line(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nothing_is_shown_of_work_whose_size_is_not_known() {
+        let (bar, paper) = (Bar::new("reading", "tokens"), Paper::default());
+        bar.bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(paper.clone())));
+        bar.about("measuring");
+        bar.at(0, 0);
+        assert_eq!(*paper.0.lock().unwrap(), "");
+        bar.at(1, 20);
+        let shown = paper.0.lock().unwrap().clone();
+        assert!(shown.contains("measuring") && shown.contains("1/20 tokens"), "{shown}");
+        assert!(!shown.contains("0/0"), "{shown}");
     }
 
     #[test]
