@@ -11,7 +11,7 @@ pub struct MultikeySpec {
     pub tokens: usize,
     /// Keys in the text, spread evenly.
     pub keys: usize,
-    /// Keys that are asked for, one by one: evenly spread over the text.
+    /// Keys that are asked for, one by one, at most all: evenly spread over the text.
     pub asked: usize,
     /// Number of the text.
     pub number: u64,
@@ -22,9 +22,13 @@ pub struct MultikeySpec {
 /// One problem for each key that is asked for, over the same text: the answer's first number must be the key's value.
 ///
 /// # Errors
-/// [`SampleError`] when the number of tokens is too small for the keys, or there is no prose.
+/// [`SampleError`] when the number of tokens is too small for the keys, more are asked for than there are, or there is
+/// no prose.
 pub fn multikey(source: &TaskSource<'_>, spec: &MultikeySpec) -> Result<Vec<Problem>, SampleError> {
     let MultikeySpec { tokens, keys, asked, number: text, seed } = *spec;
+    if asked > keys {
+        return Err(SampleError::TooFewKeys { keys, asked });
+    }
     // A line of a key has more than five tokens: more of them never fit, however long it takes to make them.
     if keys > tokens / 5 {
         return Err(SampleError::TooFewTokens { tokens, least: keys.saturating_mul(5) });
@@ -37,7 +41,6 @@ pub fn multikey(source: &TaskSource<'_>, spec: &MultikeySpec) -> Result<Vec<Prob
         let share = (i as f64 + 0.5) / keys as f64;
         hide(&mut pieces, format!("\nThe number of {key} is {value}.\n"), share);
     }
-    let asked = asked.min(keys);
     let questions = (0..asked).map(|i| (2 * i + 1) * keys / (2 * asked)).map(|i| Question {
         text: format!("\n\nWhat is the number of {}?", names[i]),
         prefix: format!(" The number of {} is", names[i]),

@@ -37,6 +37,14 @@ pub enum SampleError {
         /// What the task needs.
         least: usize,
     },
+    /// Fewer keys than questions about them.
+    #[error("{asked} keys cannot be asked for where the text has {keys}; ask for fewer")]
+    TooFewKeys {
+        /// Keys of the text.
+        keys: usize,
+        /// Keys asked for.
+        asked: usize,
+    },
     /// The tokenizer.
     #[error(transparent)]
     Model(#[from] ModelError),

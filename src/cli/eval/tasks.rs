@@ -48,9 +48,9 @@ pub struct MultikeyArgs {
     /// Keys of a text, comma separated: each number makes texts of its own
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "4,16,64", value_parser = at_least_one)]
     keys: Vec<usize>,
-    /// Keys that are asked for in each text, spread evenly over it
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
-    asked: usize,
+    /// Keys that are asked for in each text, spread evenly over it [default: 4, or all of fewer]
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    asked: Option<usize>,
     #[command(flatten)]
     samples: SampleArgs,
     #[command(flatten)]
@@ -154,12 +154,12 @@ pub fn multikeys(a: MultikeyArgs) -> Result<ExitCode> {
         for &tokens in &a.haystack.texts.lengths {
             for &keys in &a.keys {
                 for number in 0..a.samples.samples as u64 {
-                    let (asked, seed) = (a.asked, a.samples.seed);
+                    let (asked, seed) = (a.asked.unwrap_or(keys.min(4)), a.samples.seed);
                     let spec = MultikeySpec { tokens, keys, asked, number, seed };
                     let made = multikey(source, &spec);
-                    problems.extend(
-                        made.with_context(|| format!("--keys {keys} in --lengths {tokens}"))?,
-                    );
+                    problems.extend(made.with_context(|| {
+                        format!("--keys {keys} --asked {asked} in --lengths {tokens}")
+                    })?);
                 }
             }
         }
