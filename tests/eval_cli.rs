@@ -96,14 +96,14 @@ fn a_needle_grid_has_a_cell_for_each_length_and_depth() {
 fn keys_are_asked_for_one_by_one() {
     let home = Home::new();
     let (model, prose) = (home.model(), prose(&home));
-    let keys = ["--lengths", "480", "--keys", "1,3", "--asked", "2", "--samples", "1", "--raw"];
+    let keys = ["--lengths", "480", "--keys", "1, 5", "--samples", "1", "--raw"];
     let more = [&["--text", &prose, "--audit", "8"][..], &keys].concat();
     let report = report(&home, "multikey", &eval("multikey", &model, &more));
-    // One key, and two of three.
-    answered(&report, 3);
+    // One key, and four of five.
+    answered(&report, 5);
     let sizes: Vec<u64> =
         rows(&report, "window").iter().map(|r| r["size"].as_u64().unwrap()).collect();
-    assert_eq!(sizes, [1, 3, 3]);
+    assert_eq!(sizes, [1, 5, 5, 5, 5]);
     let names = rows(&report, "window");
     assert_ne!(names[1]["problem"], names[2]["problem"]);
 }
@@ -187,7 +187,9 @@ fn recall_is_measured_by_layer_and_kv_head() {
 fn options_of_an_evaluation_are_named_when_they_are_wrong() {
     let home = Home::new();
     let (model, prose) = (home.model(), prose(&home));
-    let cases: [(&str, &[&str], &[&str]); 15] = [
+    let [other, copy] = ["other.txt", "copy.txt"].map(|n| home.file(n, b"One, two, three."));
+    let both = format!("{prose},{other}");
+    let cases: &[(&str, &[&str], &[&str])] = &[
         ("ruler", &["--score", "4"], &["--score"]),
         ("recall", &["--audit", "4"], &["--audit"]),
         ("copy", &["--lengths", "0"], &["--lengths", "from 1 on"]),
@@ -207,8 +209,25 @@ fn options_of_an_evaluation_are_named_when_they_are_wrong() {
         ("recall", &["--lengths", "200", "--methods", "dense"], &["dense", "--methods"]),
         ("ppl", &["--block", "0"], &["--block"]),
         ("ppl", &["--text", "/no/such/text"], &["/no/such/text"]),
+        ("ppl", &["--text", &both], &[&prose, &other, "once for each"]),
+        (
+            "copy",
+            &["--lengths", "200", "--score", "8", "--ctx", "150"],
+            &["200 tokens", "--ctx 150"],
+        ),
+        ("multikey", &["--keys", "8,2", "--asked", "4"], &["--keys 2 --asked 4", "fewer"]),
+        // What is named twice.
+        ("needle", &["--text", &prose], &["--text", &prose, "same text"]),
+        ("ppl", &["--text", &other, "--text", &copy], &[&other, &copy, "same text"]),
+        ("copy", &["--lengths", "200, 300,200"], &["--lengths names 200 twice"]),
+        ("needle", &["--depths", "0,50", "--depths", "0"], &["--depths names 0 twice"]),
+        ("multikey", &["--keys", "4,4"], &["--keys names 4 twice"]),
+        ("ruler", &["--tasks", "vt, fwe,vt"], &["--tasks names vt twice"]),
+        ("recall", &["--budget", "64"], &["--budget names 64 twice"]),
+        ("ppl", &["--methods", "window", "--methods", "window"], &["--methods names window twice"]),
+        ("ppl", &["--plan", "p.json,p.json"], &["--plan names p.json twice"]),
     ];
-    for (name, more, names) in cases {
+    for &(name, more, names) in cases {
         let on = ["eval", name, "-m", &model, "-d", "cpu", "--text", &prose];
         let sparse = ["--dense-layers", "0", "--budget", "64"];
         let dense = more.contains(&"dense");
@@ -219,10 +238,38 @@ fn options_of_an_evaluation_are_named_when_they_are_wrong() {
         home.refused(&[&["eval", "long-output", "-m", &model, "-d", "cpu"], more].concat(), names);
     };
     long(&["--tasks", "dance"], &["dance", "sort"]);
+    long(&["--tasks", "copy, sort,copy"], &["--tasks names copy twice"]);
+    long(&["--items", "4", "--items", "4"], &["--items names 4 twice"]);
     long(&["--items", "100000000000"], &["--items", "512"]);
     long(&["--items", "400"], &["--items", "512"]);
     home.refused(&["eval", "waltz"], &["waltz"]);
     home.refused(&["eval", "ppl", "-m", &model], &["--text"]);
+}
+
+/// Texts of one file name are different texts, and a single prediction has no standard error.
+#[test]
+fn texts_are_told_apart_and_one_prediction_has_no_error() {
+    let home = Home::new();
+    let model = home.model();
+    let text = |folder: &str, words: &str| {
+        std::fs::create_dir(home.path(folder)).unwrap();
+        home.file(&format!("{folder}/book.txt"), words.repeat(9).as_bytes())
+    };
+    let [a, b] = [text("a", "A wagon went down to the bridge. "), text("b", "Nobody knew why! ")];
+    let texts = ["--text", &a, "--text", &b, "--lengths", "100"];
+    let on = |score: &'static str, more: &[&'static str]| {
+        let more = [&texts[..], &["--score", score], more].concat();
+        home.run(&eval("ppl", &model, &more).iter().map(|s| &**s).collect::<Vec<_>>())
+    };
+    let report = on("1", &["--format", "json"]).json();
+    let samples: Vec<&str> =
+        rows(&report, "window").iter().map(|r| r["sample"].as_str().unwrap()).collect();
+    assert_eq!(samples, ["a/book.txt 100", "b/book.txt 100"]);
+    assert_eq!(report["paired"][1]["texts"], 2);
+    assert!(rows(&report, "window").iter().all(|r| r["nll_difference"]["error"].is_null()));
+    let [one, two] = [on("1", &["--audit", "0"]), on("2", &["--audit", "7"])].map(|end| end.out);
+    assert!(!one.contains("+-") && two.contains("+-"), "{one}{two}");
+    assert!(one.contains("not measured (--audit 0)") && two.contains("each 7 steps"), "{one}{two}");
 }
 
 #[test]

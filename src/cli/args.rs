@@ -1,5 +1,6 @@
 //! Options shared by commands.
 
+use super::lists::{once, short_names};
 use super::progress::build_progress;
 use super::ui;
 use crate::backend::DType;
@@ -49,7 +50,11 @@ pub struct ModelArgs {
 
 /// A number from 1 on.
 pub fn at_least_one(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "give a whole number from 1 on".into())
+    text.trim()
+        .parse()
+        .ok()
+        .filter(|&n| n > 0)
+        .ok_or_else(|| "give a whole number from 1 on".into())
 }
 
 /// A temperature.
@@ -124,11 +129,11 @@ pub fn read_plan(path: &Path) -> Result<Plan> {
 /// Reads plan files; each is called after its file.
 ///
 /// # Errors
-/// As [`read_plan`].
+/// As [`read_plan`]; a file that is named twice.
 pub fn read_plans(paths: &[PathBuf]) -> Result<Vec<(String, Plan)>> {
-    let name =
-        |p: &PathBuf| p.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-    paths.iter().map(|p| Ok((name(p), read_plan(p)?))).collect()
+    once("--plan", &paths.iter().map(|p| p.display().to_string()).collect::<Vec<_>>())?;
+    let names = short_names(paths, false);
+    names.into_iter().zip(paths).map(|(name, p)| Ok((name, read_plan(p)?))).collect()
 }
 
 /// Reads a small file; `what` names it in errors.

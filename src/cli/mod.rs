@@ -9,6 +9,7 @@ mod eval;
 mod forecast_args;
 mod hint;
 mod interrupt;
+mod lists;
 mod method_args;
 mod output;
 mod plan;

@@ -1,5 +1,6 @@
 //! Methods of one evaluation or measurement: every method under every combination of option values.
 
+use super::lists::{item, once};
 use super::method_args::{OtherOptions, SWEPT, read_by_one};
 use crate::backend::DimMetric;
 use crate::select::{MethodSpec, parse_name};
@@ -13,13 +14,13 @@ pub struct Sweep {
     /// Tokens attended to per KV head, comma separated [default: as in `longsight run`]. Each value is a row:
     /// 128,256,512 runs every method three times. --dims, --update and --metric multiply the rows the same way,
     /// for the methods that know them
-    #[arg(long, visible_alias = "budgets", value_name = "TOKENS,...", value_delimiter = ',')]
+    #[arg(long, visible_alias = "budgets", value_name = "TOKENS,...", value_delimiter = ',', value_parser = item::<usize>)]
     pub budget: Vec<usize>,
     /// Key dimensions scored, comma separated [default: as in `longsight run`]
-    #[arg(long, value_name = "DIMS,...", value_delimiter = ',')]
+    #[arg(long, value_name = "DIMS,...", value_delimiter = ',', value_parser = item::<usize>)]
     pub dims: Vec<usize>,
     /// Steps between two choices of dimensions (query-chosen profiles), comma separated; 0 = once
-    #[arg(long, value_name = "STEPS,...", value_delimiter = ',')]
+    #[arg(long, value_name = "STEPS,...", value_delimiter = ',', value_parser = item::<u32>)]
     pub update: Vec<u32>,
     /// Importance of a dimension (query-chosen profiles), comma separated: abs-q, pair-norm, abs-qk, pair-qk
     #[arg(long, value_parser = metric_name, value_name = "METRIC,...", value_delimiter = ',')]
@@ -30,7 +31,7 @@ pub struct Sweep {
 
 /// Checks a metric and keeps its name.
 fn metric_name(name: &str) -> Result<String, String> {
-    parse_name::<DimMetric>(name).map(|_| name.to_string())
+    parse_name::<DimMetric>(name.trim()).map(|_| name.trim().to_string())
 }
 
 fn strings<T: ToString>(values: &[T]) -> Vec<String> {
@@ -42,11 +43,15 @@ impl Sweep {
     /// `sparcas` becomes `sparcas:budget=128` and `sparcas:budget=256`, and a value of the method's own gives way.
     ///
     /// # Errors
-    /// A name that is no method, or options that it does not know.
+    /// A name that is no method, options that it does not know, or what is there twice.
     pub fn specs(&self, methods: &[String]) -> Result<Vec<(String, MethodSpec)>> {
         let (budget, dims) = (strings(&self.budget), strings(&self.dims));
         let values = [budget, dims, strings(&self.update), self.metric.clone()];
         let lists: Vec<_> = SWEPT.into_iter().zip(values).collect();
+        once("--methods", methods)?;
+        for (key, values) in &lists {
+            once(&format!("--{key}"), values)?;
+        }
         // A single value goes to all methods without a mention, but for those that name another.
         let single = lists.iter().filter(|(_, v)| v.len() == 1);
         let options = self.others.and(single.map(|(key, v)| (*key, v[0].clone())));
@@ -67,6 +72,7 @@ impl Sweep {
             read_by_one(key, &bases, &typed)?;
         }
         let names: Vec<String> = names.iter().map(|n| options.renamed(n)).collect();
+        once("--methods, with the options given beside it,", &names)?;
         let specs = names.iter().map(|n| Ok(n.parse()?)).collect::<Result<Vec<MethodSpec>>>()?;
         Ok(names.into_iter().zip(options.apply(&specs)?).collect())
     }
@@ -121,6 +127,15 @@ mod tests {
         let spec = sweep.specs(&strings(&["sparcas-paper"])).unwrap().remove(0).1;
         assert_eq!((spec.budget, spec.metric), (Some(96), Some(DimMetric::PairQk)));
         assert!(sweep.specs(&strings(&["sparc"])).is_err());
+        // Once each, also after options have taken the place of what made them differ.
+        let refused = |sweep: &Sweep, methods: &[&str], what: &str| {
+            let e = sweep.specs(&strings(methods)).unwrap_err().to_string();
+            assert!(e.contains(what), "{e}");
+        };
+        refused(&sweep, &["window", "dense", "window"], "--methods names window twice");
+        refused(&sweep, &["window:budget=1", "window:budget=2"], "names window:budget=96 twice");
+        let twice = Sweep { budget: vec![64, 128, 64], ..Sweep::default() };
+        refused(&twice, &["window"], "--budget names 64 twice");
         // But for what a name says itself.
         let own = ["sparcas-paper:budget=64:update=8", "window:budget=64"];
         let want = ["sparcas-paper:budget=96:update=8", "window:budget=96"];

@@ -21,9 +21,19 @@ pub fn encoded(files: &[PathBuf], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>
 /// # Errors
 /// A file that cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    let bytes =
-        std::fs::read(path).with_context(|| format!("cannot read the text {}", path.display()))?;
+    let cannot = || format!("cannot read the text {}{}", path.display(), several(path));
+    let bytes = std::fs::read(path).with_context(cannot)?;
     String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
+}
+
+/// What to say of a name that is the names of several files.
+fn several(path: &Path) -> String {
+    let text = path.display().to_string();
+    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
+    match !path.exists() && parts.len() > 1 && parts.iter().all(|p| Path::new(p).is_file()) {
+        true => format!("; {} are files: give the option once for each", parts.join(" and ")),
+        false => String::new(),
+    }
 }
 
 /// Refuses pieces of text that are longer than what the model was trained for.

@@ -8,6 +8,7 @@ use crate::bench::attention::{
 };
 use crate::bench::kernels::Check;
 use crate::cli::args::{at_least_one, read_plans};
+use crate::cli::lists::{item, path};
 use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
 use crate::cli::ui;
@@ -66,6 +67,7 @@ pub struct AttentionArgs {
         short,
         long,
         value_delimiter = ',',
+        value_parser = item::<usize>,
         value_name = "TOKENS,...",
         conflicts_with_all = ["depth", "steps"]
     )]
@@ -77,7 +79,7 @@ pub struct AttentionArgs {
     #[arg(short, long, default_value_t = 3, value_name = "N", requires = "prompt")]
     repeats: usize,
     /// Sequences of a step [default: 1,8; with -p 1]
-    #[arg(short, long, value_delimiter = ',', value_name = "N,...")]
+    #[arg(short, long, value_delimiter = ',', value_parser = item::<usize>, value_name = "N,...")]
     batch: Vec<usize>,
     /// Layers of the model
     #[arg(long, default_value_t = 32)]
@@ -96,10 +98,10 @@ pub struct AttentionArgs {
     dtype: DType,
     /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
     /// `longsight run --help` lists them [default: sparcas,kascade; with -p kascade:tile=32]
-    #[arg(long, value_delimiter = ',', value_name = "METHOD,...")]
+    #[arg(long, value_delimiter = ',', value_parser = item::<String>, value_name = "METHOD,...")]
     methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
-    #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
+    #[arg(long, value_delimiter = ',', value_parser = path(), value_name = "FILE,...")]
     plan: Vec<PathBuf>,
     /// Decode steps that are timed
     #[arg(long, default_value_t = 64, value_name = "N")]

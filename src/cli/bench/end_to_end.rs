@@ -5,6 +5,7 @@ use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Prog
 use crate::cli::args::{ModelArgs, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::Interrupt;
+use crate::cli::lists::{item, path};
 use crate::cli::progress::Bar;
 use crate::cli::sweep::Sweep;
 use crate::cli::table::Table;
@@ -25,13 +26,14 @@ const CTX: &str = "Most tokens of a sequence [default: what the longest test nee
 #[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct EndToEndArgs {
     /// Prompt lengths to read (prefill speed); 0 for none
-    #[arg(short, long, value_delimiter = ',', default_value = "512", value_name = "TOKENS,...")]
+    #[arg(short, long, value_delimiter = ',', value_parser = item::<usize>, default_value = "512", value_name = "TOKENS,...")]
     prompt: Vec<usize>,
     /// Tokens to decode (decode speed); 0 for none
     #[arg(
         short = 'n',
         long,
         value_delimiter = ',',
+        value_parser = item::<usize>,
         default_value = "128",
         value_name = "TOKENS,..."
     )]
@@ -41,16 +43,17 @@ pub struct EndToEndArgs {
         short = 'D',
         long,
         value_delimiter = ',',
+        value_parser = item::<usize>,
         default_value = "0,4096",
         value_name = "TOKENS,..."
     )]
     depth: Vec<usize>,
     /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
     /// `longsight run --help` lists them
-    #[arg(long, value_delimiter = ',', default_value = "sparcas", value_name = "METHOD,...")]
+    #[arg(long, value_delimiter = ',', value_parser = item::<String>, default_value = "sparcas", value_name = "METHOD,...")]
     methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
-    #[arg(long, value_delimiter = ',', value_name = "FILE,...")]
+    #[arg(long, value_delimiter = ',', value_parser = path(), value_name = "FILE,...")]
     plan: Vec<PathBuf>,
     /// Repetitions of every test
     #[arg(short, long, default_value_t = 3, value_name = "N")]

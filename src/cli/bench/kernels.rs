@@ -3,6 +3,7 @@
 use super::{ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
 use crate::backend::DType;
 use crate::bench::kernels::{KernelBench, KernelReport};
+use crate::cli::lists::item;
 use crate::cli::table::Table;
 use crate::cli::ui;
 use anyhow::Result;
@@ -28,7 +29,7 @@ pub struct KernelArgs {
     #[arg(short = 'D', long, default_value_t = 32768, value_name = "TOKENS")]
     depth: usize,
     /// Sequences decoded together
-    #[arg(short, long, value_delimiter = ',', default_value = "1,8,64", value_name = "N,...")]
+    #[arg(short, long, value_delimiter = ',', value_parser = item::<usize>, default_value = "1,8,64", value_name = "N,...")]
     batch: Vec<usize>,
     /// Query heads
     #[arg(long, default_value_t = 32)]
@@ -49,7 +50,7 @@ pub struct KernelArgs {
     #[arg(long, value_name = "DIMS")]
     lead: Option<usize>,
     /// Percent of the tokens that attend_rows reads and top_k picks
-    #[arg(long, value_delimiter = ',', default_value = "1,10", value_name = "PERCENT,...")]
+    #[arg(long, value_delimiter = ',', value_parser = item::<f64>, default_value = "1,10", value_name = "PERCENT,...")]
     share: Vec<f64>,
     /// Samples of every op
     #[arg(short, long, default_value_t = 20, value_name = "N")]

@@ -5,7 +5,7 @@ use super::report::{Quality, Report, frontier, mass_kept};
 use crate::cli::args::at_least_one;
 use crate::cli::plot::{Line, LinePoint, Panel};
 use crate::cli::table::{Table, distinct};
-use crate::cli::{texts, ui};
+use crate::cli::ui;
 use crate::eval::{Answer, Difference, Problem, TaskSource, mean_score, solve, start_of_text};
 use crate::model::{ChatTemplate, EncodeOptions, Message, ModelError};
 use anyhow::{Result, bail};
@@ -45,14 +45,17 @@ impl HaystackArgs {
         report: impl FnOnce(&[Answer]) -> Result<Report>,
     ) -> Result<ExitCode> {
         let setup = Setup::new(&self.common)?;
-        let prose = self.texts.text.iter().map(|path| texts::read(path));
-        let prose = prose.collect::<Result<Vec<_>>>()?.join("\n");
+        let prose = self.texts.read()?.join("\n");
         let (before, after) = frame(&setup, self.raw)?;
         let tokenizer = &setup.tokenizer;
         let problems =
             make(&TaskSource { tokenizer, prose: &prose, before: &before, after: &after })?;
         let bench = setup.bench(longest(&problems), "--lengths")?;
-        solved(bench, &problems, &self.audit, report)
+        solved(bench, &problems, &self.audit, |answers| {
+            let mut report = report(answers)?;
+            report.note += &self.audit.legend();
+            Ok(report)
+        })
     }
 }
 
@@ -178,10 +181,10 @@ pub fn by_size(task: &str, axis: &'static str, answers: &[Answer]) -> Panel {
         let of = answers.iter().filter(|a| a.method == method && a.cell.size == Some(size));
         let scores: Vec<f64> = of.map(|a| 100.0 * a.verdict.score).collect();
         let Difference { mean: y, error } = Difference::of(&scores);
+        let error = error.unwrap_or(0.0);
         LinePoint { x: size as f64, y, low: y - error, high: y + error }
     };
     let methods = distinct(answers.iter().map(|a| a.method.as_str()));
-        let error = error.unwrap_or(0.0);
     let lines = methods.iter().map(|method| Line {
         name: (*method).to_string(),
         points: sizes.iter().map(|&size| point(method, size)).collect(),

@@ -4,6 +4,7 @@ use super::report::{Kind, Output, Report};
 use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
+use crate::cli::lists::{different_texts, item, once, path, short_names};
 use crate::cli::output::{OutputFile, Written};
 use crate::cli::progress::Bar;
 use crate::cli::sweep::Sweep;
@@ -13,7 +14,7 @@ use crate::model::{Checkpoint, Tokenizer};
 use crate::select::{MethodSpec, Plan};
 use anyhow::{Result, bail};
 use clap::Args;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 const CTX: &str = "Most tokens of a sequence [default: those of the longest sample]";
@@ -28,11 +29,12 @@ pub struct Common {
         long,
         value_name = "METHODS",
         value_delimiter = ',',
+        value_parser = item::<String>,
         default_value = "sparcas,sparcas-int8"
     )]
     methods: Vec<String>,
     /// Plan files to run beside the methods, comma separated (see `longsight plan --save`)
-    #[arg(long, value_name = "FILES", value_delimiter = ',')]
+    #[arg(long, value_name = "FILES", value_delimiter = ',', value_parser = path())]
     plan: Vec<PathBuf>,
     /// How to print
     #[arg(long, value_enum, default_value = "table")]
@@ -61,21 +63,29 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
+    /// The texts, each of which is there once, as are the lengths.
+    pub fn read(&self) -> Result<Vec<String>> {
+        once("--lengths", &self.lengths)?;
+        let contents: Vec<String> =
+            self.text.iter().map(|path| texts::read(path)).collect::<Result<_>>()?;
+        different_texts(&self.text, &contents)?;
+        Ok(contents)
+    }
+
     /// Name and token ids of each text.
     pub fn encoded(&self, tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u32>)>> {
-        let one = |path: &PathBuf| Ok((name(path), tokenizer.encode(&texts::read(path)?, false)?));
-        self.text.iter().map(one).collect()
+        let contents = self.read()?;
+        let names = short_names(&self.text, true);
+        let texts = names.into_iter().zip(&contents);
+        texts.map(|(name, text)| Ok((name, tokenizer.encode(text, false)?))).collect()
     }
-}
-
-fn name(path: &Path) -> String {
-    path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
 }
 
 /// Measuring selections on the way.
 #[derive(Args)]
 pub struct AuditArgs {
-    /// Measure attention mass and output error of every sparse layer in every N-th step; 0 = never
+    /// Measure attention mass and output error of every sparse layer in the first decode step of each sample and method
+    /// and in every N-th after it; 0 = never
     #[arg(long, value_name = "N", default_value_t = AUDIT_EVERY)]
     audit: usize,
 }
@@ -83,6 +93,17 @@ pub struct AuditArgs {
 impl AuditArgs {
     pub fn every(&self) -> Option<usize> {
         (self.audit > 0).then_some(self.audit)
+    }
+
+    /// A line below tables with a column of mass kept: what it holds, and why it may be empty.
+    pub fn legend(&self) -> String {
+        match self.every() {
+            Some(n) => format!(
+                "Mass kept: attention mass on the chosen tokens in the first decode step of a sample and each {n} steps \
+                 later; - where these attended to all tokens.\n"
+            ),
+            None => "Mass kept was not measured (--audit 0).\n".into(),
+        }
     }
 }
 
@@ -107,6 +128,9 @@ impl<'a> Setup<'a> {
             spec.dense_below.get_or_insert(0);
         }
         let files = read_plans(&common.plan)?;
+        let names: Vec<&str> =
+            specs.iter().map(|s| &*s.0).chain(files.iter().map(|f| &*f.0)).collect();
+        once("--methods and --plan together", &names)?;
         common.forecast.read_by_one_of(&specs, &files)?;
         let outputs = common.output.iter().map(|o| Ok((o.kind, OutputFile::create(&o.path)?)));
         let outputs = outputs.collect::<Result<_>>()?;
@@ -125,10 +149,15 @@ impl<'a> Setup<'a> {
         }
         let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
         let context = common.model.size.ctx.unwrap_or(longest);
+        if longest > context {
+            bail!(
+                "a sample of {longest} tokens: --ctx {context} does not hold it; leave --ctx out, or give less {by}"
+            );
+        }
         // Sequences share the prompt's pages, the second adds what it decodes; unless a plan reads the prompt for itself.
         let own = kinds.iter().any(|k| k.tile.is_some_and(|t| t > 0))
             || files.iter().any(|f| f.1.reads_prompts_sparsely());
-        let second = if own { context } else { longest.min(context) / 4 };
+        let second = if own { context } else { longest / 4 };
         let engine = common
             .forecast
             .set(common.model.builder())

@@ -154,7 +154,11 @@ fn run(
         |engine, plans, on, rows| {
             evaluate(engine, &samples, plans, audit, on, |mut done| rows.append(&mut done))
         },
-        |rows| report(task, a.layers, config, rows),
+        |rows| {
+            let mut report = report(task, a.layers, config, rows)?;
+            report.note += &a.audit.legend();
+            Ok(report)
+        },
     )
 }
 

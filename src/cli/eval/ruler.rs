@@ -3,6 +3,7 @@
 use super::answers::{HaystackArgs, score_frontier, score_table};
 use super::report::Report;
 use crate::cli::args::at_least_one;
+use crate::cli::lists::once;
 use crate::eval::{Answer, RULER_TASKS, RulerTask, ruler};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -28,12 +29,13 @@ pub struct RulerArgs {
 }
 
 fn task(name: &str) -> Result<RulerTask, String> {
-    let found = RULER_TASKS.iter().find(|t| t.0 == name);
+    let found = RULER_TASKS.iter().find(|t| t.0 == name.trim());
     let names: Vec<&str> = RULER_TASKS.iter().map(|t| t.0).collect();
     found.map(|t| t.1).ok_or_else(|| format!("no such task; there are {}", names.join(", ")))
 }
 
 pub fn run(a: RulerArgs) -> Result<ExitCode> {
+    once("--tasks", &a.tasks.iter().map(|t| t.name()).collect::<Vec<_>>())?;
     let all: Vec<RulerTask> = RULER_TASKS.iter().map(|t| t.1).collect();
     let tasks = if a.tasks.is_empty() { &all } else { &a.tasks };
     let make = |source: &crate::eval::TaskSource<'_>| {

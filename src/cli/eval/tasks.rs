@@ -6,6 +6,7 @@ use super::answers::{
 use super::common::{AuditArgs, Common, Setup};
 use super::report::Report;
 use crate::cli::args::at_least_one;
+use crate::cli::lists::once;
 use crate::cli::plot::{Heat, Panel};
 use crate::cli::table::{Table, distinct};
 use crate::eval::{
@@ -82,17 +83,18 @@ pub struct LongOutputArgs {
 }
 
 fn percent(text: &str) -> Result<usize, String> {
-    let depth = text.parse().ok().filter(|p| (0..=100).contains(p));
+    let depth = text.trim().parse().ok().filter(|p| (0..=100).contains(p));
     depth.ok_or_else(|| "give percents from 0 to 100".into())
 }
 
 fn long_task(name: &str) -> Result<LongTask, String> {
     let names: Vec<&str> = LONG_TASKS.iter().map(|t| t.0).collect();
-    let found = LONG_TASKS.iter().find(|t| t.0 == name);
+    let found = LONG_TASKS.iter().find(|t| t.0 == name.trim());
     found.map(|t| t.1).ok_or_else(|| format!("no such task; there are {}", names.join(", ")))
 }
 
 pub fn needles(a: NeedleArgs) -> Result<ExitCode> {
+    once("--depths", &a.depths)?;
     let make = |source: &crate::eval::TaskSource<'_>| {
         let mut problems = Vec::new();
         for &tokens in &a.haystack.texts.lengths {
@@ -149,6 +151,7 @@ fn grid(method: &str, answers: &[Answer]) -> Heat {
 }
 
 pub fn multikeys(a: MultikeyArgs) -> Result<ExitCode> {
+    once("--keys", &a.keys)?;
     let make = |source: &crate::eval::TaskSource<'_>| {
         let mut problems = Vec::new();
         for &tokens in &a.haystack.texts.lengths {
@@ -181,6 +184,8 @@ pub fn multikeys(a: MultikeyArgs) -> Result<ExitCode> {
 }
 
 pub fn long_outputs(a: LongOutputArgs) -> Result<ExitCode> {
+    once("--items", &a.items)?;
+    once("--tasks", &a.tasks.iter().map(|t| t.name()).collect::<Vec<_>>())?;
     let setup = Setup::new(&a.common)?;
     let start = start_of_text(&setup.tokenizer)?;
     let all: Vec<LongTask> = LONG_TASKS.iter().map(|t| t.1).collect();
