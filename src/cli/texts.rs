@@ -2,7 +2,7 @@
 
 use crate::calibrate::BUILT_IN_TEXT;
 use crate::model::{Checkpoint, Tokenizer};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 
 /// Token ids of each file; of the built-in text where no file is given.
@@ -21,19 +21,23 @@ pub fn encoded(files: &[PathBuf], tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>
 /// # Errors
 /// A file that cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    let cannot = || format!("cannot read the text {}{}", path.display(), several(path));
-    let bytes = std::fs::read(path).with_context(cannot)?;
+    if let Some(files) = several(path) {
+        bail!(
+            "there is no text {}, but {files} are files: give the option once for each",
+            path.display()
+        );
+    }
+    let bytes =
+        std::fs::read(path).with_context(|| format!("cannot read the text {}", path.display()))?;
     String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))
 }
 
-/// What to say of a name that is the names of several files.
-fn several(path: &Path) -> String {
-    let text = path.display().to_string();
-    let parts: Vec<&str> = text.split(',').map(str::trim).collect();
-    match !path.exists() && parts.len() > 1 && parts.iter().all(|p| Path::new(p).is_file()) {
-        true => format!("; {} are files: give the option once for each", parts.join(" and ")),
-        false => String::new(),
-    }
+/// The files of a name that is none itself but a list of such.
+fn several(path: &Path) -> Option<String> {
+    let names = path.to_str().filter(|_| !path.exists())?;
+    let files: Vec<&str> = names.split(',').map(str::trim).collect();
+    let all = files.len() > 1 && files.iter().all(|f| Path::new(f).is_file());
+    all.then(|| files.join(" and "))
 }
 
 /// Refuses pieces of text that are longer than what the model was trained for.
