@@ -26,7 +26,14 @@ const CTX: &str = "Most tokens of a sequence [default: what the longest test nee
 #[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct EndToEndArgs {
     /// Prompt lengths to read (prefill speed); 0 for none
-    #[arg(short, long, value_delimiter = ',', value_parser = item::<usize>, default_value = "512", value_name = "TOKENS,...")]
+    #[arg(
+        short,
+        long,
+        value_delimiter = ',',
+        value_parser = item::<usize>,
+        default_value = "512",
+        value_name = "TOKENS,..."
+    )]
     prompt: Vec<usize>,
     /// Tokens to decode (decode speed); 0 for none
     #[arg(
