@@ -2,7 +2,8 @@
 
 use super::ui::{bytes, note, thousands};
 use crate::engine::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,33 +30,41 @@ pub struct Bar {
 impl Bar {
     /// A bar that counts `unit`.
     pub fn new(what: &'static str, unit: &'static str) -> Bar {
-        let numbers = format!("{{human_pos}}/{{human_len}} {unit}, {{eta}} left");
+        let numbers = format!("{{human_pos}}/{{human_len}} {unit}{{left}}");
         Bar::with(what, Unit::Named(unit), &numbers)
     }
 
     fn of_bytes(what: &'static str) -> Bar {
-        Bar::with(what, Unit::Bytes, "{bytes}/{total_bytes} {bytes_per_sec}, {eta} left")
+        Bar::with(what, Unit::Bytes, "{bytes}/{total_bytes} {bytes_per_sec}{left}")
     }
 
     fn with(what: &'static str, unit: Unit, numbers: &str) -> Bar {
         let style = ProgressStyle::with_template(&format!("{{msg:<10}} [{{wide_bar}}] {numbers}"))
             .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .with_key("left", time_left)
             .progress_chars("=> ");
         let bar = ProgressBar::new(0);
         bar.set_style(style);
-        bar.set_message(what);
+        let bar = bar.with_message(what);
         Bar { bar, unit, said: Arc::new(Mutex::new(Instant::now())) }
     }
 
-    /// What is worked on.
+    /// What is worked on; shown with the next [`Bar::at`].
     pub fn about(&self, what: &str) {
-        self.bar.set_message(what.to_owned());
+        // Unlike `set_message` this draws nothing: no bar of numbers that nobody knows yet.
+        let _ = self.bar.clone().with_message(what.to_owned());
     }
 
-    /// `done` of `all` are done; the same number twice where nobody knows how many there are.
+    /// `done` of `all` are done; the same number twice where nobody knows how many there are. No work at all is not shown.
     pub fn at(&self, done: u64, all: u64) {
-        self.bar.set_length(all);
-        self.bar.set_position(done);
+        if all == 0 {
+            return;
+        }
+        // Both numbers at once: the limit on how often a bar is drawn might drop the second.
+        self.bar.update(|bar| {
+            bar.set_len(all);
+            bar.set_pos(done);
+        });
         if !self.bar.is_hidden() || done >= all {
             return;
         }
@@ -80,6 +89,13 @@ impl Bar {
     /// Takes the bar away.
     pub fn end(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// From the first step on: before it, no time left would look like none.
+fn time_left(state: &ProgressState, line: &mut dyn Write) {
+    if state.pos() > 0 {
+        let _ = write!(line, ", {:#} left", HumanDuration(state.eta()));
     }
 }
 
