@@ -22,10 +22,17 @@ command -v python3 >/dev/null || die "python3 is missing: install Python 3 with 
 # shellcheck source=scripts/setup.sh
 . scripts/setup.sh
 
-# Builds what the tests build as well; fetches the model before the tests ask for it side by side.
-printf '\n$ longsight plan -m smollm2\n'
+say() { printf '\ntest: %s\n' "$*"; }
+
+say "building the program: 5 to 15 minutes on two cores the first time"
+cargo build --locked </dev/null
+
+# Before the tests ask for it side by side.
+say "fetching the demo model where it is not there yet"
+printf '$ longsight plan -m smollm2\n'
 cargo run --locked --quiet -- plan -m smollm2 </dev/null
 
 # Tests that need the demo model are marked as ignored for those who have no network.
-printf '\n$ cargo test\n'
+say "building and running the tests: cargo is silent while it compiles the library and each test, minutes in all"
+printf '$ cargo test\n'
 exec cargo test --locked --no-fail-fast "$@" -- --include-ignored </dev/null

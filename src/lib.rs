@@ -1,4 +1,4 @@
-//! Longsight runs long-context language models with sparse attention, on any GPU.
+//! Longsight runs long-context language models with sparse attention, on CPUs and GPUs.
 //!
 //! Layers, each importing only those below: `cli`, `eval`, `bench` | `calibrate`, `forecast` | `engine` | `model` |
 //! `select`, `kv` | `backend` | `files`, `names`, `tensor_file`. See `DESIGN.md`.

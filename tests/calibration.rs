@@ -190,8 +190,10 @@ fn a_calibration_that_was_stopped_ends_like_one_that_was_not() {
     refused(&Settings { model: "another".into(), ..settings.clone() }, &texts, "another");
     let own = OwnTile::Published;
     refused(&Settings { own, ..settings.clone() }, &texts, "own: was right, is published");
-    refused(&settings, &texts[..2], "3 texts");
-    refused(&settings, &[texts[1].clone(), texts[0].clone(), texts[2].clone()], "not the first");
+    refused(&settings, &texts[..2], "prompts: was 3, is 2");
+    let [a, b, c] = [0, 1, 2].map(|i: usize| texts[i].clone());
+    refused(&settings, &[b, a.clone(), c], "texts: was one with hash ");
+    refused(&settings, &[a[..110].to_vec()], "tokens: was 120, is 110");
     std::fs::write(&state, b"junk").unwrap();
     let e = run(&mut engine, &texts, &settings, Some(&state)).unwrap_err().to_string();
     assert!(e.contains("cannot read") && e.contains("k.state"), "{e}");

@@ -272,8 +272,10 @@ fn bad_model_files_are_refused() {
 fn bad_options_are_refused() {
     let home = Home::new();
     let model = home.model();
-    let cases: [(&[&str], &[&str]); 12] = [
+    let cases: [(&[&str], &[&str]); 16] = [
         (&["hi", "--method", "bogus"], &["bogus", "sparcas"]),
+        (&["hi", "--method", "sparca"], &["did you mean `sparcas`?"]),
+        (&["hi", "--method", "sparcas:budgt=64"], &["\"budgt\" is no option", "mean `budget`?"]),
         (&["hi", "--dtype", "f8"], &["f8", "bf16"]),
         (&["hi", "--dense-layers", "0", "--dims", "12"], &["12", "--dims"]),
         (&["hi", "--dense-layers", "0", "--dims", "64"], &["64", "--dims"]),
@@ -282,7 +284,9 @@ fn bad_options_are_refused() {
         (&["hi", "--ctx", "0"], &["0 tokens", "--ctx"]),
         (&["hi", "--chunk", "0"], &["--chunk", "from 1 on"]),
         (&["hi", "--temp", "-1"], &["-1", "--temp", "0.7"]),
-        (&["hi", "--top-p", "-1"], &["top_p is -1", "0 to 1"]),
+        (&["hi", "--top-p", "-1"], &["-1", "--top-p", "from 0 to 1"]),
+        (&["hi", "--min-p", "1.5"], &["1.5", "--min-p", "from 0 to 1"]),
+        (&["hi", "--stop", ""], &["--stop", "some text"]),
         (&["--ask", "Which?"], &["--ask", "-f FILE"]),
         (&["hi", "--plan", "/no/such/plan.json"], &["/no/such/plan.json"]),
     ];
@@ -317,11 +321,21 @@ fn bad_prompts_are_refused() {
 }
 
 #[test]
+fn missing_models_are_refused() {
+    let home = Home::new();
+    home.refused(&["plan", "-m", "smolm2"], &["there is no smolm2", "mean `smollm2`?"]);
+    let shapes = ["there is no random:llama;", "random:qwen3-8b", "mean `llama-3.1-8b`?"];
+    home.refused(&["plan", "-m", "random:llama"], &shapes);
+}
+
+#[test]
 fn missing_devices_are_refused() {
     let home = Home::new();
     let model = home.model();
     let on = |device| ["run", "-m", &model, "--device", device, "hi"];
     home.refused(&on("abacus"), &["abacus", "cuda"]);
+    home.refused(&on("gpu"), &["did you mean `wgpu`?"]);
+    home.refused(&on("cdua:0"), &["did you mean `cuda`?"]);
     home.refused(&on("cuda:first"), &["first", "cuda:0"]);
     home.refused(&on("wgpu:no such adapter"), &["wgpu"]);
     if longsight::backend::open("cuda").is_err() {

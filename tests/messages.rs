@@ -27,7 +27,10 @@ fn pieces_that_leave_nothing_to_learn_are_refused_at_once() {
     home.refused(&[&train[..], &["--tokens", "1024"]].concat(), &names);
     home.refused(&[&train[..], &["--tokens", "1025"]].concat(), &["/no/such/model"]);
     let few = ["--blocks", "6"];
-    home.refused(&[&train[..], &few].concat(), &["--blocks", "--local-blocks", "6 blocks"]);
+    let both = ["--local-blocks", "6 blocks", "--tokens 4096 --blocks can be 7 to 63"];
+    home.refused(&[&train[..], &few].concat(), &both);
+    let neither = ["--tokens", "300", "--blocks", "7"];
+    home.refused(&[&train[..], &neither].concat(), &["--tokens", "at least 449", "--blocks 7"]);
 }
 
 #[test]
@@ -251,6 +254,12 @@ fn a_run_with_other_settings_says_which() {
     let said = home.run(&other).err;
     assert_eq!(lines(&said, "was "), ["  keys: was 32, is 16", "  own: was right, is published"]);
     assert!(!said.contains('{'), "{said}");
+    // The same text in other pieces is not another text.
+    let shorter = [&calibrate[..], &["--tokens", "300", "--prompts", "1", "-o", &out]].concat();
+    home.refused(&shorter, &["  tokens: was 400, is 300", "its own --tokens"]);
+    let more = [&calibrate[..], &["--tokens", "400", "--prompts", "2", "-o", &out]].concat();
+    assert_eq!(home.run(&more).code, Some(0));
+    home.refused(&command, &["  prompts: was 2, is 1", "its own --prompts"]);
 }
 
 /// Paragraphs are broken where the terminal ends, and nowhere else.

@@ -1,6 +1,7 @@
 //! Finding and opening devices.
 
 use super::{Backend, BackendError, Capabilities, Result};
+use crate::names::did_you_mean;
 use std::sync::Arc;
 
 /// Opens every backend of this build: (`cpu`, `wgpu` or `cuda`; the backend, or why it cannot be used).
@@ -50,7 +51,8 @@ pub fn open(selector: &str) -> Result<Arc<dyn Backend>> {
             backend: "device",
             reason: format!(
                 "{selector:?} is not known; use auto, cpu, wgpu, wgpu:<part of the adapter's name>, \
-                 cuda or cuda:<number>"
+                 cuda or cuda:<number>{}",
+                did_you_mean(kind, ["auto", "cpu", "wgpu", "cuda"])
             ),
         }),
     }

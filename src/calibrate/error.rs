@@ -47,6 +47,8 @@ pub enum CalibrateError {
         block: usize,
         /// Blocks read in all.
         budget: usize,
+        /// The fewest that such a budget can be.
+        least: usize,
     },
     /// A file of an interrupted run with other settings.
     #[error(

@@ -1,6 +1,6 @@
 //! The run: texts through the engine, statistics to disk.
 
-use super::state::{load, save, text_name};
+use super::state::{Texts, load, save, text_name};
 use super::statistics::{OwnTile, Statistics, Tiles};
 use super::{CalibrateError, TracedText};
 use crate::engine::{Engine, EngineError, TraceParts};
@@ -44,11 +44,6 @@ impl Settings {
         }
     }
 
-    /// For files.
-    pub(super) fn line(&self) -> String {
-        serde_json::to_string(self).unwrap_or_default()
-    }
-
     fn tiles(&self) -> Tiles {
         Tiles { tile: self.tile, keys: self.keys, permille: self.permille, own: self.own }
     }
@@ -87,7 +82,10 @@ pub fn gather(
     if empty.layers.is_empty() {
         return bad("every layer of this model has a sliding window, so none can be sparse");
     }
-    let names: Vec<String> = texts.iter().map(|t| text_name(t)).collect();
+    let names = Texts {
+        tokens: texts.first().map_or(0, Vec::len),
+        names: texts.iter().map(|t| text_name(t)).collect(),
+    };
     let found = state.map(|path| load(path, settings, &names, &empty)).transpose()?.flatten();
     let mut sums = found.unwrap_or(empty);
     let work = |texts: &[Vec<u32>]| -> u64 { texts.iter().map(|t| 2 * t.len() as u64).sum() };
@@ -109,7 +107,7 @@ pub fn gather(
         }
         before += 2 * prompt as u64;
         if let Some(path) = state {
-            save(path, settings, &names[..sums.texts], &sums)?;
+            save(path, settings, &names, &sums)?;
         }
     }
     progress(all, all);

@@ -1,6 +1,6 @@
 //! Statistics on disk, so that an interrupted calibration goes on where it was.
 
-use super::changed::changed;
+use super::changed::{Changed, changed};
 use super::similarity::len;
 use super::statistics::{Objective, Statistics};
 use super::{CalibrateError, Settings};
@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use std::path::Path;
 
 /// Raised when the statistics change their meaning.
-const VERSION: &str = "kascade 2";
+const VERSION: &str = "kascade 3";
 
 /// Name of a text in the state: a hash of its tokens.
 pub(crate) fn text_name(tokens: &[u32]) -> String {
@@ -65,15 +65,30 @@ pub(crate) fn other(path: &Path, what: String) -> CalibrateError {
     CalibrateError::OtherRun { path: path.into(), what }
 }
 
-/// Saves statistics of the texts named `texts`.
+/// Texts of a calibration.
+pub(super) struct Texts {
+    /// Tokens of the first, which say why others of the same words are not the same.
+    pub tokens: usize,
+    /// Of each its [`text_name`].
+    pub names: Vec<String>,
+}
+
+/// What statistics depend on, and their first text.
+fn line(settings: &Settings, texts: &Texts) -> String {
+    let mut all = serde_json::to_value(settings).unwrap_or_default();
+    all["tokens"] = texts.tokens.into();
+    all.to_string()
+}
+
+/// Saves statistics of the first of `texts`.
 pub(super) fn save(
     path: &Path,
     settings: &Settings,
-    texts: &[String],
+    texts: &Texts,
     s: &Statistics,
 ) -> Result<(), CalibrateError> {
-    let mut file = begin(VERSION, settings.line());
-    file.about.insert("texts".into(), texts.join(" "));
+    let mut file = begin(VERSION, line(settings, texts));
+    file.about.insert("texts".into(), texts.names[..s.texts].join(" "));
     for (o, sums) in Objective::ALL.iter().zip(&s.sums) {
         file.f64s(&format!("similarity.{}", o.name()), sums.clone());
     }
@@ -84,22 +99,26 @@ pub(super) fn save(
 /// Statistics saved before of the first of `texts`; `None` when there are none.
 ///
 /// # Errors
-/// [`CalibrateError::OtherSettings`], [`CalibrateError::OtherRun`] when they are of other texts.
+/// [`CalibrateError::OtherSettings`], also when they are of other texts or of more; [`CalibrateError::OtherRun`].
 pub(super) fn load(
     path: &Path,
     settings: &Settings,
-    texts: &[String],
+    texts: &Texts,
     empty: &Statistics,
 ) -> Result<Option<Statistics>, CalibrateError> {
-    let found = resume(path, VERSION, "it holds no statistics", &settings.line())?;
+    let found = resume(path, VERSION, "it holds no statistics", &line(settings, texts))?;
     let Some(mut file) = found else { return Ok(None) };
     let done: Vec<String> = file.word("texts").split_whitespace().map(String::from).collect();
-    if done.len() > texts.len() || done.iter().zip(texts).any(|(a, b)| a != b) {
-        let (held, all) = (done.len(), texts.len());
-        let what = format!(
-            "it holds {held} texts, which are not the first of the {all} texts of this run"
-        );
-        return Err(other(path, what));
+    let differs = |name: &str, was: String, now: String| CalibrateError::OtherSettings {
+        path: path.into(),
+        changed: vec![Changed { name: name.into(), was, now }],
+    };
+    if let Some((was, now)) = done.iter().zip(&texts.names).find(|(a, b)| a != b) {
+        return Err(differs("texts", format!("one with hash {was}"), now.clone()));
+    }
+    // What further texts have added cannot be taken away.
+    if done.len() > texts.names.len() {
+        return Err(differs("prompts", done.len().to_string(), texts.names.len().to_string()));
     }
     let mut s = Statistics { texts: done.len(), ..empty.clone() };
     let values = len(s.layers.len(), s.kv_heads);

@@ -63,6 +63,17 @@ fn temperature(text: &str) -> Result<f32, String> {
     t.ok_or_else(|| "give 0 (the most likely token) or a number above it, such as 0.7".into())
 }
 
+/// From 0 to 1.
+fn probability(text: &str) -> Result<f32, String> {
+    let p = text.parse().ok().filter(|p| (0.0..=1.0).contains(p));
+    p.ok_or_else(|| "give a number from 0 to 1".into())
+}
+
+/// The empty text is in every answer, so it cannot end one.
+fn some_text(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("give some text".into()) } else { Ok(text.into()) }
+}
+
 impl SizeArgs {
     /// Opens the model's files without loading weights, fetching them first where needed.
     ///
@@ -169,16 +180,16 @@ pub struct AnswerArgs {
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: usize,
     /// Draw from the fewest tokens that hold this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the most likely one
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
     pub min_p: f32,
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
     /// Text that ends the answer; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = some_text)]
     pub stop: Vec<String>,
     /// Every N steps, measure the attention mass and output error of the selection [default: 0, never]
     #[arg(long, value_name = "N")]

@@ -14,7 +14,10 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
 /// What a line can say beside a message.
-const COMMANDS: &str = "Ctrl-C stops an answer; Ctrl-D, /quit or /exit leaves; /new starts over; /help says this again.";
+const COMMANDS: &str = "Ctrl-C stops an answer; Ctrl-D, /quit, /exit or Ctrl-C twice leaves; /new starts over; /help says this again.";
+
+/// The answer to a Ctrl-C at the prompt, which may have been meant for an answer that had just ended.
+const LEAVING: &str = "Ctrl-C again, /exit or Ctrl-D leaves; what was typed on this line is gone";
 
 const CTX: &str = "Most tokens of the conversation [default: the model's limit, at most 32,768]";
 
@@ -51,6 +54,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         if terminal {
             std::io::stderr().write_all(b"> ")?;
             std::io::stderr().flush()?;
+            interrupt.arm_with(Some(LEAVING));
         }
         let mut line = Vec::new();
         if input.read_until(b'\n', &mut line).context("cannot read standard input")? == 0 {
@@ -83,7 +87,7 @@ pub fn chat(a: ChatArgs) -> Result<ExitCode> {
         request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
         request.stop = a.answer.stop.clone();
         request.keep = true;
-        request.cancel = interrupt.arm();
+        request.cancel = interrupt.arm_with(None);
         let result = answer(&mut engine, request, true);
         interrupt.disarm();
         match result {

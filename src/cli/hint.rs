@@ -8,10 +8,11 @@ use crate::eval::SampleError;
 use crate::model::LoadError;
 use crate::select::SelectError;
 
-/// A line for the first cause that options can change.
-pub fn hint(e: &anyhow::Error) -> Option<String> {
+/// A line for the first cause that options can change; `calibrates`: the command is `calibrate`, whose pieces have other
+/// options than those of `train-forecast`.
+pub fn hint(e: &anyhow::Error, calibrates: bool) -> Option<String> {
     e.chain().find_map(|cause| match cause.downcast_ref() {
-        Some(e) => calibrate(e),
+        Some(e) => calibrate(e, calibrates),
         None => fixed(cause).map(String::from),
     })
 }
@@ -37,19 +38,33 @@ fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
     }
 }
 
-fn calibrate(e: &CalibrateError) -> Option<String> {
+fn calibrate(e: &CalibrateError, calibrates: bool) -> Option<String> {
     match e {
         CalibrateError::Engine(e) => engine(e).map(String::from),
-        CalibrateError::TooLittleText { .. } => Some(
-            "--text gives the texts, --tokens the tokens of a piece, --pieces and --held-out (calibrate: --prompts) how many".into(),
-        ),
-        CalibrateError::NoChoice { tokens, block, budget } => Some(format!(
-            "--tokens gives the tokens of a piece (here at least {}), --blocks the budget (here at most {})",
-            budget.saturating_mul(*block).saturating_add(1),
-            tokens.saturating_sub(1) / block.max(&1)
+        CalibrateError::TooLittleText { .. } => Some(format!(
+            "--text gives the texts, --tokens the tokens of a piece, {} how many",
+            if calibrates { "--prompts" } else { "--pieces and --held-out" }
         )),
+        CalibrateError::NoChoice { tokens, block, budget, least } => {
+            let most = tokens.saturating_sub(1) / block.max(&1);
+            let longer = |budget: usize| budget.saturating_mul(*block).saturating_add(1);
+            Some(match *least <= most {
+                true => format!(
+                    "--tokens gives the tokens of a piece (here at least {}), --blocks the budget (here at least \
+                     {least}, at most {most})",
+                    longer(*budget)
+                ),
+                // No budget would do.
+                false => format!(
+                    "--tokens gives the tokens of a piece: at least {} for the smallest budget beside --init-blocks and \
+                     --local-blocks, --blocks {least}",
+                    longer(*least)
+                ),
+            })
+        }
         CalibrateError::OtherSettings { changed, .. } => {
-            let options: Vec<String> = changed.iter().map(|c| option(&c.name)).collect();
+            let options: Vec<String> =
+                changed.iter().map(|c| option(&c.name, calibrates)).collect();
             Some(format!("to go on with that run, give its own {}", options.join(", ")))
         }
         _ => None,
@@ -57,7 +72,7 @@ fn calibrate(e: &CalibrateError) -> Option<String> {
 }
 
 /// The option that sets a setting of a run.
-fn option(setting: &str) -> String {
+fn option(setting: &str, calibrates: bool) -> String {
     let name = match setting {
         "grid.budget" => "blocks",
         "grid.init" => "init-blocks",
@@ -66,6 +81,7 @@ fn option(setting: &str) -> String {
         "schedule.decay" => "schedule",
         "own" => "own-tile",
         "generated" => "generate",
+        "texts" if calibrates => "text",
         "texts" => "text (and --tokens, --pieces)",
         other => other.rsplit('.').next().unwrap_or(other),
     };
@@ -81,6 +97,10 @@ fn engine(e: &EngineError) -> Option<&'static str> {
         EngineError::BadContext { .. } | EngineError::ContextTooLong { .. } => {
             Some("--ctx sets the context, in tokens")
         }
+        EngineError::TooLarge { .. } => Some(
+            "--ctx sets the context, --dtype and --kv-dtype the storage, --device the device; LONGSIGHT_MEMORY_CHECK=off \
+             loads the model all the same",
+        ),
         EngineError::Cache(_) => Some("--ctx sets the context, and with it the size of the cache"),
         _ => None,
     }
@@ -131,6 +151,7 @@ mod tests {
                 "--device",
             ),
             (EngineError::BadContext { context: 9, most: 8 }.into(), "--ctx"),
+            (EngineError::TooLarge { weights: 9, tokens: 64, cache: 8, free: 7 }.into(), "--ctx"),
             (
                 EngineError::ContextTooLong {
                     tokens: 9,
@@ -153,7 +174,14 @@ mod tests {
                 .into(),
                 "longsight plan",
             ),
-            (CalibrateError::NoChoice { tokens: 9, block: 4, budget: 3 }.into(), "at most 2"),
+            (
+                CalibrateError::NoChoice { tokens: 9, block: 4, budget: 3, least: 2 }.into(),
+                "at least 2, at most 2",
+            ),
+            (
+                CalibrateError::NoChoice { tokens: 9, block: 4, budget: 3, least: 3 }.into(),
+                "at least 13 for",
+            ),
             (CalibrateError::TooLittleText { have: 1, tokens: 9, need: 2 }.into(), "--tokens"),
             (SampleError::TooFewTokens { tokens: 1, least: 2 }.into(), "--lengths"),
             (SampleError::TextTooShort { text: "a.txt".into(), have: 1, need: 2 }.into(), "--text"),
@@ -162,8 +190,13 @@ mod tests {
             let e = e.context("while loading");
             let sentence = format!("{e:#}");
             assert!(!sentence.contains("--") && !sentence.contains("longsight"), "{sentence}");
-            assert!(hint(&e).is_some_and(|h| h.contains(option)), "{sentence}: {:?}", hint(&e));
+            let said = hint(&e, false);
+            assert!(said.as_ref().is_some_and(|h| h.contains(option)), "{sentence}: {said:?}");
         }
-        assert_eq!(hint(&EngineError::EmptyPrompt.into()), None);
+        assert_eq!(hint(&EngineError::EmptyPrompt.into(), false), None);
+        let short = CalibrateError::TooLittleText { have: 1, tokens: 9, need: 2 }.into();
+        let (calibrates, trains) = (hint(&short, true).unwrap(), hint(&short, false).unwrap());
+        assert!(calibrates.contains("--prompts") && !calibrates.contains("--held-out"));
+        assert!(trains.contains("--held-out") && !trains.contains("--prompts"));
     }
 }

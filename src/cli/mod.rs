@@ -23,7 +23,7 @@ mod texts;
 mod train_forecast;
 mod ui;
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::process::ExitCode;
 
 const EXAMPLES: &str = "\
@@ -67,9 +67,30 @@ enum Command {
     Eval(eval::EvalArgs),
 }
 
+/// Lets every command with `--format` take `--json` as well: nobody remembers which has which.
+fn with_json(command: clap::Command) -> clap::Command {
+    let command = command.mut_subcommands(with_json);
+    if command.get_arguments().all(|a| a.get_id() != "format") {
+        return command;
+    }
+    let json = Arg::new("json")
+        .long("json")
+        .action(ArgAction::SetTrue)
+        .conflicts_with("format")
+        .help_heading(None::<&'static str>)
+        .help("The same as --format json");
+    command.mut_arg("format", |format| format.default_value_if("json", "true", "json")).arg(json)
+}
+
+fn parsed() -> Cli {
+    let matches = with_json(Cli::command()).get_matches();
+    Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+}
+
 /// Parses the command line and runs it. Errors go to stderr as one sentence with their causes.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = parsed();
+    let calibrates = matches!(cli.command, Command::Calibrate(_));
     let result = match cli.command {
         Command::Run(a) => run::run(a),
         Command::Chat(a) => chat::chat(a),
@@ -85,7 +106,7 @@ pub fn main() -> ExitCode {
         Err(e) if ui::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             ui::note(format!("error: {e:#}"));
-            if let Some(hint) = hint::hint(&e) {
+            if let Some(hint) = hint::hint(&e, calibrates) {
                 ui::note(format!("hint: {hint}"));
             }
             ExitCode::FAILURE

@@ -12,7 +12,10 @@ use clap::Args;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const CTX: &str = "Tokens that the plan is made for [default: the model's limit]";
+const CTX: &str = "Tokens that the plan is made for [default: the model's limit; random weights, which have none: 32,768]";
+
+/// Random weights were trained for no length.
+const RANDOM_CTX: usize = 32_768;
 
 #[derive(Args)]
 #[command(mut_arg("ctx", |a| a.help(CTX)))]
@@ -36,7 +39,8 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
     let checkpoint = a.model.checkpoint()?;
     let c = checkpoint.config();
     let most = c.max_context;
-    let context = a.model.ctx.unwrap_or(most);
+    let default = if checkpoint.is_random() { most.min(RANDOM_CTX) } else { most };
+    let context = a.model.ctx.unwrap_or(default);
     if context == 0 || context > most {
         return Err(EngineError::BadContext { context, most }.into());
     }
@@ -84,11 +88,12 @@ const NO_FORECAST: &str = "To run it, name a Forecast: --forecast FILE (made by 
 fn table(a: &PlanArgs, checkpoint: &Checkpoint, plan: &Plan, context: usize) -> String {
     let c = checkpoint.config();
     let mut text = format!(
-        "{} on {} ({} layers, {} tokens)\n",
+        "{} on {} ({} layers, {} tokens{})\n",
         plan.method,
         c.name,
         c.n_layers,
-        ui::thousands(context as u64)
+        ui::thousands(context as u64),
+        if a.model.ctx.is_none() { "; --ctx says otherwise" } else { "" }
     );
     // Neighbouring layers that do the same share a line.
     let mut start = 0;

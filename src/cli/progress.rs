@@ -2,7 +2,8 @@
 
 use super::ui::{bytes, note, thousands};
 use crate::engine::Progress;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressState, ProgressStyle};
+use std::fmt::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,17 +30,18 @@ pub struct Bar {
 impl Bar {
     /// A bar that counts `unit`.
     pub fn new(what: &'static str, unit: &'static str) -> Bar {
-        let numbers = format!("{{human_pos}}/{{human_len}} {unit}, {{eta}} left");
+        let numbers = format!("{{human_pos}}/{{human_len}} {unit}{{left}}");
         Bar::with(what, Unit::Named(unit), &numbers)
     }
 
     fn of_bytes(what: &'static str) -> Bar {
-        Bar::with(what, Unit::Bytes, "{bytes}/{total_bytes} {bytes_per_sec}, {eta} left")
+        Bar::with(what, Unit::Bytes, "{bytes}/{total_bytes} {bytes_per_sec}{left}")
     }
 
     fn with(what: &'static str, unit: Unit, numbers: &str) -> Bar {
         let style = ProgressStyle::with_template(&format!("{{msg:<10}} [{{wide_bar}}] {numbers}"))
             .unwrap_or_else(|_| ProgressStyle::default_bar())
+            .with_key("left", time_left)
             .progress_chars("=> ");
         // Setters would draw it, before anything is known.
         let bar = ProgressBar::new(0).with_style(style).with_message(what);
@@ -57,8 +59,11 @@ impl Bar {
         if all == 0 {
             return;
         }
-        self.bar.set_length(all);
-        self.bar.set_position(done);
+        // Both numbers at once: the limit on how often a bar is drawn might drop the second.
+        self.bar.update(|bar| {
+            bar.set_len(all);
+            bar.set_pos(done);
+        });
         if !self.bar.is_hidden() || done >= all {
             return;
         }
@@ -83,6 +88,13 @@ impl Bar {
     /// Takes the bar away.
     pub fn end(&self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// From the first step on: before it, no time left would look like none.
+fn time_left(state: &ProgressState, line: &mut dyn Write) {
+    if state.pos() > 0 {
+        let _ = write!(line, ", {:#} left", HumanDuration(state.eta()));
     }
 }
 

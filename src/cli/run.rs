@@ -9,7 +9,7 @@ use super::{texts, ui};
 use crate::engine::{Engine, Finish, Generation, Request};
 use crate::model::{ChatTemplate, Checkpoint, Message, ModelError, Tokenizer};
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,7 +17,7 @@ use std::process::ExitCode;
 #[derive(Args)]
 #[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct RunArgs {
-    /// Prompt; without one (and without -f) it is read from standard input
+    /// Prompt; without one (and without -f) it is read from standard input, which otherwise only -f - reads
     prompt: Option<String>,
     /// A text to read before the prompt; - for standard input
     #[arg(short, long, value_name = "FILE")]
@@ -28,21 +28,31 @@ pub struct RunArgs {
     /// Continue the text as it is, without the model's chat template
     #[arg(long)]
     raw: bool,
+    /// How to print; json: the answer with its statistics, plan and audit
+    #[arg(long, value_enum, default_value = "text")]
+    format: AnswerFormat,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
     answer: AnswerArgs,
-    /// Print the answer and its statistics as JSON
-    #[arg(long, help_heading = "Answer")]
-    json: bool,
+}
+
+/// Output of an answer.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AnswerFormat {
+    /// The answer as it grows.
+    Text,
+    /// One JSON document.
+    Json,
 }
 
 const CTX: &str = "Most tokens of prompt and answer together [default: what both need]";
 
 pub fn run(a: RunArgs) -> Result<ExitCode> {
     a.answer.sampling().check()?;
+    let json = a.format == AnswerFormat::Json;
     let interrupt = Interrupt::install();
     let text = prompt_text(&a)?;
     // A text without a question is continued; a question is put to the model as a user would.
@@ -64,9 +74,9 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
     let request = Request::tokens(prompt);
     let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());
     request.stop = a.answer.stop.clone();
-    request.cancel = interrupt.arm();
-    let answer = answer(&mut engine, request, !a.json)?;
-    if a.json {
+    request.cancel = interrupt.arm_with(None);
+    let answer = answer(&mut engine, request, !json)?;
+    if json {
         let report = serde_json::json!({
             "answer": answer.text,
             "stats": answer.stats,
@@ -89,12 +99,17 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
 
 fn prompt_text(a: &RunArgs) -> Result<String> {
     let piped = !std::io::stdin().is_terminal();
+    let from_input = a.file.as_deref().is_some_and(|path| path.as_os_str() == "-");
+    // It is not read unasked: it may be a pipe that a scheduler or a remote shell never closes.
+    if !from_input && (a.file.is_some() || a.prompt.is_some()) && holds_text() {
+        let beside = if a.file.is_some() { "-f" } else { "a prompt" };
+        ui::note(format!(
+            "note: beside {beside} standard input is not read; -f - reads it as the text"
+        ));
+    }
     let text = match a.file.as_deref() {
-        Some(path) if path.as_os_str() == "-" => Some(standard_input()?),
+        Some(_) if from_input => Some(standard_input()?),
         Some(path) => {
-            if piped && a.prompt.is_none() && a.ask.is_none() {
-                ui::note("note: with -f standard input is not read; -f - reads it as the text");
-            }
             let text = texts::read(path)?;
             ensure!(!text.trim().is_empty(), "the text {} is empty", path.display());
             Some(text)
@@ -117,6 +132,20 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
     let parts: Vec<String> =
         [text, a.prompt.clone(), a.ask.clone()].into_iter().flatten().collect();
     Ok(parts.join("\n\n"))
+}
+
+/// Standard input is a pipe or a file, not a terminal or nothing at all: somebody may have meant it to be read.
+fn holds_text() -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::fd::AsFd;
+        use std::os::unix::fs::FileTypeExt;
+        let input = std::io::stdin().as_fd().try_clone_to_owned();
+        let about = input.and_then(|fd| std::fs::File::from(fd).metadata());
+        about.is_ok_and(|m| m.file_type().is_fifo() || m.is_file() && m.len() > 0)
+    }
+    #[cfg(not(unix))]
+    !std::io::stdin().is_terminal()
 }
 
 /// All of standard input but the newline that ends its last line.

@@ -79,7 +79,7 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
 
 /// Why an audit measured nothing; none where it did, or where none was asked for.
 pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<String> {
-    let every = audit.filter(|_| a.audit.is_empty())?.every;
+    let AuditConfig { every, min_recall } = audit.filter(|_| a.audit.is_empty())?;
     let (steps, method) = (a.stats.decode_steps, &plan.method);
     let reached = a.stats.prompt_tokens + steps;
     let why = match plan.all_dense(reached) {
@@ -93,7 +93,10 @@ pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<
         ),
         None => format!("one step in {every} is measured, none of these {steps}"),
     };
-    Some(format!("note: --audit {every} measured nothing: {why}"))
+    Some(match min_recall {
+        Some(share) => format!("note: --min-recall {share} found nothing to measure: {why}"),
+        None => format!("note: --audit {every} measured nothing: {why}"),
+    })
 }
 
 #[cfg(test)]
@@ -165,6 +168,9 @@ mod tests {
             let answer = Answer { text: String::new(), stats, audit: AuditSummary::default() };
             let audit = Some(AuditConfig::every(4));
             assert_eq!(unaudited(&answer, &plan(name), None), None);
+            let recall = AuditConfig { every: 32, min_recall: Some(0.9) };
+            let said = unaudited(&answer, &plan(name), Some(recall)).unwrap();
+            assert!(said.contains("--min-recall 0.9") && !said.contains("--audit"), "{said}");
             unaudited(&answer, &plan(name), audit).unwrap()
         };
         let cases = [

@@ -102,7 +102,13 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
     }
     let grid =
         Grid { budget: a.blocks, init: a.init_blocks, local: a.local_blocks, ..Grid::default() };
-    grid.check().context("--blocks, --init-blocks and --local-blocks")?;
+    let (least, most) = (grid.least(), grid.most(a.tokens));
+    grid.check().with_context(|| {
+        let fits = format!("with --tokens {} --blocks can be {least} to {most}", a.tokens);
+        let short = format!("for --blocks {least} a piece needs longer --tokens than {}", a.tokens);
+        let bounds = if least <= most { fits } else { short };
+        format!("--blocks, --init-blocks and --local-blocks ({bounds})")
+    })?;
     grid.chooses_in(a.tokens)?;
     let state = state_of(&a.output);
     let (checkpoint, tokenizer) = a.model.open()?;

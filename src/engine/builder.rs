@@ -2,6 +2,7 @@
 
 use super::calibrate::{calibrated_order, order_limits, order_source};
 use super::key_profile::Profiling;
+use super::sizes::check_memory;
 use super::{AuditConfig, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape};
@@ -248,6 +249,12 @@ impl<'a> EngineBuilder<'a> {
             MethodChoice::Plan(plan) => plan.clone(),
         };
         plan.check(&model)?;
+        let given = match &self.method {
+            MethodChoice::Plan(plan) => Some(plan),
+            MethodChoice::Spec(_) => None,
+        };
+        let mut given = given.into_iter().chain(&self.summary_plans);
+        let short = given.find_map(|plan| plan.too_short_for(limits.context));
         let mut plans = vec![plan.clone()];
         for spec in &self.summaries_for {
             plans.push(plan_of(spec)?);
@@ -290,7 +297,8 @@ impl<'a> EngineBuilder<'a> {
         };
         // Before the weights are read, which may take minutes.
         kv.check(&*backend)?;
-        let mut notes = Vec::new();
+        check_memory(&*backend, &config, dtype, &kv)?;
+        let mut notes: Vec<_> = short.into_iter().collect();
         let calibrate = self.calibrate;
         let order_wanted = calibrate && plans.iter().any(Plan::wants_key_order);
         let source = order_source(&config, &fingerprint);

@@ -24,6 +24,24 @@ pub enum EngineError {
     /// Options that do not fit the model.
     #[error("{0}")]
     BadOption(String),
+    /// A model that would not fit in memory beside its cache.
+    #[error(
+        "the model's weights take {:.1} GB and a KV cache of {tokens} tokens {:.1} GB, but {:.1} GB of memory are free; \
+         take a shorter context, a 16-bit dtype, a smaller model or another device",
+        *.weights as f64 / 1e9,
+        *.cache as f64 / 1e9,
+        *.free as f64 / 1e9
+    )]
+    TooLarge {
+        /// Bytes of the weights as the device holds them.
+        weights: u64,
+        /// Tokens that the cache is for.
+        tokens: usize,
+        /// Bytes of the cache.
+        cache: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
     /// A context that the model was not made for.
     #[error("a context of {context} tokens: this model was trained for 1 to {most}")]
     BadContext {

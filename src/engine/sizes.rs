@@ -2,9 +2,35 @@
 
 use super::EngineError;
 use super::builder::EngineBuilder;
-use crate::backend::{Backend, DType, PAGE};
-use crate::kv::pages_for;
+use crate::backend::{Backend, DType, PAGE, Topology};
+use crate::kv::{KvShape, pages_for};
 use crate::model::{Checkpoint, DecoderLimits, ModelConfig, Quant, Weight};
+
+/// Refuses a model that memory has no room for. Memory of the host is given page by page as it is written to, so no
+/// allocation fails: the system would end the program while it loads. `LONGSIGHT_MEMORY_CHECK=off` lets it try, where
+/// there is swap or the cache will not be filled.
+pub(super) fn check_memory(
+    b: &dyn Backend,
+    c: &ModelConfig,
+    dtype: DType,
+    kv: &KvShape,
+) -> Result<(), EngineError> {
+    let lazy = b.caps().topology == Topology::Unified;
+    let off = std::env::var("LONGSIGHT_MEMORY_CHECK").is_ok_and(|v| v == "off");
+    let weights = c.parameters().saturating_mul(dtype.bytes() as u64);
+    match b.free_memory().filter(|_| lazy && !off) {
+        Some(free) => fits(weights, kv, free),
+        None => Ok(()),
+    }
+}
+
+fn fits(weights: u64, kv: &KvShape, free: u64) -> Result<(), EngineError> {
+    let (cache, tokens) = (kv.bytes(), kv.n_pages.saturating_mul(PAGE));
+    match weights.saturating_add(cache) <= free {
+        true => Ok(()),
+        false => Err(EngineError::TooLarge { weights, tokens, cache, free }),
+    }
+}
 
 impl EngineBuilder<'_> {
     /// Sizes of the decoder, and the pages of the KV cache.
@@ -63,5 +89,37 @@ impl EngineBuilder<'_> {
             }
         }
         Ok(dtype)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_and_cache_must_fit_together() {
+        // Llama 3.1 8B in 16 bits with 16,384 tokens: 16.1 GB and 2.1 GB.
+        let kv = KvShape {
+            n_layers: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            lead: 128,
+            dtype: DType::BF16,
+            n_pages: 256,
+            slots: 1,
+            int8_dims: 0,
+            key_stats: false,
+            value_stats: false,
+        };
+        assert_eq!(kv.bytes(), 2 << 30);
+        let int8 = KvShape { int8_dims: 32, ..kv };
+        assert_eq!(int8.bytes(), (2 << 30) + 32 * 8 * 16384 * (32 + 4));
+        let weights = 16_060_000_000;
+        let need = weights + kv.bytes();
+        assert!(fits(weights, &kv, need).is_ok());
+        let said = fits(weights, &kv, need - 1).unwrap_err().to_string();
+        for part in ["16.1 GB", "16384 tokens 2.1 GB", "18.2 GB of memory are free"] {
+            assert!(said.contains(part), "{said}");
+        }
     }
 }

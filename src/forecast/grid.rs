@@ -48,15 +48,25 @@ impl Grid {
                  stride, and a block is a multiple of it"
             ));
         }
-        let forced = self.init.saturating_add(self.local).saturating_add(1);
-        if forced >= self.budget {
+        let least = self.least();
+        if self.budget < least {
             return bad(format!(
-                "{forced} blocks are always read, which leaves nothing to choose of a budget of {}; give a larger \
-                 budget",
+                "{} blocks are always read, which leaves nothing to choose of a budget of {}; give at least {least}",
+                least - 1,
                 self.budget
             ));
         }
         Ok(())
+    }
+
+    /// The smallest budget in which something is left to choose.
+    pub fn least(&self) -> usize {
+        self.init.saturating_add(self.local).saturating_add(2)
+    }
+
+    /// The largest budget that leaves something to choose in a text of `tokens` tokens.
+    pub fn most(&self, tokens: usize) -> usize {
+        tokens.saturating_sub(1) / self.block.max(1)
     }
 
     /// Checks that some query of a text of `tokens` tokens has more blocks than the budget.
@@ -64,10 +74,10 @@ impl Grid {
     /// # Errors
     /// [`CalibrateError::NoChoice`].
     pub fn chooses_in(&self, tokens: usize) -> Result<(), CalibrateError> {
-        let Grid { block, budget, .. } = *self;
+        let (Grid { block, budget, .. }, least) = (*self, self.least());
         match tokens > block.saturating_mul(budget) {
             true => Ok(()),
-            false => Err(CalibrateError::NoChoice { tokens, block, budget }),
+            false => Err(CalibrateError::NoChoice { tokens, block, budget, least }),
         }
     }
 

@@ -56,6 +56,14 @@ impl std::fmt::Debug for KvCache {
 }
 
 impl KvShape {
+    /// Bytes of keys, values and int8 keys of all layers.
+    pub fn bytes(&self) -> u64 {
+        let int8 = if self.int8_dims > 0 { self.int8_dims + DType::F32.bytes() } else { 0 };
+        let row = 2 * self.head_dim * self.dtype.bytes() + int8;
+        let sizes = [self.n_layers, self.n_pages, PAGE, self.kv_heads, row];
+        sizes.iter().fold(1, |n: u64, &size| n.saturating_mul(size as u64))
+    }
+
     /// Refuses a cache that the ops of a device could not read: a layer's keys, like its values, are one binding.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! What can go wrong between a model's name and its weights.
 
+use crate::names::did_you_mean;
 use std::path::{Path, PathBuf};
 
 /// Every failure of the model-file layer. Each message names the file (or the
@@ -25,12 +26,24 @@ pub enum ModelError {
     },
     /// Nothing under this name.
     #[error(
-        "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, `smollm2` or `tiny`",
-        .path.display()
+        "there is no {}; give a model folder, a .gguf file, a hub id such as org/name, `smollm2` or `tiny`{}",
+        .path.display(),
+        meant(.path)
     )]
     Missing {
         /// File or folder.
         path: PathBuf,
+    },
+
+    /// No such shape of random weights.
+    #[error("there is no {name}; models with random weights are {known}{meant}")]
+    UnknownShape {
+        /// What was asked for.
+        name: String,
+        /// Comma-separated names.
+        known: String,
+        /// "; did you mean `x`?", or nothing.
+        meant: String,
     },
 
     /// The file is too short.
@@ -205,6 +218,12 @@ impl ModelError {
         }
         ModelError::Io { path: path.to_owned(), action, source }
     }
+}
+
+/// What a word that is no path may have meant.
+fn meant(name: &Path) -> String {
+    let word = name.to_str().filter(|w| !w.contains(['/', '\\', '.']));
+    word.map_or(String::new(), |w| did_you_mean(w, ["smollm2", "tiny"]))
 }
 
 /// Result of the model-file layer.

@@ -3,6 +3,7 @@
 use super::error::{ModelError, Result};
 use super::weights::{LayerWeight, Weight};
 use super::{Arch, ModelConfig, RopeScaling, Scales};
+use crate::names::did_you_mean;
 use crate::select::TrainedBlocks;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -37,14 +38,13 @@ const SHAPES: [(&str, Arch, Sizes, f64); 5] = [
 /// The configuration of a named shape.
 ///
 /// # Errors
-/// [`ModelError::Fetch`] with the names that are known.
+/// [`ModelError::UnknownShape`] with the names that are known.
 pub(super) fn config(shape: &str) -> Result<ModelConfig> {
     let Some((name, arch, sizes, rope_theta)) = SHAPES.into_iter().find(|s| s.0 == shape) else {
         let known: Vec<String> = SHAPES.iter().map(|s| format!("{RANDOM}{}", s.0)).collect();
-        return Err(ModelError::Fetch {
-            name: format!("{RANDOM}{shape}"),
-            what: format!("no shape has this name; take {}", known.join(", ")),
-        });
+        let name = format!("{RANDOM}{shape}");
+        let meant = did_you_mean(shape, SHAPES.iter().map(|s| s.0));
+        return Err(ModelError::UnknownShape { name, known: known.join(", "), meant });
     };
     let [n_layers, hidden, n_heads, n_kv_heads, head_dim, ffn, vocab] = sizes;
     let scales = match arch {

@@ -215,7 +215,7 @@ impl Checkpoint {
     /// always the same ones: for timing.
     ///
     /// # Errors
-    /// [`ModelError::Fetch`] with the known names for any other.
+    /// [`ModelError::UnknownShape`] with the known names for any other.
     pub fn random(shape: &str) -> Result<Self> {
         let config = random::config(shape)?;
         let place = |w: Weight| {

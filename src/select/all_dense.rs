@@ -1,4 +1,4 @@
-//! Why a plan chooses nothing at some length.
+//! Lengths that a plan is not for: where it chooses nothing, and beyond what it was made for.
 
 use super::{Budget, Plan};
 use std::fmt;
@@ -44,6 +44,17 @@ impl Plan {
             _ => "--budget",
         };
         Some(AllDense::Length { until, options })
+    }
+
+    /// What to say where texts of `context` tokens may come: more than the plan was made for.
+    pub fn too_short_for(&self, context: usize) -> Option<String> {
+        let short = self.context > 0 && self.context < context;
+        (short && self.layers.iter().any(|l| l.sparse())).then(|| {
+            format!(
+                "the plan of {} was made for texts of up to {} tokens, by which its budgets go, and {context} may come",
+                self.method, self.context
+            )
+        })
     }
 }
 

@@ -7,12 +7,14 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum SelectError {
     /// A name that is no method.
-    #[error("unknown method {name:?}; known: {known}")]
+    #[error("unknown method {name:?}; known: {known}{meant}")]
     UnknownMethod {
         /// What was asked for.
         name: String,
         /// Comma-separated names.
         known: String,
+        /// "; did you mean `x`?", or nothing.
+        meant: String,
     },
     /// Options that do not fit the model or each other.
     #[error("method {method}: {reason}")]

@@ -5,6 +5,7 @@ use super::SelectError;
 use super::blocks::Query;
 use super::catalog::{METHODS, Variant};
 use super::options::MethodSpec;
+use crate::names::did_you_mean;
 
 impl Default for MethodSpec {
     fn default() -> Self {
@@ -21,7 +22,9 @@ impl std::str::FromStr for MethodSpec {
         let name = parts.next().unwrap_or_default();
         let Some(info) = METHODS.iter().find(|m| m.name == name) else {
             let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
-            return Err(SelectError::UnknownMethod { name: name.into(), known: known.join(", ") });
+            let meant = did_you_mean(name, known.iter().copied());
+            let known = known.join(", ");
+            return Err(SelectError::UnknownMethod { name: name.into(), known, meant });
         };
         let mut spec: MethodSpec = info.variant.into();
         for part in parts {
@@ -35,8 +38,9 @@ impl std::str::FromStr for MethodSpec {
                 return Err(bad(format!("{part:?} is no option; write key=value ({})", read())));
             };
             if !options.contains(&key) {
+                let meant = did_you_mean(key, options.iter().copied());
                 return Err(bad(format!(
-                    "{key:?} is no option of this method; it reads {}",
+                    "{key:?} is no option of this method; it reads {}{meant}",
                     read()
                 )));
             }

@@ -81,6 +81,11 @@ fn is_one(n: &usize) -> bool {
     *n == 1
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_zero(n: &usize) -> bool {
+    *n == 0
+}
+
 impl LayerPlan {
     /// A layer that attends to everything.
     pub fn dense() -> Self {
@@ -227,6 +232,9 @@ pub struct Plan {
     pub method: String,
     /// Fingerprint of the model it was made for; empty fits any model with as many layers.
     pub model: String,
+    /// Longest text that it was made for, by which budgets go; 0: not said.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub context: usize,
     /// One for each layer of the model.
     pub layers: Vec<LayerPlan>,
 }
@@ -237,6 +245,7 @@ impl Plan {
         Plan {
             method: "dense".into(),
             model: String::new(),
+            context: 0,
             layers: vec![LayerPlan::dense(); n_layers],
         }
     }

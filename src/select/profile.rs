@@ -34,7 +34,7 @@ impl MethodSpec {
         if let Some(steps) = self.reuse.filter(|_| self.variant.takes("reuse")) {
             layers.iter_mut().filter(|p| p.role != Role::Dense).for_each(|p| p.reuse = steps);
         }
-        let plan = Plan { method: self.name().into(), model: m.model.into(), layers };
+        let plan = Plan { method: self.name().into(), model: m.model.into(), context, layers };
         plan.check(m)?;
         Ok(plan)
     }

@@ -273,7 +273,7 @@ macro_rules! with_float {
 pub(super) use with_float;
 
 /// Bytes that can still be allocated without swapping, from `/proc/meminfo` where there is one.
-pub(super) fn available() -> Option<u64> {
+pub(in super::super) fn available() -> Option<u64> {
     meminfo("MemAvailable:")
 }
 

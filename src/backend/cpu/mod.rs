@@ -52,6 +52,8 @@ use std::sync::Arc;
 pub use gemm_ceiling::{GemmCeiling, GemmSplit};
 
 use super::*;
+#[cfg(feature = "wgpu")]
+pub(super) use memory::available;
 use memory::{CpuBuffer, Io, Stream};
 
 /// The host's own cores and memory as a [`Backend`].

@@ -13,6 +13,7 @@ mod memory;
 mod pipelines;
 mod score;
 
+use super::cpu::available;
 use super::{
     AttendDense, AttendRows, Backend, BackendError, Bandwidth, Capabilities, ContentBias, DType,
     Embed, ExpandBlocks, Force, ForceBlocks, GatherRows, HoldLists, KeyStats, KvAppend, KvPool,
@@ -192,8 +193,9 @@ impl Backend for WgpuBackend {
     fn sync(&self) -> Result<()> {
         self.gpu.sync()
     }
+    /// Drivers do not tell; where memory is the host's, the host does.
     fn free_memory(&self) -> Option<u64> {
-        None
+        (self.caps().topology == Topology::Unified).then(available).flatten()
     }
     fn bandwidth(&self) -> Result<Bandwidth> {
         self.gpu.bandwidth()

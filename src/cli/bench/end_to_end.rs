@@ -1,6 +1,7 @@
 //! `longsight bench` without a subcommand.
 
-use super::{ReportArgs, exit_code, origin, percent};
+use super::{ReportArgs, exit_code, opened, origin, percent};
+use crate::backend::Capabilities;
 use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
 use crate::cli::args::{ModelArgs, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
@@ -98,9 +99,18 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         bail!("the longest test holds {need} tokens, --ctx {context} does not; leave --ctx out");
     }
     let file = a.report.file()?;
+    let each = bench.prompts.iter().sum::<usize>().saturating_mul(bench.depths.len());
+    let filled = bench.depths.iter().max().copied().unwrap_or(0);
+    let tokens = each.saturating_mul(bench.repeats).saturating_add(filled);
+    let (checkpoint, device) = (a.model.size.checkpoint()?, opened(&a.model.device)?);
+    if let Some(slow) = slow(checkpoint.config().parameters(), tokens, device.caps()) {
+        ui::note(slow);
+    }
     let mut engine = a
         .forecast
         .set(a.model.builder())
+        .checkpoint(checkpoint)
+        .backend(device)
         .context(context)
         .sequences(SEQUENCES)
         .kv_tokens(bench.kv_tokens())
@@ -136,6 +146,21 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     };
     a.report.finish(file, &report, || table(&report))?;
     Ok(exit_code(&cancel))
+}
+
+/// A note where a processor reads many tokens with a large model.
+fn slow(parameters: u64, tokens: usize, caps: &Capabilities) -> Option<String> {
+    /// Parameters times tokens that take a few minutes on a few cores.
+    const MUCH: u64 = 2_000_000_000_000;
+    let processor = caps.backend == "cpu" || caps.software;
+    (processor && parameters.saturating_mul(tokens as u64) > MUCH).then(|| {
+        format!(
+            "note: {:.1} billion parameters on a CPU take minutes for 1,000 prompt tokens, and these tests read about {}; \
+             -D 0 -p 16 -n 8 -r 1 takes less",
+            parameters as f64 / 1e9,
+            ui::thousands(tokens as u64)
+        )
+    })
 }
 
 fn table(r: &EndToEndReport) -> String {
@@ -212,4 +237,20 @@ fn arithmetic(a: &PrefillArithmetic) -> String {
         text += &format!("; whole prefill {p:.1} ({})", percent(share));
     }
     text + ".\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_long_tests_of_large_models_on_processors_are_called_slow() {
+        let cpu = crate::backend::open("cpu").unwrap().caps().clone();
+        let gpu = Capabilities { backend: "cuda", ..cpu.clone() };
+        let note = slow(8_030_000_000, 5_632, &cpu).unwrap();
+        assert!(note.contains("8.0 billion") && note.contains("5,632"), "{note}");
+        assert_eq!(slow(8_030_000_000, 16, &cpu), None);
+        assert_eq!(slow(134_000_000, 5_632, &cpu), None);
+        assert_eq!(slow(8_030_000_000, 5_632, &gpu), None);
+    }
 }

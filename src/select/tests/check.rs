@@ -24,6 +24,7 @@ fn reusing(edit: impl FnOnce(&mut LayerPlan)) -> Plan {
     Plan {
         method: "m".into(),
         model: String::new(),
+        context: 0,
         layers: vec![LayerPlan::dense(), anchor, reuse],
     }
 }
@@ -48,7 +49,12 @@ fn reason(plan: &Plan, window: Option<usize>) -> String {
 #[test]
 fn a_layer_that_cannot_run_is_refused() {
     let layer = select(HeadPool::SumLogit);
-    let plan = |l: LayerPlan| Plan { method: "m".into(), model: String::new(), layers: vec![l] };
+    let plan = |l: LayerPlan| Plan {
+        method: "m".into(),
+        model: String::new(),
+        context: 0,
+        layers: vec![l],
+    };
     check(&plan(layer.clone()), &[None]).unwrap();
     assert!(reason(&plan(layer.clone()), Some(128)).contains("last 128"));
     check(&plan(LayerPlan::dense()), &[Some(128)]).unwrap();
@@ -71,7 +77,12 @@ fn a_layer_that_cannot_run_is_refused() {
 #[test]
 fn corrections_and_budgets_by_scores_need_scores_of_tokens() {
     let layer = LayerPlan { correct: true, ..select(HeadPool::SumLogit) };
-    let plan = |l: LayerPlan| Plan { method: "m".into(), model: String::new(), layers: vec![l] };
+    let plan = |l: LayerPlan| Plan {
+        method: "m".into(),
+        model: String::new(),
+        context: 0,
+        layers: vec![l],
+    };
     check(&plan(layer.clone()), &[None]).unwrap();
     for scorer in [Scorer::None, Scorer::Random { seed: 1 }] {
         let blind = LayerPlan { scorer, ..layer.clone() };
