@@ -13,7 +13,7 @@
 //
 // Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns. K has all of the
 // ring; products alternate between two accumulators: while one is summed up (MUFU has as many cycles of work as the
-// tensor cores), the other is worked out.
+// tensor cores) relative to the maximum of before, which mostly will do, the other is worked out.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all
@@ -163,15 +163,27 @@ DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps
 // relative to `top`, which follows the largest logit only when that is more than 2^8 ahead: sums stay far from f32's
 // limits, f16 weights too, and O is rarely rescaled.
 struct Softmax {
+    static constexpr float ahead = 8.0f;
     float top[2], sum[2];
+    // Sums up weights relative to `top` as it stands, so that none of them waits for a maximum. False, and nothing is
+    // done, where a vector of the warp needs another `top`.
+    DEVICE bool guess(const float (&s)[64], float scale2) {
+        if (__any_sync(~0u, fminf(top[0], top[1]) == NEG_INF)) return false;
+        float most[2] = {NEG_INF, NEG_INF}, part[2][2] = {};
+#pragma unroll
+        for (int i = 0; i < 64; i++) {
+            float x = fmaf(s[i], scale2, -top[i >> 1 & 1]);
+            most[i & 1] = fmaxf(most[i & 1], x), part[i >> 1 & 1][i & 1] += exp2_fast(x);
+        }
+        if (__any_sync(~0u, fmaxf(most[0], most[1]) > ahead)) return false;
+        sum[0] += part[0][0] + part[0][1], sum[1] += part[1][0] + part[1][1];
+        return true;
+    }
     // s: logits in, weights out; `fix`: what earlier weights are to be multiplied by.
     DEVICE void step(float (&s)[64], float scale2, float (&fix)[2]) {
-        const float ahead = 8.0f;
         float most[8], best[2], shift[2];
 #pragma unroll
-        for (int i = 0; i < 8; i++) most[i] = s[i];
-#pragma unroll
-        for (int i = 8; i < 64; i++) most[i & 7] = fmaxf(most[i & 7], s[i]);
+        for (int i = 0; i < 64; i++) most[i & 7] = i < 8 ? s[i] : fmaxf(most[i & 7], s[i]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             best[h] = fmaxf(fmaxf(most[2 * h], most[2 * h + 1]), fmaxf(most[2 * h + 4], most[2 * h + 5]));
@@ -280,9 +292,8 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
         release(c.k_empty[n % STAGES]);
         if (last.value) release(c.q_empty);
         if (!plain.sees(t, c.tokens[n % (2 * S)])) hide(s[i.value], item, t, n);
-        soft.step(s[i.value], scale2, fix);
+        if (!soft.guess(s[i.value], scale2)) soft.step(s[i.value], scale2, fix);
         settle(soft.sum[0] + soft.sum[1], base);
-        pin(s[i.value]);
         n++;
     };
     if (VALUES && group == 1) named_arrive(1, 256);
@@ -301,16 +312,10 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
             Index<1> second, last;
             u32 t = t0;
             start(first, n, true);
-            for (; t + 2 < t1; t += 2) {
-                add(first, more, item, plain, t, t1);
-                add(second, more, item, plain, t + 1, t1);
-            }
-            if (t + 2 == t1) {
-                add(first, more, item, plain, t, t1);
-                add(second, last, item, plain, t + 1, t1);
-            } else {
-                add(first, last, item, plain, t, t1);
-            }
+            for (; t + 2 < t1; t += 2)
+                add(first, more, item, plain, t, t1), add(second, more, item, plain, t + 1, t1);
+            if (t + 2 == t1) add(first, more, item, plain, t, t1), add(second, last, item, plain, t + 1, t1);
+            else add(first, last, item, plain, t, t1);
         } else if (t0 < t1) {
             float fix[2];
             start(Index<0>(), n, true);
@@ -345,8 +350,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
         Out<T> out = {a.out, a.out_f32};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float sum = soft.sum[h];
-            sum += __shfl_xor_sync(~0u, sum, 1);
+            float sum = soft.sum[h] + __shfl_xor_sync(~0u, soft.sum[h], 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             u32 v = item.v0 + mine + 8 * h;
             if (v >= item.vectors) continue;
