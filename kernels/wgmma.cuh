@@ -165,18 +165,17 @@ DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps
 struct Softmax {
     static constexpr float ahead = 8.0f;
     float top[2], sum[2];
-    // Sums up weights relative to `top` as it stands, so that none of them waits for a maximum. False, and nothing is
-    // done, where a vector of the warp needs another `top`.
+    // Sums up weights relative to `top` as it stands, without a look at maxima. False, and nothing is done, where a vector
+    // of the warp has no `top` yet or one that is far too low: a sum in f32 bears more than 2^8.
     DEVICE bool guess(const float (&s)[64], float scale2) {
-        if (__any_sync(~0u, fminf(top[0], top[1]) == NEG_INF)) return false;
-        float most[2] = {NEG_INF, NEG_INF}, part[2][2] = {};
+        const float most = 0x1p32f;
+        float part[2][2] = {};
 #pragma unroll
-        for (int i = 0; i < 64; i++) {
-            float x = fmaf(s[i], scale2, -top[i >> 1 & 1]);
-            most[i & 1] = fmaxf(most[i & 1], x), part[i >> 1 & 1][i & 1] += exp2_fast(x);
-        }
-        if (__any_sync(~0u, fmaxf(most[0], most[1]) > ahead)) return false;
-        sum[0] += part[0][0] + part[0][1], sum[1] += part[1][0] + part[1][1];
+        for (int i = 0; i < 64; i++) part[i >> 1 & 1][i & 1] += exp2_fast(fmaf(s[i], scale2, -top[i >> 1 & 1]));
+        float all[2] = {part[0][0] + part[0][1], part[1][0] + part[1][1]};
+        bool fits = fminf(top[0], top[1]) > NEG_INF && all[0] <= most && all[1] <= most;
+        if (!__all_sync(~0u, fits)) return false;
+        sum[0] += all[0], sum[1] += all[1];
         return true;
     }
     // s: logits in, weights out; `fix`: what earlier weights are to be multiplied by.
