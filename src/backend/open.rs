@@ -12,7 +12,7 @@ pub fn open_all() -> Vec<(String, Result<Arc<dyn Backend>>)> {
 
 /// Every wgpu adapter, then every CUDA device, without opening them; none of a backend that this build or machine lacks.
 pub fn list() -> Vec<Capabilities> {
-    #[allow(unused_mut)]
+    #[allow(unused_mut)] // in a build without either
     let mut all: Vec<Capabilities> = Vec::new();
     #[cfg(feature = "wgpu")]
     all.extend(super::wgpu::WgpuBackend::list());

@@ -68,8 +68,9 @@ fn reason(e: &BackendError) -> String {
 fn others(opened: &[&str]) -> Vec<Capabilities> {
     let mut all = crate::backend::list();
     // The first GPU of CUDA is open whatever it is called.
-    let first = all.iter().position(|c| c.backend == "cuda");
-    first.map(|i| all.remove(i));
+    if let Some(first) = all.iter().position(|c| c.backend == "cuda") {
+        all.remove(first);
+    }
     all.retain(|c| c.backend == "cuda" || !opened.contains(&c.device.as_str()));
     all
 }

@@ -98,8 +98,8 @@ pub fn read_by_one(option: &str, methods: &[MethodSpec], names: &[&str]) -> Resu
     if methods.iter().any(|m| m.variant.takes(option)) {
         return Ok(());
     }
-    let read_by = METHODS.iter().filter(|m| m.variant.takes(option)).map(|m| m.name);
-    let read_by: Vec<_> = read_by.collect();
+    let read_by: Vec<_> =
+        METHODS.iter().filter(|m| m.variant.takes(option)).map(|m| m.name).collect();
     bail!(
         "--{option} changes nothing in {}; leave it out, or take a method that reads it: {}",
         names.join(", "),

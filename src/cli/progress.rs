@@ -38,7 +38,7 @@ impl Bar {
     }
 
     fn with(what: &'static str, unit: Unit, numbers: &str) -> Bar {
-        let style = ProgressStyle::with_template(&format!("{{msg:<10}} [{{bar:30}}] {numbers}"))
+        let style = ProgressStyle::with_template(&format!("{{msg:<10}} [{{wide_bar}}] {numbers}"))
             .unwrap_or_else(|_| ProgressStyle::default_bar())
             .progress_chars("=> ");
         let bar = ProgressBar::new(0);
@@ -52,7 +52,7 @@ impl Bar {
         self.bar.set_message(what.to_owned());
     }
 
-    /// `done` of `all` are done; 0 of all: nobody knows how many there are.
+    /// `done` of `all` are done; the same number twice where nobody knows how many there are.
     pub fn at(&self, done: u64, all: u64) {
         self.bar.set_length(all);
         self.bar.set_position(done);

@@ -125,7 +125,7 @@ impl Decoder {
     /// Rewrites the weights that depend on the key order. Caches filled before are stale afterwards.
     ///
     /// # Errors
-    /// [`LoadError`] where the checkpoint cannot be read again, the order is not of this model, or the device fails.
+    /// [`LoadError`] where the checkpoint cannot be read again or the device fails; weights may have changed in part.
     pub fn set_key_order(
         &mut self,
         checkpoint: &Checkpoint,
@@ -164,7 +164,8 @@ impl Decoder {
     /// the device for [`Decoder::logits`]. Returns the step, which names each sequence's rows.
     ///
     /// # Errors
-    /// [`SelectError`] where the step does not fit the limits or the plan, or the device fails.
+    /// [`SelectError`]: what an op answers (a step beyond the limits does not fit its buffers), or a plan that lacks a
+    /// part.
     pub fn forward(
         &mut self,
         seqs: &[StepSeq<'_>],
@@ -337,10 +338,10 @@ impl Decoder {
         b.linear(&linear(&ws.ffn, &w.down, &ws.x, c.ffn, c.hidden, true))
     }
 
-    /// Logits of some rows of the last step, f32 `[rows.len(), vocab]`, handed to `each` as (index, logits).
+    /// Logits of some rows that the last step had, f32 `[rows.len(), vocab]`, handed to `each` as (index, logits).
     ///
     /// # Errors
-    /// A row that the last step did not have, or the device failed.
+    /// What the ops answer, a failing device among it.
     pub fn logits(&self, rows: &[usize], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
         let (c, ws, b) = (&self.config, &self.ws, &self.backend);
         let mut host = vec![0f32; rows.len().min(LOGIT_ROWS) * c.vocab];

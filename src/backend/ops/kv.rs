@@ -217,18 +217,22 @@ impl KvAppend<'_> {
         holds_rows(OP, "k", self.k, self.seqs.rows, self.k_stride, &width)?;
         holds_rows(OP, "v", self.v, self.seqs.rows, self.v_stride, &width)?;
         let [meta, pages] = self.seqs.named();
-        let (mut outs, mut ins) =
-            (self.cache.named().to_vec(), vec![("k", self.k), ("v", self.v), meta, pages]);
+        // Without a slice this names `k` again, which changes nothing.
+        let (slice, dims) = self.slice.as_ref().map_or((self.k, self.k), |s| (s.data, s.dims));
+        let ins = [("k", self.k), ("v", self.v), meta, pages, ("dims", dims)];
+        let [keys, values] = self.cache.named();
+        apart(OP, &[keys, values], &ins)?;
         if let Some(q) = &self.int8 {
             check_int8(OP, q, &self.cache)?;
-            outs.extend([("int8 keys", q.data), ("int8 scales", q.scale)]);
+            let outs = [("int8 keys", q.data), ("int8 scales", q.scale), keys, values];
+            apart(OP, &outs, &ins)?;
+            apart(OP, &outs[..2], &[("slice", slice)])?;
         }
         if let Some(s) = &self.slice {
             s.check(OP, &self.cache)?;
-            outs.push(("slice", s.data));
-            ins.push(("dims", s.dims));
+            apart(OP, &[("slice", slice), keys, values], &ins)?;
         }
-        apart(OP, &outs, &ins)
+        Ok(())
     }
 }
 
