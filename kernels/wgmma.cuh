@@ -12,8 +12,9 @@
 // are even, and CTAs that run together read the same keys.
 //
 // Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns. K has all of the
-// ring; products alternate between two accumulators: while one is summed up (MUFU has as many cycles of work as the
-// tensor cores) relative to the maximum of before, which mostly will do, the other is worked out.
+// ring, Q lies in registers (shared memory would be read by every product: 20 % of the time); products alternate between
+// two accumulators: while one is summed up (MUFU has as many cycles of work as the tensor cores) relative to the maximum
+// of before, which mostly will do, the other is worked out.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all
@@ -218,7 +219,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
     };
     auto k_at = [&](u32 slot) { return base + Shape::ring + slot * Shape::tile; };
     float o[D / 2], s[2][64];
-    u32 p[32];
+    u32 p[32], held[D / 16][4];
     Softmax soft;
     // `count`: the tile's number over all items.
     auto hide = [&](float (&x)[64], const Item& item, u32 tile, u32 count) {
@@ -279,7 +280,8 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
         barrier_wait(bar(c.k_full[slot]), count / STAGES & 1);
         if (fence) fence_proxy();
         wgmma_fence();
-        wgmma_logits<T, D>(s[i.value], q, 128, k_at(slot));
+        if constexpr (VALUES) wgmma_logits<T, D>(s[i.value], q, 128, k_at(slot));
+        else wgmma_logits<T, D>(s[i.value], held, k_at(slot));
         wgmma_commit();
     };
     // Without values: sums up tile t, the one of number n, from s[i]; the product of the next one, if any, runs meanwhile.
@@ -289,7 +291,6 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
         wgmma_wait<1 - last.value>();
         pin(s[i.value]);
         release(c.k_empty[n % STAGES]);
-        if (last.value) release(c.q_empty);
         if (!plain.sees(t, c.tokens[n % (2 * S)])) hide(s[i.value], item, t, n);
         if (!soft.guess(s[i.value], scale2)) soft.step(s[i.value], scale2, fix);
         settle(soft.sum[0] + soft.sum[1], base);
@@ -310,6 +311,8 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUE
             Index<0> first, more;
             Index<1> second, last;
             u32 t = t0;
+            wgmma_hold<D>(held, base, mine - (lane >> 2));
+            release(c.q_empty);
             start(first, n, true);
             for (; t + 2 < t1; t += 2)
                 add(first, more, item, plain, t, t1), add(second, more, item, plain, t + 1, t1);
