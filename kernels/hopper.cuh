@@ -6,6 +6,12 @@
 #pragma once
 #include "mma.cuh"
 
+// Rows of D elements for the copy engine (the driver's CUtensorMap), as (64 columns, row, panel): boxes of so many rows
+// and panels as the kernel wants, swizzled.
+struct __align__(128) TensorMap {
+    u64 words[16];
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1
 #else
@@ -95,10 +101,12 @@ template <int N> DEVICE void pin(u32 (&r)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Rows of D elements for the copy engine (the driver's CUtensorMap): boxes of 64 rows and 64 columns, swizzled.
-struct __align__(128) TensorMap {
-    u64 words[16];
-};
+// The box from row `first` and panel `panel` on, by one thread.
+DEVICE void copy_box(u32 to, const TensorMap& map, u32 first, u32 panel, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(0), "r"(first), "r"(panel), "r"(bar)
+                 : "memory");
+}
 // A tile of 128 rows as two runs of 64, by all 128 threads: threads 0 to 63 know row `first` of the first run, the others
 // that of the second. Each arrives at `bar`.
 template <int D> DEVICE void copy_runs(u32 tile, const TensorMap& map, u32 first, u32 bar) {
@@ -109,10 +117,7 @@ template <int D> DEVICE void copy_runs(u32 tile, const TensorMap& map, u32 first
     barrier_expect(bar, 64 * D * 2);
 #pragma unroll
     for (u32 panel = 0; panel < D / 64; panel++)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(tile + panel * 128 * 128 + threadIdx.x * 128),
-                     "l"(&map), "r"(panel * 64), "r"(first), "r"(bar)
-                     : "memory");
+        copy_box(tile + panel * 128 * 128 + threadIdx.x * 128, map, first, panel, bar);
 }
 
 // What `x` (never negative) depends on is worked out before what follows: a store that does not happen, which the
