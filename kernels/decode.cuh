@@ -26,10 +26,10 @@
 #endif
 #define DECODE_BOUNDS(D) __launch_bounds__(DecodeShape<D>::warps * 32 * DECODE_BLOCKS, 1)
 
-template <int D, bool LISTED = false> struct DecodeShape {
+template <int D> struct DecodeShape {
     static const int warps = D > 128 ? 2 : 4;  // of a narrow block
     static const int stages = D <= 64 ? 4 : 2;
-    static const bool panels = !LISTED && D % 64 == 0;  // else padded rows
+    static const bool panels = D % 64 == 0;          // else padded rows
     static const int query = 16 * Padded<D>::value;     // elements of the queries' tile
     static const int tile = panels ? 16 * D : query;    // of one K or V tile
     static const int ring = stages * 2 * tile;          // of one warp's ring
@@ -88,7 +88,7 @@ template <bool PANELS> DEVICE uint4* decode_shared() {
 template <class T, int D, class Keys, class Keep>
 DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys, const Keep& keep,
                           Engine& engine, u32 turn = 0, u32 turns = 1) {
-    typedef DecodeShape<D, !Keys::in_order> Shape;
+    typedef DecodeShape<D> Shape;
     typedef typename DecodeRows<T, D, Shape::panels>::type Rows;
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     T* ring = (T*)decode_shared<Shape::panels>() + warp * Shape::ring;
@@ -114,7 +114,7 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
         T* k = ring + stage * 2 * Shape::tile;
         T* v = k + Shape::tile;
 #if WGMMA
-        if (Shape::panels && engine.maps && valid == 0xffff) {
+        if (Keys::in_order && engine.maps && valid == 0xffff) {
             if (lane == 0) {
                 u32 full = bar(engine.full[stage]);
                 barrier_expect(full, 2 * Shape::tile * sizeof(T));
@@ -165,7 +165,7 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
         copy_wait<Shape::stages - 1>();
         u32 stage = t % Shape::stages, mask = (u32)(masks >> (16 * stage)) & 0xffff;
 #if WGMMA
-        if (Shape::panels && engine.maps && mask == 0xffff) {
+        if (Keys::in_order && engine.maps && mask == 0xffff) {
             barrier_wait(bar(engine.full[stage]), engine.phases >> stage & 1);
             engine.phases ^= 1u << stage;
         }
@@ -386,7 +386,7 @@ DEVICE void decode(const AttendArgs& a, const Source& source, const Maps* maps =
     const u32 round = decode_round();
     Engine engine = {nullptr, nullptr, 0};
 #if WGMMA
-    if constexpr (DecodeShape<D, Source::listed>::panels) {
+    if constexpr (!Source::listed && DecodeShape<D>::panels) {
         const u32 STAGES = DecodeShape<D>::stages;
         __shared__ u64 full[2 * DecodeShape<D>::warps][STAGES];
         if (a.mapped) {

@@ -24,7 +24,7 @@ template <class T, int D> struct PaddedRows {
 template <class T, int D, int ROWS> struct PanelRows {
     const T* at;
     static DEVICE T* place(T* to, u32 r, u32 c) {
-        return to + c / 8 * ROWS * 64 + r * 64 + ((c ^ r) & 7) * 8;
+        return to + (c / 8 * ROWS + r) * 64 + ((c ^ r) & 7) * 8;
     }
     DEVICE const T* chunk(u32 r, u32 d, u32 more) const {
         return at + d / 64 * ROWS * 64 + r * 64 + ((more ^ (r & 7) * 8) ^ (d & 63));

@@ -90,10 +90,10 @@ const PREFILL_VECTORS: usize = 64;
 const GENERIC_VECTORS: usize = 16;
 
 /// `DecodeShape` of `decode.cuh`.
-fn decode_block(d: usize, listed: bool) -> parts::Block {
+fn decode_block(d: usize) -> parts::Block {
     let stages = if d <= 64 { 4 } else { 2 };
     let query = 16 * (d + 8) * 2;
-    let panels = !listed && d.is_multiple_of(hopper::PANEL);
+    let panels = d.is_multiple_of(hopper::PANEL);
     let (tile, aligned) = if panels { (16 * d * 2, 1 << 10) } else { (query, 0) };
     let warps = if d > 128 { 2 } else { 4 };
     parts::Block { warps, fixed: query + aligned, ring: stages * 2 * tile }
@@ -131,7 +131,7 @@ impl CudaBackend {
         maps: Option<[TensorMap; 2]>,
     ) -> Result<()> {
         let listed = args.indices != 0;
-        let block = decode_block(d, listed);
+        let block = decode_block(d);
         let with = |args: AttendArgs| {
             let args = Args::new().with(args);
             if listed { args } else { args.with(maps.unwrap_or(Zeroable::zeroed())) }

@@ -136,7 +136,7 @@ mod tests {
         }
     }
 
-    const BLOCK: Block = Block { warps: 4, fixed: 4352, ring: 17_408 };
+    const BLOCK: Block = Block { warps: 4, fixed: 5376, ring: 16_384 };
 
     #[test]
     fn lists_get_clusters_that_all_run_at_once() {
