@@ -11,12 +11,13 @@
 #include "prefill.cuh"
 #include "wgmma.cuh"
 
+// Tokens from `low` on, which is at most 15 behind `b`.
 struct Contiguous {
     static const bool in_order = true;
-    u32 b, e;
+    u32 b, e, low;
     DEVICE u32 begin() const { return b; }
     DEVICE u32 end() const { return e; }
-    DEVICE u32 token(u32 i) const { return i; }
+    DEVICE u32 token(u32 i) const { return i >= low ? i : ~0u; }
     DEVICE u32 room() const { return e; }
 };
 
@@ -28,6 +29,7 @@ struct DensePairs {
     static const bool listed = false;
     const AttendArgs& a;
     DEVICE u32 low(const Seq& seq) const { return window_low(seq.kv_len - 1, a.window); }
+    DEVICE u32 begin(const Seq& seq) const { return low(seq) & ~15u; }
     DEVICE u32 pairs() const { return a.sequences * a.pool.kv_heads; }
     DEVICE Seq seq(u32 pair) const { return a.seqs.get(pair / a.pool.kv_heads); }
     DEVICE Heads heads(u32 pair) const {
@@ -36,14 +38,14 @@ struct DensePairs {
     }
     DEVICE u32 rounds(u32 pair, u32 round) const {
         Seq s = seq(pair);
-        return s.q_len ? (s.kv_len - low(s) + round - 1) / round : 0;
+        return s.q_len ? (s.kv_len - begin(s) + round - 1) / round : 0;
     }
     DEVICE Contiguous keys(u32, const Seq& s, u32 from, u32 to) const {
-        return {low(s) + from, min(low(s) + to, s.kv_len)};
+        return {begin(s) + from, min(begin(s) + to, s.kv_len), low(s)};
     }
     DEVICE Contiguous plane(u32, const Seq& s, u32 split) const {
         Range r = split_range(low(s), s.kv_len, split, a.splits);
-        return {r.begin, r.end};
+        return {r.begin & ~15u, r.end, r.begin};
     }
     DEVICE Dropped keep(u32) const { return {}; }
 };
@@ -200,20 +202,21 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
     u32 n = min(VECTORS, vectors - v0), offset = seq.kv_len - seq.q_len;
     CausalVectors vec = {seq.q_start, v0, g, a.heads, kvh * g, offset, a.window};
     Range all = split_range(window_low(offset, a.window), seq.kv_len, split, a.splits);
-    Contiguous keys = {max(all.begin, vec.low(0)), min(all.end, vec.high(n - 1))};
+    u32 low = max(all.begin, vec.low(0));
+    Contiguous keys = {low, min(all.end, vec.high(n - 1)), low};
     generic<A, T>(a, seq, kvh, n, split, vec, keys);
 }
 
 #define MMA(T, D)                                                                               \
     extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
-        attend_decode_##T##_d##D(AttendArgs a) {                                                \
+        attend_decode_##T##_d##D(AttendArgs a, const __grid_constant__ Maps maps) {             \
         depend();                                                                               \
-        decode<T, D>(a, DensePairs{a});                                                         \
+        decode<T, D>(a, DensePairs{a}, &maps);                                                  \
     }                                                                                           \
     extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
-        attend_scored_##T##_d##D(AttendArgs a) {                                                \
+        attend_scored_##T##_d##D(AttendArgs a, const __grid_constant__ Maps maps) {             \
         depend();                                                                               \
-        decode<T, D>(a, ScoredPairs{DensePairs{a}});                                            \
+        decode<T, D>(a, ScoredPairs{DensePairs{a}}, &maps);                                     \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
         depend();                                                                               \
@@ -224,9 +227,6 @@ MMA_ALL(f16)
 MMA_ALL(bf16)
 
 #if WGMMA
-struct Maps {
-    TensorMap of[2];
-};
 #define HOPPER(T, D)                                                                      \
     extern "C" __global__ void __launch_bounds__(384, 1) attend_prefill_wgmma_##T##_d##D( \
         const __grid_constant__ AttendArgs a, const __grid_constant__ Items all,          \

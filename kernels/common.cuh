@@ -183,6 +183,13 @@ template <class T> struct Out {
     }
 };
 
+// Adds; what the block's threads wrote before a barrier before it is seen by those that come behind a barrier after it, in a
+// block that reads the sum.
+DEVICE u32 add_acq_rel(u32* p, u32 x) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
 // Loads past L1: what other blocks of this kernel have written.
 DEVICE float2 load_l2(const float2* p) {
     float2 v;

@@ -1,8 +1,8 @@
 // Tensor-core attention on 16 query vectors a warp: the step that decode, listed-row and prefill kernels
 // share. S = Q K^T by mma.sync m16n8k16, online softmax in base 2, O += P V.
 //
-// Rows of every shared tile are padded by 8 elements (16 bytes), which puts the 8 rows of an ldmatrix into
-// different banks: the padded row is an odd number of 16-byte chunks, as D is a multiple of 16.
+// Rows of a shared tile are padded by 8 elements (16 bytes), which puts the 8 rows of an ldmatrix into different banks:
+// the padded row is an odd number of 16-byte chunks, as D is a multiple of 16. Or they are panels, swizzled.
 #pragma once
 #include "mma.cuh"
 #include "paged.cuh"
@@ -10,6 +10,25 @@
 // Elements of a padded row in shared memory.
 template <int D> struct Padded {
     static const int value = D + 8;
+};
+
+// A tile of rows in shared memory: `place` of the 16-byte chunk c of row r, and the `chunk` from dimension d + more on, `d` a
+// multiple of 16 that the compiler knows, `more` 0 or 8.
+template <class T, int D> struct PaddedRows {
+    const T* at;
+    static DEVICE T* place(T* to, u32 r, u32 c) { return to + r * Padded<D>::value + c * 8; }
+    DEVICE const T* chunk(u32 r, u32 d, u32 more) const { return at + r * Padded<D>::value + d + more; }
+};
+// ROWS rows as D/64 panels of [ROWS][64], 1024-byte aligned, the 16-byte chunk c of row r at chunk c ^ (r % 8), as the copy
+// engine leaves them.
+template <class T, int D, int ROWS> struct PanelRows {
+    const T* at;
+    static DEVICE T* place(T* to, u32 r, u32 c) {
+        return to + (c / 8 * ROWS + r) * 64 + ((c ^ r) & 7) * 8;
+    }
+    DEVICE const T* chunk(u32 r, u32 d, u32 more) const {
+        return at + d / 64 * ROWS * 64 + r * 64 + ((more ^ (r & 7) * 8) ^ (d & 63));
+    }
 };
 
 // 16 query vectors as operands of mma: read from padded rows in shared memory whenever they are needed, or held.
@@ -41,11 +60,10 @@ template <class T, int D> struct QueryOf<T, D, false> {
     typedef SharedQuery<T, D> type;
 };
 
-// s += Q K^T of 16 query vectors and KEYS keys (padded rows): a thread holds vectors lane/4 and lane/4 + 8 (j >> 1) and
+// s += Q K^T of 16 query vectors and KEYS keys: a thread holds vectors lane/4 and lane/4 + 8 (j >> 1) and
 // keys 8 n + 2 * (lane % 4) + (j & 1).
-template <class T, int D, int KEYS, class Query>
-DEVICE void logits(const Query& q, const T* k, float (&s)[KEYS / 8][4]) {
-    const int P = Padded<D>::value;
+template <class T, int D, int KEYS, class Query, class Rows>
+DEVICE void logits(const Query& q, const Rows& k, float (&s)[KEYS / 8][4]) {
     u32 lane = threadIdx.x & 31;
 #pragma unroll
     for (int d = 0; d < D; d += 16) {
@@ -54,7 +72,7 @@ DEVICE void logits(const Query& q, const T* k, float (&s)[KEYS / 8][4]) {
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
             u32 b[4];
-            ldmatrix4(b, k + (n * 16 + (lane & 7) + (lane >> 4) * 8) * P + d + (lane >> 3 & 1) * 8);
+            ldmatrix4(b, k.chunk(n * 16 + (lane & 7) + (lane >> 4) * 8, d, (lane >> 3 & 1) * 8));
             mma16816(s[2 * n], a, b[0], b[1], T());
             mma16816(s[2 * n + 1], a, b[2], b[3], T());
         }
@@ -81,13 +99,12 @@ template <int D> struct Flash {
         sum[0] = sum[1] = 0.0f;
     }
 
-    // One tile of KEYS keys. `q`: 16 query vectors; `k`, `v`: KEYS padded rows, zero where invalid.
+    // One tile of KEYS keys. `q`: 16 query vectors; `k`, `v`: KEYS rows, zero where invalid.
     // `visible(half, key)` says whether vector lane/4 + 8 * half sees key `key` of the tile; asked only
     // when `masked`. `scale2` = logit scale * log2(e). `keep` is shown the products as `logits` leaves them.
-    template <class T, int KEYS, class Query, class Visible, class Keep = Dropped>
-    DEVICE void step(const Query& q, const T* k, const T* v, float scale2, bool masked, Visible visible,
+    template <class T, int KEYS, class Query, class Rows, class Visible, class Keep = Dropped>
+    DEVICE void step(const Query& q, const Rows& k, const Rows& v, float scale2, bool masked, Visible visible,
                      Keep keep = Keep()) {
-        const int P = Padded<D>::value;
         u32 lane = threadIdx.x & 31;
         float s[KEYS / 8][4] = {};
         logits<T, D, KEYS>(q, k, s);
@@ -129,7 +146,7 @@ template <int D> struct Flash {
 #pragma unroll
             for (int d = 0; d < D; d += 16) {
                 u32 b[4];
-                ldmatrix4_trans(b, v + (n * 16 + (lane & 15)) * P + d + (lane >> 4) * 8);
+                ldmatrix4_trans(b, v.chunk(n * 16 + (lane & 15), d, (lane >> 4) * 8));
                 mma16816(o[d / 8], a, b[0], b[1], T());
                 mma16816(o[d / 8 + 1], a, b[2], b[3], T());
             }
@@ -165,5 +182,6 @@ struct AttendArgs {
     u32* arrived;
     float* scores;        // decode that keeps its logits: see attend_dense.cu
     u64 stride;
-    u32 pool_mode, pad;
+    u32 pool_mode;
+    u32 mapped;           // attend_dense: K lies in one piece, and the kernel's maps describe K and V
 };

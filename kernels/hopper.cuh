@@ -6,6 +6,12 @@
 #pragma once
 #include "mma.cuh"
 
+// Rows of D elements for the copy engine (the driver's CUtensorMap), as (64 columns, row, panel): boxes of so many rows
+// and panels as the kernel wants, swizzled.
+struct __align__(128) TensorMap {
+    u64 words[16];
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1
 #else
@@ -95,10 +101,12 @@ template <int N> DEVICE void pin(u32 (&r)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Rows of D elements for the copy engine (the driver's CUtensorMap): boxes of 64 rows and 64 columns, swizzled.
-struct __align__(128) TensorMap {
-    u64 words[16];
-};
+// The box from row `first` and panel `panel` on, by one thread.
+DEVICE void copy_box(u32 to, const TensorMap& map, u32 first, u32 panel, u32 bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to), "l"(&map), "r"(0), "r"(first), "r"(panel), "r"(bar)
+                 : "memory");
+}
 // A tile of 128 rows as two runs of 64, by all 128 threads: threads 0 to 63 know row `first` of the first run, the others
 // that of the second. Each arrives at `bar`.
 template <int D> DEVICE void copy_runs(u32 tile, const TensorMap& map, u32 first, u32 bar) {
@@ -109,10 +117,7 @@ template <int D> DEVICE void copy_runs(u32 tile, const TensorMap& map, u32 first
     barrier_expect(bar, 64 * D * 2);
 #pragma unroll
     for (u32 panel = 0; panel < D / 64; panel++)
-        asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                     "[%0], [%1, {%2, %3}], [%4];" ::"r"(tile + panel * 128 * 128 + threadIdx.x * 128),
-                     "l"(&map), "r"(panel * 64), "r"(first), "r"(bar)
-                     : "memory");
+        copy_box(tile + panel * 128 * 128 + threadIdx.x * 128, map, first, panel, bar);
 }
 
 // What `x` (never negative) depends on is worked out before what follows: a store that does not happen, which the
@@ -175,10 +180,10 @@ DEVICE u32 warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
     "}"
 
 // d (+)= A[64 x 16] B[16 x N], asynchronously: a thread of warp w holds rows 16 w + lane/4 and 8 further, in
-// d[4 n + j] row j >> 1 and column 8 n + 2 * (lane % 4) + (j & 1). `wgmma_ss`: A and B K-major in shared memory, d is
-// overwritten where `add` is 0. `wgmma_rs`: A in registers (as mma m16n8k16's), B with its rows along K.
+// d[4 n + j] row j >> 1 and column 8 n + 2 * (lane % 4) + (j & 1). `ss`: A and B K-major in shared memory, d is
+// overwritten where `add` is 0. `rk`: A in registers (as mma m16n8k16's). `rs`: so too, and B with its rows along K.
 template <int N, class T> struct Wgmma;
-#define WGMMA_OF(N, T, TYPE, REGS, NAMES, A, B, C, D, E)                                                        \
+#define WGMMA_OF(N, T, TYPE, REGS, NAMES, A, B, C, D, E, F)                                                     \
     template <> struct Wgmma<N, T> {                                                                            \
         static DEVICE void ss(float (&d)[N / 2], u32 a, u32 b, int add) {                                       \
             asm volatile("{\n.reg .pred p;\n.reg .b64 x, y;\nsetp.ne.b32 p, %" C ", 0;\n"                        \
@@ -188,6 +193,14 @@ template <int N, class T> struct Wgmma;
                          : REGS(d)                                                                              \
                          : "r"(a), "r"(b), "r"(add));                                                           \
         }                                                                                                       \
+        static DEVICE void rk(float (&d)[N / 2], const u32* a, u32 b, int add) {                                \
+            asm volatile("{\n.reg .pred p;\n.reg .b64 y;\nsetp.ne.b32 p, %" F ", 0;\n"                           \
+                         "mov.b64 y, {%" E ", " WGMMA_HIGH "};\n"                                               \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
+                         ", {%" A ", %" B ", %" C ", %" D "}, y, p, 1, 1, 0;\n}"                                \
+                         : REGS(d)                                                                              \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add));                       \
+        }                                                                                                       \
         static DEVICE void rs(float (&d)[N / 2], const u32* a, u32 b) {                                         \
             asm volatile("{\n.reg .b64 y;\nmov.b64 y, {%" E ", " WGMMA_HIGH "};\n"                               \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " " NAMES              \
@@ -196,10 +209,10 @@ template <int N, class T> struct Wgmma;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                 \
         }                                                                                                       \
     };
-WGMMA_OF(64, f16, "f16", REG32, NAMES32, "32", "33", "34", "35", "36")
-WGMMA_OF(64, bf16, "bf16", REG32, NAMES32, "32", "33", "34", "35", "36")
-WGMMA_OF(128, f16, "f16", REG64, NAMES64, "64", "65", "66", "67", "68")
-WGMMA_OF(128, bf16, "bf16", REG64, NAMES64, "64", "65", "66", "67", "68")
+WGMMA_OF(64, f16, "f16", REG32, NAMES32, "32", "33", "34", "35", "36", "37")
+WGMMA_OF(64, bf16, "bf16", REG32, NAMES32, "32", "33", "34", "35", "36", "37")
+WGMMA_OF(128, f16, "f16", REG64, NAMES64, "64", "65", "66", "67", "68", "69")
+WGMMA_OF(128, bf16, "bf16", REG64, NAMES64, "64", "65", "66", "67", "68", "69")
 
 // d = A B^T, not waited for: A[64 x D] and B[128 x D] are tiles of `a_rows` and 128 rows at byte addresses `a`, `b`.
 template <class T, int D> DEVICE void wgmma_logits(float (&d)[64], u32 a, u32 a_rows, u32 b) {
@@ -208,6 +221,20 @@ template <class T, int D> DEVICE void wgmma_logits(float (&d)[64], u32 a, u32 a_
     for (int k = 0; k < D / 16; k++)
         Wgmma<128, T>::ss(d, wgmma_at(left, k / 4 * a_rows * 128 + k % 4 * 32),
                           wgmma_at(right, k / 4 * 128 * 128 + k % 4 * 32), k > 0);
+}
+// The same with A in registers, of this warp.
+template <class T, int D> DEVICE void wgmma_logits(float (&d)[64], const u32 (&a)[D / 16][4], u32 b) {
+    u32 right = wgmma_tile(b);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        Wgmma<128, T>::rk(d, a[k], wgmma_at(right, k / 4 * 128 * 128 + k % 4 * 32), k > 0);
+}
+// 16 rows of a tile of 128 from row `first` on as A.
+template <int D> DEVICE void wgmma_hold(u32 (&a)[D / 16][4], u32 tile, u32 first) {
+    u32 lane = threadIdx.x & 31, row = first + (lane & 15);
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+        ldmatrix4_at(a[k], tile + k / 4 * 128 * 128 + row * 128 + (((k % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4));
 }
 
 #endif  // WGMMA

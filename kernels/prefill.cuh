@@ -83,9 +83,9 @@ DEVICE void prefill(const AttendArgs& a, const Seq& seq, u32 kvh, const Tile& ve
         if (t + 2 < t1) keys.prepare(t + 2);
         copy_wait<1>();
         __syncthreads();
-        const T* k = ring + (t & 1) * 2 * Shape::tile;
+        const PaddedRows<T, D> k = {ring + (t & 1) * 2 * Shape::tile}, v = {k.at + Shape::tile};
         flash.template step<T, Shape::keys>(
-            SharedQuery<T, D>(q + warp * 16 * Shape::row), k, k + Shape::tile, a.scale * LOG2E, keys.masked(t),
+            SharedQuery<T, D>(q + warp * 16 * Shape::row), k, v, a.scale * LOG2E, keys.masked(t),
             [&](int h, u32 key) { return keys.seen(t, key, position[h]); });
         __syncthreads();
     }

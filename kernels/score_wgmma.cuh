@@ -3,7 +3,8 @@
 // A CTA takes jobs one after another: a list of two tiles of up to 128 vectors that share their pages (or of one tile of
 // up to 256), over a range of keys. Warpgroup 0 copies the vectors once and streams the keys, 128 at a time; 1 and 2
 // have 64 keys each. Products of 64 keys with 128 vectors alternate between two accumulators: while one is summed up
-// (MUFU has as many cycles of work as the tensor cores), the other is worked out.
+// (MUFU has as many cycles of work as the tensor cores), the other is worked out, from the first tile of a job to its
+// last without a break.
 #pragma once
 #include "hopper.cuh"
 #include "paged.cuh"
@@ -160,20 +161,27 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, boo
     u32 mine = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);  // first key of the thread in a tile
     float scale2 = a.scale * LOG2E;
     u32 n = 0;  // tiles so far
-    float s[2][64], shift[2][32], sum[2][2];
+    float s[2][64], shift[2][32];
+    float* row[2] = {};
+    u32 end[2];
+    bool joined;
+    Index<0> first;
+    Index<1> second;
     auto release = [&](const u64& b) {
         if (lane == 0) barrier_arrive(bar(b));
     };
-    // Block i of the tile in the ring's place of number `count`.
+    // Block i of the tile of number `count`, which has landed.
     auto start = [&](auto i, u32 count) {
         u32 keys = base + Shape::ring + count % S * Shape::tile + group * 64 * 128;
+        wgmma_fence();
         wgmma_logits<T, D>(s[i.value], keys, 128, base + i.value * Shape::tile);
         wgmma_commit();
     };
-    auto add = [&](auto i, auto mask, const u32* last, u32 t) {
+    // Sums up block i of tile t.
+    auto add = [&](auto i, const u32* last, u32 t, u32 plain) {
         float (&x)[64] = s[i.value];
         pin(x);
-        if constexpr (mask.value) {
+        if (t >= plain) {
 #pragma unroll
             for (int j = 0; j < 64; j++) {
                 u32 v = i.value * 128 + (j >> 2) * 8 + quad * 2 + (j & 1), key = t * 128 + mine + (j & 2) * 4;
@@ -184,81 +192,63 @@ template <class T, int D> DEVICE void score_consume(const ScoreTilesArgs& a, boo
 #pragma unroll
         for (int j = 0; j < 64; j++)
             part[j >> 1 & 1][j & 1] += exp2_fast(fmaf(x[j], scale2, -shift[i.value][(j >> 2) * 2 + (j & 1)]));
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            float y = part[h][0] + part[h][1];
-            y += __shfl_xor_sync(~0u, y, 1);
-            sum[i.value][h] = y + __shfl_xor_sync(~0u, y, 2);
-        }
-    };
-    auto put = [&](const ScoreItem& item, u32 t) {
-        if (quad >= 2) return;
+        // Of each four lanes the first two get the sums of keys `mine` and 8 further.
+        float x0 = part[0][0] + part[0][1], x1 = part[1][0] + part[1][1];
+        float y = (quad & 1 ? x1 : x0) + __shfl_xor_sync(~0u, quad & 1 ? x0 : x1, 1);
+        y += __shfl_xor_sync(~0u, y, 2);
+        settle(y, base);
         u32 key = t * 128 + mine + 8 * quad;
-        float x = quad ? sum[0][1] : sum[0][0], y = quad ? sum[1][1] : sum[1][0];
-        const Block &b = item.block[0], &d = item.block[1];
-        float* row = a.scores + ((u64)b.tile * a.lists + item.list) * a.stride;
-        if (key < b.kv_len) row[key] = item.joined ? x + y : x;
-        if (!item.joined && key < d.kv_len)
-            row[(u64)(d.tile - b.tile) * a.lists * a.stride + key] = y;
-    };
-    // COUNT (1 or 2) tiles from t on: while one product is summed up the next is in flight, but for the first and last.
-    auto step = [&](auto count, auto mask, const ScoreItem& item, const u32* last, u32 t) {
-        Index<0> first;
-        Index<1> second;
-        pin(s[0]);
-        pin(s[1]);
-        wgmma_fence();
-        start(first, n);
-        start(second, n);
-        wgmma_wait<1>();
-        add(first, mask, last, t);
-        if constexpr (count.value == 2) {
-            pin(s[0]);
-            wgmma_fence();
-            start(first, n + 1);
-            wgmma_wait<1>();
-            release(c.k_empty[n % S]);
-            add(second, mask, last, t);
-            put(item, t);
-            pin(s[1]);
-            wgmma_fence();
-            start(second, n + 1);
-            wgmma_wait<1>();
-            add(first, mask, last, t + 1);
-        }
-        settle(sum[0][0] + sum[0][1], base);
-        wgmma_wait<0>();
-        u32 end = count.value - 1;
-        release(c.k_empty[(n + end) % S]);
-        if (t + end + 1 == item.t1) release(c.q_empty);
-        add(second, mask, last, t + end);
-        put(item, t + end);
-        n += end + 1;
+        if (key >= end[i.value]) return;
+        if (i.value && joined) atomicAdd(row[0] + key, y);
+        else row[i.value][key] = y;
     };
     for (u32 count = 0;; count++) {
         barrier_wait(bar(c.q_full), count & 1);
         const ScoreItem& item = c.items[count & 1];
         const u32* last = c.last[count & 1];
-        if (item.t0 == ~0u) break;
+        u32 t = item.t0, t1 = item.t1, plain = item.plain;
+        if (t == ~0u) break;
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < 32; j++)
                 shift[i][j] = c.shift[count & 1][i * 128 + (j >> 1) * 8 + quad * 2 + (j & 1)];
-        fence_proxy();
-        for (u32 t = item.t0; t < item.t1;) {
-            barrier_wait(bar(c.k_full[n % S]), n / S & 1);
-            if (t + 2 <= item.plain) {
-                barrier_wait(bar(c.k_full[(n + 1) % S]), (n + 1) / S & 1);
-                if (!mapped) fence_proxy();
-                step(Index<2>(), Index<0>(), item, last, t);
-                t += 2;
-            } else {
-                fence_proxy();
-                step(Index<1>(), Index<1>(), item, last, t);
-                t += 1;
-            }
+        joined = item.joined;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const Block& b = item.block[joined ? 0 : i];
+            row[i] = a.scores + ((u64)b.tile * a.lists + item.list) * a.stride;
+            end[i] = quad < 2 ? b.kv_len : 0;
         }
+        barrier_wait(bar(c.k_full[n % S]), n / S & 1);
+        fence_proxy();
+        start(first, n);
+        for (; t + 1 < t1; t++, n++) {
+            start(second, n);
+            wgmma_wait<1>();
+            add(first, last, t, plain);
+            barrier_wait(bar(c.k_full[(n + 1) % S]), (n + 1) / S & 1);
+            // The copy engine needs no fence, but it does not copy the last keys of a sequence.
+            if (!mapped || t + 2 == t1) fence_proxy();
+            start(first, n + 1);
+            wgmma_wait<1>();
+            release(c.k_empty[n % S]);
+            add(second, last, t, plain);
+        }
+        // Always so; without the question the assembler merges this with the loop and lets products run one by one.
+        if (t + 1 == t1) {
+            start(second, n);
+            wgmma_wait<1>();
+            add(first, last, t, plain);
+            wgmma_wait<0>();
+            release(c.k_empty[n % S]);
+            release(c.q_empty);
+            add(second, last, t, plain);
+        } else {
+            wgmma_wait<0>();
+            pin(s[0]);
+        }
+        n++;
     }
 }
 

@@ -11,7 +11,10 @@
 // The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
 // are even, and CTAs that run together read the same keys.
 //
-// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns.
+// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns. K has all of the
+// ring, Q lies in registers (shared memory would be read by every product: 20 % of the time); products alternate between
+// two accumulators: while one is summed up (MUFU has as many cycles of work as the tensor cores) relative to the maximum
+// of before, which mostly will do, the other is worked out.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all
@@ -49,19 +52,19 @@ struct Item {
 };
 
 // Lies behind the ring; the barriers are used by address.
-template <int S> struct Control {
-    u64 q_full, q_empty, k_full[S], k_empty[S], v_full[S], v_empty[S];
+template <int D, bool VALUES> struct Control {
+    static const u32 S = WgmmaShape<D>::stages, keys = VALUES ? S : 2 * S;  // stages of V, of K
+    u64 q_full, q_empty, k_full[keys], k_empty[keys], v_full[S], v_empty[S];
     Item items[2];
     u32 tokens[2 * S][128];
     u32 next;
 };
 
 template <class T, int D, bool VALUES, class Source>
-DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps, u32 base,
-                    Control<WgmmaShape<D>::stages>& c) {
+DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps, u32 base, Control<D, VALUES>& c) {
     typedef WgmmaShape<D> Shape;
     typedef typename Source::At At;
-    const u32 S = Shape::stages;
+    const u32 S = Shape::stages, STAGES = c.keys;
     Copier<T, D> copier;
     // Rows in units of 8 elements. The chunk's piece of K lies `narrow` units less apart than whole rows do.
     u32 lead = a.pool.lead, column = copier.column * 8;
@@ -99,8 +102,8 @@ DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps
         barrier_arrive_copies(bar);
     };
     auto fill_k = [&](const At& at, u32 n) {
-        u32 slot = n % S;
-        barrier_wait(bar(c.k_empty[slot]), (n / S & 1) ^ 1);
+        u32 slot = n % STAGES;
+        barrier_wait(bar(c.k_empty[slot]), (n / STAGES & 1) ^ 1);
         if constexpr (Source::listed) c.tokens[n % (2 * S)][threadIdx.x] = at.token;
         fill(base + Shape::ring + slot * Shape::tile, bar(c.k_full[slot]), at, maps, keys_at, k_row, D - narrow * 8);
         if constexpr (Source::listed) {
@@ -161,15 +164,26 @@ DEVICE void produce(const AttendArgs& a, const Items& all, const TensorMap* maps
 // relative to `top`, which follows the largest logit only when that is more than 2^8 ahead: sums stay far from f32's
 // limits, f16 weights too, and O is rarely rescaled.
 struct Softmax {
+    static constexpr float ahead = 8.0f;
     float top[2], sum[2];
+    // Sums up weights relative to `top` as it stands, without a look at maxima. False, and nothing is done, where a vector
+    // of the warp has no `top` yet or one that is far too low: a sum in f32 bears more than 2^8.
+    DEVICE bool guess(const float (&s)[64], float scale2) {
+        const float most = 0x1p32f;
+        float part[2][2] = {};
+#pragma unroll
+        for (int i = 0; i < 64; i++) part[i >> 1 & 1][i & 1] += exp2_fast(fmaf(s[i], scale2, -top[i >> 1 & 1]));
+        float all[2] = {part[0][0] + part[0][1], part[1][0] + part[1][1]};
+        bool fits = fminf(top[0], top[1]) > NEG_INF && all[0] <= most && all[1] <= most;
+        if (!__all_sync(~0u, fits)) return false;
+        sum[0] += all[0], sum[1] += all[1];
+        return true;
+    }
     // s: logits in, weights out; `fix`: what earlier weights are to be multiplied by.
     DEVICE void step(float (&s)[64], float scale2, float (&fix)[2]) {
-        const float ahead = 8.0f;
         float most[8], best[2], shift[2];
 #pragma unroll
-        for (int i = 0; i < 8; i++) most[i] = s[i];
-#pragma unroll
-        for (int i = 8; i < 64; i++) most[i & 7] = fmaxf(most[i & 7], s[i]);
+        for (int i = 0; i < 64; i++) most[i & 7] = i < 8 ? s[i] : fmaxf(most[i & 7], s[i]);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             best[h] = fmaxf(fmaxf(most[2 * h], most[2 * h + 1]), fmaxf(most[2 * h + 4], most[2 * h + 5]));
@@ -192,9 +206,9 @@ struct Softmax {
 };
 
 template <class T, int D, bool VALUES, class Source>
-DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaShape<D>::stages>& c) {
+DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<D, VALUES>& c) {
     typedef WgmmaShape<D> Shape;
-    const u32 S = Shape::stages;
+    const u32 S = Shape::stages, STAGES = c.keys;
     u32 group = warpgroup() - 1, lane = threadIdx.x & 31;
     u32 mine = group * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);  // first vector of the thread in the tile
     u32 q = base + group * 64 * 128;
@@ -204,26 +218,27 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         if (lane == 0) barrier_arrive(bar(b));
     };
     auto k_at = [&](u32 slot) { return base + Shape::ring + slot * Shape::tile; };
-    float o[D / 2], s[64];
-    u32 p[32];
+    float o[D / 2], s[2][64];
+    u32 p[32], held[D / 16][4];
     Softmax soft;
     // `count`: the tile's number over all items.
-    auto weigh = [&](auto mask, const Item& item, u32 tile, u32 count, float (&fix)[2]) {
-        if constexpr (mask.value) {
-            const u32* tokens = c.tokens[count % (2 * S)];
-            typename Source::Sees sees[2] = {{a, item, item.position(item.v0 + mine)},
-                                             {a, item, item.position(item.v0 + mine + 8)}};
+    auto hide = [&](float (&x)[64], const Item& item, u32 tile, u32 count) {
+        const u32* tokens = c.tokens[count % (2 * S)];
+        typename Source::Sees sees[2] = {{a, item, item.position(item.v0 + mine)},
+                                         {a, item, item.position(item.v0 + mine + 8)}};
 #pragma unroll
-            for (int i = 0; i < 64; i++) {
-                u32 key = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1);
-                if (!sees[i >> 1 & 1](tile, key, tokens)) s[i] = NEG_INF;
-            }
+        for (int i = 0; i < 64; i++) {
+            u32 key = (i >> 2) * 8 + (lane & 3) * 2 + (i & 1);
+            if (!sees[i >> 1 & 1](tile, key, tokens)) x[i] = NEG_INF;
         }
-        soft.step(s, scale2, fix);
+    };
+    auto weigh = [&](auto mask, const Item& item, u32 tile, u32 count, float (&fix)[2]) {
+        if constexpr (mask.value) hide(s[0], item, tile, count);
+        soft.step(s[0], scale2, fix);
     };
     auto pack = [&] {
 #pragma unroll
-        for (int i = 0; i < 32; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+        for (int i = 0; i < 32; i++) p[i] = pack2<T>(s[0][2 * i], s[0][2 * i + 1]);
     };
     auto values = [&](u32 slot) {
         u32 v = wgmma_tile(k_at(S + slot));
@@ -238,13 +253,13 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         pin(o);
         pin(p);
         wgmma_fence();
-        wgmma_logits<T, D>(s, q, 128, k_at(next));
+        wgmma_logits<T, D>(s[0], q, 128, k_at(next));
         wgmma_commit();
         values(slot);
         wgmma_commit();
         named_arrive(2 - group, 256);
         wgmma_wait<1>();
-        pin(s);
+        pin(s[0]);
         release(c.k_empty[next]);
         if (t + 1 == t1) release(c.q_empty);
         weigh(mask, item, t, n + 1, fix);
@@ -259,17 +274,27 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         }
         pack();
     };
-    // Logits of tile n, while no values are multiplied.
-    auto alone = [&](bool fence) {
-        u32 slot = n % S;
-        barrier_wait(bar(c.k_full[slot]), n / S & 1);
+    // The product for the tile of number `count` into s[i].
+    auto start = [&](auto i, u32 count, bool fence) {
+        u32 slot = count % STAGES;
+        barrier_wait(bar(c.k_full[slot]), count / STAGES & 1);
         if (fence) fence_proxy();
         wgmma_fence();
-        wgmma_logits<T, D>(s, q, 128, k_at(slot));
+        if constexpr (VALUES) wgmma_logits<T, D>(s[i.value], q, 128, k_at(slot));
+        else wgmma_logits<T, D>(s[i.value], held, k_at(slot));
         wgmma_commit();
-        wgmma_wait<0>();
-        pin(s);
-        release(c.k_empty[slot]);
+    };
+    // Without values: sums up tile t, the one of number n, from s[i]; the product of the next one, if any, runs meanwhile.
+    auto add = [&](auto i, auto last, const Item& item, auto& plain, u32 t, u32 t1) {
+        float fix[2];
+        if constexpr (!last.value) start(Index<1 - i.value>(), n + 1, !mapped || t + 2 == t1);
+        wgmma_wait<1 - last.value>();
+        pin(s[i.value]);
+        release(c.k_empty[n % STAGES]);
+        if (!plain.sees(t, c.tokens[n % (2 * S)])) hide(s[i.value], item, t, n);
+        if (!soft.guess(s[i.value], scale2)) soft.step(s[i.value], scale2, fix);
+        settle(soft.sum[0] + soft.sum[1], base);
+        n++;
     };
     if (VALUES && group == 1) named_arrive(1, 256);
     for (u32 count = 0;; count++) {
@@ -282,16 +307,23 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         for (int i = 0; i < D / 2; i++) o[i] = 0.0f;
         soft.top[0] = soft.top[1] = NEG_INF;
         soft.sum[0] = soft.sum[1] = 0.0f;
-        float fix[2];
         if (!VALUES && t0 < t1) {
-            for (u32 t = t0; t < t1; t++, n++) {
-                alone(t == t0 || !mapped || t + 1 == t1);
-                if (t + 1 == t1) release(c.q_empty);
-                if (plain.sees(t, c.tokens[n % (2 * S)])) weigh(Index<0>(), item, t, n, fix);
-                else weigh(Index<1>(), item, t, n, fix);
-            }
+            Index<0> first, more;
+            Index<1> second, last;
+            u32 t = t0;
+            wgmma_hold<D>(held, base, mine - (lane >> 2));
+            release(c.q_empty);
+            start(first, n, true);
+            for (; t + 2 < t1; t += 2)
+                add(first, more, item, plain, t, t1), add(second, more, item, plain, t + 1, t1);
+            if (t + 2 == t1) add(first, more, item, plain, t, t1), add(second, last, item, plain, t + 1, t1);
+            else add(first, last, item, plain, t, t1);
         } else if (t0 < t1) {
-            alone(true);
+            float fix[2];
+            start(Index<0>(), n, true);
+            wgmma_wait<0>();
+            pin(s[0]);
+            release(c.k_empty[n % S]);
             if (t0 + 1 == t1) release(c.q_empty);
             weigh(Index<1>(), item, t0, n, fix);
             pack();
@@ -320,8 +352,7 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
         Out<T> out = {a.out, a.out_f32};
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            float sum = soft.sum[h];
-            sum += __shfl_xor_sync(~0u, sum, 1);
+            float sum = soft.sum[h] + __shfl_xor_sync(~0u, soft.sum[h], 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             u32 v = item.v0 + mine + 8 * h;
             if (v >= item.vectors) continue;
@@ -340,20 +371,20 @@ DEVICE void consume(const AttendArgs& a, bool mapped, u32 base, Control<WgmmaSha
 template <class T, int D, class Source, bool VALUES = true>
 DEVICE void attend_wgmma(const AttendArgs& a, const Items& all, const TensorMap* maps) {
     typedef WgmmaShape<D> Shape;
-    const u32 S = Shape::stages;
     extern __shared__ uint4 shared4[];
     u32 start = shared_address(shared4), base = (start + 1023) & ~1023u;
-    static_assert(sizeof(Control<S>) <= Shape::room, "shared memory behind the ring");
-    Control<S>& c = *(Control<S>*)((char*)shared4 + (base - start) + Shape::control);
+    static_assert(sizeof(Control<D, VALUES>) <= Shape::room, "shared memory behind the ring");
+    static_assert(VALUES || !Source::listed, "tokens are kept for S stages of K");
+    Control<D, VALUES>& c = *(Control<D, VALUES>*)((char*)shared4 + (base - start) + Shape::control);
     if (threadIdx.x == 0) {
         const u32 copies = 128, warps = 8;
         barrier_init(bar(c.q_full), copies + 1);
         barrier_init(bar(c.q_empty), warps);
-        for (u32 i = 0; i < S; i++) {
+        for (u32 i = 0; i < c.keys; i++) {
             barrier_init(bar(c.k_full[i]), copies + (Source::listed ? 4 : 0));
-            barrier_init(bar(c.v_full[i]), copies);
+            if (VALUES) barrier_init(bar(c.v_full[i]), copies);
             barrier_init(bar(c.k_empty[i]), warps);
-            barrier_init(bar(c.v_empty[i]), warps);
+            if (VALUES) barrier_init(bar(c.v_empty[i]), warps);
         }
         fence_proxy();  // the copy engine arrives too
     }

@@ -2,7 +2,7 @@
 
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
-use super::hopper;
+use super::hopper::{self, TensorMap};
 use super::launch::{Args, Shape};
 use super::parts::{self, Cluster};
 use super::score::pool_mode;
@@ -39,7 +39,7 @@ struct AttendArgs {
     scores: u64,
     stride: u64,
     pool_mode: u32,
-    pad: u32,
+    mapped: u32,
 }
 
 /// `MergeArgs` of `merge.cu`.
@@ -92,8 +92,11 @@ const GENERIC_VECTORS: usize = 16;
 /// `DecodeShape` of `decode.cuh`.
 fn decode_block(d: usize) -> parts::Block {
     let stages = if d <= 64 { 4 } else { 2 };
-    let tile = 16 * (d + 8) * 2;
-    parts::Block { warps: if d > 128 { 2 } else { 4 }, tile, ring: stages * 2 * tile }
+    let query = 16 * (d + 8) * 2;
+    let panels = d.is_multiple_of(hopper::PANEL);
+    let (tile, aligned) = if panels { (16 * d * 2, 1 << 10) } else { (query, 0) };
+    let warps = if d > 128 { 2 } else { 4 };
+    parts::Block { warps, fixed: query + aligned, ring: stages * 2 * tile }
 }
 
 /// Shared memory of `prefill.cuh`: queries, and two stages of K and V tiles.
@@ -117,7 +120,7 @@ impl CudaBackend {
         }
     }
 
-    /// Launches `entry` of `decode.cuh` over `pairs` pairs of at most `keys` keys.
+    /// Launches `entry` of `decode.cuh` over `pairs` pairs of at most `keys` keys; `maps` for a run of keys.
     fn decode(
         &self,
         op: &'static str,
@@ -125,33 +128,39 @@ impl CudaBackend {
         d: usize,
         (pairs, keys): (usize, usize),
         mut args: AttendArgs,
+        maps: Option<[TensorMap; 2]>,
     ) -> Result<()> {
+        let listed = args.indices != 0;
         let block = decode_block(d);
+        let with = |args: AttendArgs| {
+            let args = Args::new().with(args);
+            if listed { args } else { args.with(maps.unwrap_or(Zeroable::zeroed())) }
+        };
+        args.mapped = u32::from(maps.is_some());
         let shape = |blocks: usize, times: usize| {
             Shape::new([blocks, 1, 1], times * block.warps * 32).shared(block.shared(times))
         };
         if args.splits > 1 {
             let blocks = pairs * args.splits as usize;
-            return self.launch(op, entry, shape(blocks, 1), Args::new().with(args));
+            return self.launch(op, entry, shape(blocks, 1), with(args));
         }
         if pairs * 4 > self.arrived.bytes() {
             return Err(self.unsupported(op, format!("{pairs} pairs of sequence and KV head")));
         }
-        let listed = args.indices != 0;
         if listed {
             let of = |c: Cluster| shape(pairs * c.blocks, c.times).cluster(c.blocks);
             let resident = |c| self.clusters(op, entry, of(c));
             let cluster = parts::together(&self.limits, &block, (pairs, keys), resident)?;
             if let Some(c) = cluster {
                 args.together = 1;
-                return self.launch(op, entry, of(c), Args::new().with(args));
+                return self.launch(op, entry, of(c), with(args));
             }
         }
         let (blocks, times) = parts::blocks(&self.limits, &block, (pairs, keys), listed);
         let scratch = self.scratch(blocks * 2 * 16 * (d + 2) * 4)?;
         args.parts = scratch.ptr;
         args.arrived = self.arrived.ptr();
-        self.launch(op, entry, shape(blocks, times), Args::new().with(args))
+        self.launch(op, entry, shape(blocks, times), with(args))
     }
 
     fn attend_args(
@@ -215,7 +224,8 @@ impl CudaBackend {
                 }
             };
             let entry = format!("attend_{kind}_{kv}_d{d}");
-            return self.decode(OP, &entry, d, (hkv * p.seqs.n, keys), args);
+            let maps = hopper::decode_maps(&self.limits, &p.cache, &args.pool);
+            return self.decode(OP, &entry, d, (hkv * p.seqs.n, keys), args, maps);
         }
         let (entry, shape) = if mma {
             let grid = [vectors.div_ceil(PREFILL_VECTORS), hkv, p.seqs.n * p.splits];
@@ -259,7 +269,7 @@ impl CudaBackend {
         let mma = on_tensor_cores(act, kv, d);
         if mma && p.seqs.max_q <= 1 {
             let entry = format!("attend_rows_{kv}_d{d}");
-            return self.decode(OP, &entry, d, (parts * p.seqs.n, p.k), args);
+            return self.decode(OP, &entry, d, (parts * p.seqs.n, p.k), args, None);
         }
         let (entry, shape) = if mma {
             let shape = Shape::new(tiles(PREFILL_VECTORS), 128).shared(prefill_shared(d));

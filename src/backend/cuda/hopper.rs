@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Head sizes with such kernels.
 const DIMS: [usize; 2] = [64, 128];
+/// Dimensions of a panel: what the 128-byte swizzle spans.
+pub(super) const PANEL: usize = 64;
 /// Query vectors and keys of a tile.
 const TILE: usize = 128;
 /// One warpgroup copies, two compute.
@@ -56,8 +58,8 @@ pub(super) struct TensorMap {
 impl Items {
     /// With K and V for the copy engine, where that can read this pool.
     pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Items, [TensorMap; 2]) {
-        match map(cache, pool.k).zip(map(cache, pool.v)) {
-            Some((k, v)) => (Items { mapped: 1, ..self }, [k, v]),
+        match maps(cache, pool, PAGE, 1) {
+            Some(maps) => (Items { mapped: 1, ..self }, maps),
             None => (self, Zeroable::zeroed()),
         }
     }
@@ -66,27 +68,41 @@ impl Items {
 impl Jobs {
     /// With K for the copy engine, where that can read this pool.
     pub fn mapped(self, cache: &KvPool<'_>, pool: &PoolArg) -> (Jobs, TensorMap) {
-        match map(cache, pool.k) {
+        match map(cache, pool.k, PAGE, 1) {
             Some(k) => (Jobs { mapped: 1, ..self }, k),
             None => (self, TensorMap::zeroed()),
         }
     }
 }
 
-/// The rows of a pool at device address `at` in boxes of a page's rows and 64 dimensions. None: the kernels copy by
-/// themselves, as they do where K lies in two pieces.
-fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
+/// K and V for decode attention, whose boxes are 16 whole rows.
+pub(super) fn decode_maps(
+    l: &Limits,
+    cache: &KvPool<'_>,
+    pool: &PoolArg,
+) -> Option<[TensorMap; 2]> {
+    let d = cache.head_dim;
+    let reads = l.wgmma && d.is_multiple_of(PANEL);
+    reads.then(|| maps(cache, pool, 16, d / PANEL)).flatten()
+}
+
+fn maps(c: &KvPool<'_>, pool: &PoolArg, rows: usize, panels: usize) -> Option<[TensorMap; 2]> {
+    Some([map(c, pool.k, rows, panels)?, map(c, pool.v, rows, panels)?])
+}
+
+/// The pool at device address `at` in boxes of so many rows of a page and panels of their dimensions. None: the kernels
+/// copy by themselves, as they do where K lies in two pieces.
+fn map(cache: &KvPool<'_>, at: u64, rows: usize, panels: usize) -> Option<TensorMap> {
     use sys::CUtensorMapDataType::{
         CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as BF16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16 as F16,
     };
-    const PANEL: u32 = 64;
     if cache.lead != cache.head_dim {
         return None;
     }
-    let rows = cache.n_pages.checked_mul(cache.kv_heads)?.checked_mul(PAGE)?;
-    let size = [cache.head_dim as u64, rows as u64];
-    let stride = [cache.head_dim as u64 * 2];
-    let (cut, step) = ([PANEL, PAGE as u32], [1u32; 2]);
+    let all = cache.n_pages.checked_mul(cache.kv_heads)?.checked_mul(PAGE)?;
+    let size = [PANEL as u64, all as u64, (cache.head_dim / PANEL) as u64];
+    let stride = [cache.head_dim as u64 * 2, PANEL as u64 * 2];
+    let (cut, step) = ([PANEL as u32, rows as u32, panels as u32], [1u32; 3]);
     let dtype = if cache.k.dtype() == DType::BF16 { BF16 } else { F16 };
     let mut made = sys::CUtensorMap { opaque: [0; 16] };
     // Without the function in the driver cudarc panics, once; the kernels then copy by themselves.
@@ -95,13 +111,13 @@ fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
         return None;
     }
     let done = catch_unwind(move || {
-        // SAFETY: all arrays outlive the call and hold as many numbers as a map of rank 2 takes; the pool's memory is
+        // SAFETY: all arrays outlive the call and hold as many numbers as a map of rank 3 takes; the pool's memory is
         // only described here.
         let said = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut made,
                 dtype,
-                2,
+                3,
                 at as *mut std::ffi::c_void,
                 size.as_ptr(),
                 stride.as_ptr(),
@@ -109,7 +125,7 @@ fn map(cache: &KvPool<'_>, at: u64) -> Option<TensorMap> {
                 step.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         };

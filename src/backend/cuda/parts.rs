@@ -5,7 +5,7 @@ use crate::backend::Result;
 
 /// Shared memory that a block takes besides its own.
 const RESERVED: usize = 1 << 10;
-/// Most blocks (`MOST` of `decode.cuh`: parts of a pair whose weights fit).
+/// Most blocks: as many as 128 multiprocessors hold.
 const MOST_BLOCKS: usize = 512;
 /// Most blocks on a multiprocessor that registers allow (`__launch_bounds__` of the kernels).
 const RESIDENT: usize = 3;
@@ -25,17 +25,17 @@ const MANY_BLOCKS: usize = 6;
 /// Tiles of a warp up to which one block reads a list where many pairs are read.
 const SHORT_TILES: usize = 3;
 
-/// A block of `decode.cuh`: warps of a narrow one, bytes of the queries' tile, and of a warp's ring.
+/// A block of `decode.cuh`: warps of a narrow one, and bytes: what any takes, and a warp's ring.
 pub(super) struct Block {
     pub warps: usize,
-    pub tile: usize,
+    pub fixed: usize,
     pub ring: usize,
 }
 
 impl Block {
     /// Shared memory of a block of `times` the warps.
     pub fn shared(&self, times: usize) -> usize {
-        self.tile + times * self.warps * self.ring
+        self.fixed + times * self.warps * self.ring
     }
 }
 
@@ -132,12 +132,11 @@ mod tests {
         for op in ["attend_dense", "attend_rows"] {
             holds(op, "warps = D > 128 ? 2 : 4;");
             holds(op, "stages = D <= 64 ? 4 : 2;");
-            holds(op, &format!("const u32 MOST = {MOST_BLOCKS};"));
             holds(op, &format!("#define DECODE_BLOCKS {RESIDENT}"));
         }
     }
 
-    const BLOCK: Block = Block { warps: 4, tile: 4352, ring: 17_408 };
+    const BLOCK: Block = Block { warps: 4, fixed: 5376, ring: 16_384 };
 
     #[test]
     fn lists_get_clusters_that_all_run_at_once() {
