@@ -64,7 +64,7 @@ template <class T, int D> DEVICE void tiles_mma(const ScoreTilesArgs& a) {
             if (v0 + warp * 16 < job.vectors) {
                 float s[KEYS / 8][4] = {}, shift[2];
                 u32 end[2];  // keys of the block that the vector sees
-                logits<T, D, KEYS>(SharedQuery<T, D>(q + warp * 16 * P), k, s);
+                logits<T, D, KEYS>(SharedQuery<T, D>(q + warp * 16 * P), PaddedRows<T, D>{k}, s);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     u32 v = mine + 8 * h, p = job.position(v);
