@@ -82,7 +82,7 @@ pub(super) fn decode_maps(
     pool: &PoolArg,
 ) -> Option<[TensorMap; 2]> {
     let d = cache.head_dim;
-    let reads = l.wgmma && d.is_multiple_of(PANEL);
+    let reads = l.wgmma && DIMS.contains(&d);
     reads.then(|| maps(cache, pool, 16, d / PANEL)).flatten()
 }
 
