@@ -11,10 +11,9 @@
 // The items of as many heads as fit into the L2 cache are dealt out longest first, then those of the next heads: loads
 // are even, and CTAs that run together read the same keys.
 //
-// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, and the two take no turns. K has all of the
-// ring, Q lies in registers (shared memory would be read by every product: 20 % of the time); products alternate between
-// two accumulators: while one is summed up (MUFU has as many cycles of work as the tensor cores) relative to the maximum
-// of before, which mostly will do, the other is worked out.
+// Without values (`VALUES`) only the log-sum-exps are worked out: no V, no O, no turns. K has all of the ring, Q lies in
+// registers, and products alternate between two accumulators: while one is summed up (MUFU has as many cycles of work as
+// the tensor cores) relative to the maximum of before, which mostly will do, the other is worked out.
 // A source of keys: `take` fills an item (copying warpgroup; false where there is nothing to do), `ticket(tile)` and
 // `at(ticket)` find a tile's keys in two steps of one load each, `At::full` whether all keys of the warp are there,
 // `At::row(r)` the cache row of the tile's key r (~0: none) and `At::token` what mask tests get; `Plain::sees`: whether all

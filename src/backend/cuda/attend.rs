@@ -89,7 +89,7 @@ pub(super) const MMA_DIMS: [usize; 4] = [64, 96, 128, 256];
 const PREFILL_VECTORS: usize = 64;
 const GENERIC_VECTORS: usize = 16;
 
-/// `DecodeShape` of `decode.cuh`.
+/// `DecodeShape` of `decode_keys.cuh`.
 fn decode_block(d: usize) -> parts::Block {
     let stages = if d <= 64 { 4 } else { 2 };
     let query = 16 * (d + 8) * 2;
