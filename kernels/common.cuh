@@ -21,9 +21,11 @@ typedef float f32;
 #define POS_INF __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
 
-// First thing of every kernel. On Hopper a kernel's blocks may be placed while those of the kernel before still run
-// (launch.rs): here they wait until its results are there, then let the next kernel's blocks come. Nothing but
-// prefetches into L2 and writes to the block's shared memory may stand before it.
+// First thing of every kernel, or of its `early_` function. On Hopper a kernel's blocks may be placed while those of the
+// kernel before still run (launch.rs): here they wait until its results are there, then let the next kernel's blocks come.
+// So all kernels but the one before have ended, and what it does not write may be read before: records and pages of
+// the step, positions, weights, keys and values of settled tokens. Nothing but shared memory may be written. All
+// blocks get here, or the kernel could end before the one before.
 DEVICE void depend() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

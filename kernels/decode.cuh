@@ -3,13 +3,14 @@
 // Work. A pair is a sequence and the query heads that read the same keys. With `splits` planes, block pair * splits +
 // split reads that part of a pair. With one plane the rounds of all pairs, laid end to end, are cut into
 // equal shares, one a block, so that ragged batches and any number of pairs fill the device: a block may end one pair
-// and begin the next, and a pair that several blocks share is merged by the last of them to finish, in block order.
+// and begin the next, and a pair that several blocks share is merged by the last of them to finish, in an order that
+// the number of blocks fixes.
 // Listed keys may have a cluster of blocks for each pair instead (`together`): nothing is counted first, and the blocks
 // read each other's results from shared memory.
 //
 // Every warp walks its own keys, 16 at a time, through its own ring of shared tiles, so the main loop has no block barrier.
 // A run of keys is copied by Hopper's copy engine, 16 keys an instruction: alone that reads 3.08 TB/s of an H100, cp.async
-// of 16 bytes 2.98. The last keys of a sequence, listed keys and K in two pieces come by cp.async. The group's query heads
+// of 16 bytes 2.98. The last keys of a sequence, the first of a window, listed keys and K in two pieces come by cp.async. The group's query heads
 // are the (up to 16) rows of the mma tile, so a key row is read once for all of them. At the end the warps' results are
 // merged through shared memory in warp order. A source of pairs names them and their keys; see `DensePairs`.
 #pragma once
@@ -178,10 +179,13 @@ DEVICE void join_cluster(const AttendArgs& a, const Seq& seq, const Heads& heads
     cluster_arrive_read(), cluster_wait();
 }
 
-// Everything that a block does.
+// Everything that a block does. It waits for the kernel before when it knows its share and has asked for the first keys, or
+// at once where that kernel may have made the lists.
 template <class T, int D, class Source>
-DEVICE void decode(const AttendArgs& a, const Source& source, const Maps* maps = nullptr) {
+DEVICE void early_decode(const AttendArgs& a, const Source& source, const Maps* maps = nullptr) {
     const u32 round = decode_round();
+    bool early = !Source::listed || (a.together && a.lists_settled);
+    if (!early) depend();
     Engine engine = {nullptr, nullptr, 0};
 #if WGMMA
     if constexpr (!Source::listed && DecodeShape<D>::panels) {
@@ -201,9 +205,10 @@ DEVICE void decode(const AttendArgs& a, const Source& source, const Maps* maps =
             // In turns, and not in one piece each, which would need the length first to be even.
             auto keys = source.whole(pair);
             Seq seq = source.seq(pair);
-            if (seq.q_len == 0) return;  // all blocks of the cluster
+            if (seq.q_len == 0) return depend();  // all blocks of the cluster
             Heads heads = source.heads(pair);
-            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair), engine, cluster_rank(), cluster_size());
+            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair), engine, early, cluster_rank(),
+                                         cluster_size());
             join_cluster<T, D>(a, seq, heads, f);
             return;
         }
@@ -211,14 +216,15 @@ DEVICE void decode(const AttendArgs& a, const Source& source, const Maps* maps =
     if (a.splits > 1) {
         u32 pair = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
         Seq seq = source.seq(pair);
-        if (seq.q_len == 0) return;
+        if (seq.q_len == 0) return depend();
         Heads heads = source.heads(pair);
-        Found<D> f = read_keys<T, D>(a, seq, heads, source.plane(pair, seq, split), source.keep(pair), engine);
+        Found<D> f = read_keys<T, D>(a, seq, heads, source.plane(pair, seq, split), source.keep(pair), engine,
+                                     !Source::listed);
         put_all<T, D>(a, seq, heads, split, f);
         return;
     }
     Share share;
-    if (!take_share(source, round, share)) return;
+    if (!take_share(source, round, share)) return depend();
     u32 pair = share.pair, start = share.start, at = share.first;
     while (at < share.last) {
         u32 rounds = source.rounds(pair, round);
@@ -227,7 +233,8 @@ DEVICE void decode(const AttendArgs& a, const Source& source, const Maps* maps =
             Seq seq = source.seq(pair);
             Heads heads = source.heads(pair);
             auto keys = source.keys(pair, seq, (at - start) * round, (end - start) * round);
-            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair), engine);
+            Found<D> f = read_keys<T, D>(a, seq, heads, keys, source.keep(pair), engine, !Source::listed && early);
+            early = false;
             if (at == start && end == start + rounds) put_all<T, D>(a, seq, heads, 0, f);
             else join<T, D>(a, seq, heads, share, pair, start, rounds, f);
 #if WGMMA

@@ -71,11 +71,12 @@ template <bool PANELS> DEVICE uint4* decode_shared() {
 
 // The pair's query heads against entries [keys.begin(), keys.end()), whose rounds block `turn` of `turns` takes in turn.
 // A run of keys begins at a multiple of 16, so that a tile lies in one page.
+// `early`: the block has not waited for the kernel before yet.
 // keep(first, valid, s): the products of a warp's 16 entries from `first` on, of which `valid` has the bits, as `logits`
 // of flash.cuh leaves them.
 template <class T, int D, class Keys, class Keep>
 DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& heads, const Keys& keys, const Keep& keep,
-                          Engine& engine, u32 turn = 0, u32 turns = 1) {
+                          Engine& engine, bool early, u32 turn = 0, u32 turns = 1) {
     typedef DecodeShape<D> Shape;
     typedef typename DecodeRows<T, D, Shape::panels>::type Rows;
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -123,6 +124,16 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
         }
     };
 
+    // What the first tiles hold may be asked for at once, but for the newest token.
+    if (early) {
+        bool wait = !a.settled;
+#pragma unroll
+        for (int s = 0; s < Shape::stages - 1; s++) {
+            u32 tok = token(s);
+            wait |= tok != ~0u && tok + 1 >= seq.kv_len;
+        }
+        if (__any_sync(~0u, wait)) depend(), early = false;
+    }
     // Lookups run ahead of the copies: the page of tile t + 1 and the index of tile t + 2 are on their way
     // while tile t is being filled.
     u32 row_next = locate(token(0)), token_next = token(1);
@@ -138,6 +149,7 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
     for (int s = 0; s < Shape::stages - 1; s++) advance(s);
 
     // The queries come while the first keys are on their way.
+    if (early) depend();
     const T* src = (const T*)a.q + ((u64)seq.q_start * a.heads + heads.head0) * D;
     for (u32 i = threadIdx.x; i < 16 * chunks; i += blockDim.x) {
         u32 h = i / chunks, c = i % chunks;
@@ -163,6 +175,9 @@ DEVICE Found<D> read_keys(const AttendArgs& a, const Seq& seq, const Heads& head
         flash.template step<T, 16>(query, k, v, a.scale * LOG2E, mask != 0xffff,
                                    [&](int, u32 key) { return (mask >> key & 1) != 0; },
                                    [&](const float(&s)[2][4]) { keep(keys.begin() + skip + t * stride, mask, s); });
+#if WGMMA
+        if (Keys::in_order && engine.maps && mask != 0xffff) fence_proxy();  // before the copy engine writes where cp.async has
+#endif
         __syncwarp();
     }
     copy_wait<0>();

@@ -184,4 +184,6 @@ struct AttendArgs {
     u64 stride;
     u32 pool_mode;
     u32 mapped;           // attend_dense: K lies in one piece, and the kernel's maps describe K and V
+    u32 settled;          // decode: all tokens but the newest may be read before depend()
+    u32 lists_settled;    // attend_rows: so may lists and counts
 };

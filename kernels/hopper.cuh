@@ -235,6 +235,7 @@ template <int D> DEVICE void wgmma_hold(u32 (&a)[D / 16][4], u32 tile, u32 first
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
         ldmatrix4_at(a[k], tile + k / 4 * 128 * 128 + row * 128 + (((k % 4 * 2 + (lane >> 4)) ^ (row & 7)) << 4));
+    __syncwarp();  // all lanes have read the tile
 }
 
 #endif  // WGMMA

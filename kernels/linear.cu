@@ -53,24 +53,10 @@ template <bool GATED> DEVICE u32 weight_row(const LinearArgs& a, u32 o0, u32 o) 
     return GATED ? o0 + o * a.outputs : min(o0 + o, a.outputs - 1);
 }
 
-// The first weights come to L2 while the kernel before makes x.
-template <class W, int ROWS, bool GATED> DEVICE void prefetch_weights(const LinearArgs& a) {
-    u32 lane = threadIdx.x & 31, o0 = first_output<GATED>();
-    if (o0 >= a.outputs) return;
-#pragma unroll
-    for (int t = 0; t < VecDepth<ROWS>::value; t++)
-#pragma unroll
-        for (int o = 0; o < OUTS; o++) {
-            u32 c = lane * 8 + t * 256;
-            const W* w = (const W*)a.w + (u64)weight_row<GATED>(a, o0, o) * a.inputs;
-            if (c < a.inputs) asm volatile("prefetch.global.L2 [%0];" ::"l"(w + c));
-        }
-}
-
-template <class X, class W, int ROWS, bool GATED> DEVICE void vec(const LinearArgs& a) {
+template <class X, class W, int ROWS, bool GATED> DEVICE void early_vec(const LinearArgs& a) {
     const int DEPTH = VecDepth<ROWS>::value;
     u32 lane = threadIdx.x & 31, o0 = first_output<GATED>();
-    if (o0 >= a.outputs) return;
+    if (o0 >= a.outputs) return depend();
     const W* w[OUTS];
     const X* x[ROWS];
 #pragma unroll
@@ -105,7 +91,9 @@ template <class X, class W, int ROWS, bool GATED> DEVICE void vec(const LinearAr
 #pragma unroll
         for (int t = 0; t < DEPTH; t++) add(raw[t], c + t * 256);
     };
+    // The first weights come while the kernel before makes x: it does not write them.
     if (steps > 0) load(even, c);
+    depend();
     for (u32 s = 0; s < steps; s += 2, c += 2 * step) {
         if (s + 1 < steps) load(odd, c + step);
         multiply(even, c);
@@ -252,9 +240,7 @@ template <class T> DEVICE void add_bias(const LinearArgs& a) {
 
 #define VEC(X, W, ROWS)                                                                        \
     extern "C" __global__ void __launch_bounds__(128) linear_vec_##X##_##W##_r##ROWS(LinearArgs a) { \
-        prefetch_weights<W, ROWS, false>(a);                                                   \
-        depend();                                                                              \
-        vec<X, W, ROWS, false>(a);                                                             \
+        early_vec<X, W, ROWS, false>(a);                                                             \
     }
 #define VEC_ALL(X, W) VEC(X, W, 1) VEC(X, W, 2) VEC(X, W, 4) VEC(X, W, 8)
 VEC_ALL(f32, f32)
@@ -265,9 +251,7 @@ VEC_ALL(bf16, bf16)
 
 #define GATED(T, ROWS)                                                                         \
     extern "C" __global__ void __launch_bounds__(128) linear_gated_##T##_r##ROWS(LinearArgs a) { \
-        prefetch_weights<T, ROWS, true>(a);                                                    \
-        depend();                                                                              \
-        vec<T, T, ROWS, true>(a);                                                              \
+        early_vec<T, T, ROWS, true>(a);                                                              \
     }
 #define GATED_ALL(T) GATED(T, 1) GATED(T, 2) GATED(T, 4) GATED(T, 8)
 GATED_ALL(f16)

@@ -30,6 +30,7 @@ struct ScoreArgs {
     const u32* indices;   // score_rows: [n, lists, list_len]
     const u32* counts;    // score_rows: [n, lists]
     u32 lists, list_len;  // score_rows: lists a sequence, capacity of a list
+    u32 settled, pad;     // score_dims: all tokens but the newest may be read before depend()
 };
 
 // Value `i` of the query at `src` as the keys' dimensions are listed (`dims`, or null for the leading ones).

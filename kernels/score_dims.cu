@@ -49,15 +49,16 @@ GROUPS(i8, slice8, SLICE8)
 GROUPS(i8, slice4, SLICE4)
 
 // NC times 32 dimensions, NT times 8 heads.
-template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void score_all_mma(const ScoreArgs& a) {
+template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void early_score_mma(const ScoreArgs& a) {
+    // A slice has just been brought up to date. Else score_mma waits: depend().
+    if (SOURCE != LEAD && SOURCE != INT8) depend();
     Seq seq = a.seqs.get(blockIdx.z);
-    if (seq.q_len == 0) return;
+    if (seq.q_len == 0) return depend();
     score_mma<K, SOURCE, NC, NT, ROWS>(a, seq, a.pool.kv_heads, Tokens{seq.kv_len});
 }
 #define MMA(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT)                                                             \
     extern "C" __global__ void __launch_bounds__(128, RESIDENT) score_dims_##NAME##_c##NC##_t##NT(ScoreArgs a) { \
-        depend();                                                                                                \
-        score_all_mma<K, SOURCE, NC, NT, ROWS>(a);                                                               \
+        early_score_mma<K, SOURCE, NC, NT, ROWS>(a);                                                               \
     }
 // ROWS1, RESIDENT1: rows of a quad and blocks on a multiprocessor where a row is one piece.
 #define MMA_ALL(K, NAME, SOURCE, ROWS1, RESIDENT1) \

@@ -82,6 +82,10 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     u32 warp = threadIdx.x >> 5, lane = threadIdx.x & 31, sub = lane & 3;
     const u32 block = blockDim.x / 4 * ROWS, step = gridDim.x * block;
     u32 t0 = blockIdx.x * block;
+    // What the cache holds of settled tokens is not written by the kernel before.
+    constexpr bool CACHED = Keys::in_order && !SLOTTED;
+    const bool early = CACHED && a.settled && t0 + block < count;
+    if (CACHED && !early) depend();
     if (t0 >= count) return;
     const u64 slot = SLOTTED ? (u64)seq.slot * a.pool.kv_heads + kvh : 0;
 
@@ -122,8 +126,9 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
             }
         }
     };
-    // The first keys come while the query is prepared.
+    // The first keys come while the query is prepared, or even before it is there.
     fetch(t0);
+    if (early) depend();
 
     const u32* dims = SLOTTED ? a.dims + slot * a.n : nullptr;
     u64 src = ((u64)seq.q_start * a.heads + head0) * d;

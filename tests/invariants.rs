@@ -68,7 +68,7 @@ fn tile<'a>(l: &'a Layer, meta: &'a Tensor, rows: usize, kv_len: usize) -> Seqs<
     record[Meta::Q_LEN] = rows as u32;
     record[Meta::KV_LEN] = kv_len as u32;
     l.dev.upload(meta, bytemuck::cast_slice(&record)).unwrap();
-    Seqs { meta, pages: l.seqs().pages, n: 1, max_kv: kv_len, max_q: rows, rows }
+    Seqs { meta, pages: l.seqs().pages, n: 1, max_kv: kv_len, max_q: rows, rows, settled: false }
 }
 
 /// Kascade, prompts: what a tile gives to earlier keys and to its own sums to its tokens times the heads of a list.

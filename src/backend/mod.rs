@@ -163,6 +163,13 @@ pub trait Backend: Send + Sync {
     fn content_bias(&self, p: &ContentBias<'_>) -> Result<()>;
     /// Appends new keys and values to the pages and their summaries; see [`KvAppend`].
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()>;
+    /// `rope` of the queries and the keys of `ropes`, and `kv_append` of these keys, in one launch where the backend
+    /// can; the same bits. In rows that no sequence of `append` has, what the embeddings leave is unspecified.
+    fn rope_append(&self, ropes: [&Rope<'_>; 2], append: &KvAppend<'_>) -> Result<()> {
+        ops::check_rope_append(ropes, append)?;
+        self.rope_both(ropes)?;
+        self.kv_append(append)
+    }
     /// Running key statistics of the appended tokens; see [`KeyStats`].
     fn key_stats(&self, p: &KeyStats<'_>) -> Result<()>;
     /// Summaries of runs of the appended tokens' keys; see [`KvSummaries`].

@@ -3,7 +3,7 @@
 use super::{PageAllocator, PageError, PageTable};
 use crate::backend::{
     Backend, BackendError, CompactSlice, DType, Int8Keys, KeyStats, KvAppend, KvPool, KvSummaries,
-    PAGE, Result, Seqs, Summaries, SummaryKind, Tensor, key_stats_len,
+    PAGE, Result, Rope, Seqs, Summaries, SummaryKind, Tensor, key_stats_len,
 };
 
 /// Sizes of a cache.
@@ -193,7 +193,8 @@ impl KvCache {
     }
 
     /// Writes a step's keys and values into layer `l`, and what the cache keeps of them besides: `k` and `v` are tensors
-    /// with the elements between their rows, `slice` a compact slice that a method keeps.
+    /// with the elements between their rows, `slice` a compact slice that a method keeps, `ropes` what makes the queries and
+    /// keys of a decode step.
     ///
     /// # Errors
     /// When the device fails.
@@ -204,9 +205,10 @@ impl KvCache {
         seqs: Seqs<'_>,
         [k, v]: [(&Tensor, usize); 2],
         slice: Option<CompactSlice<'_>>,
+        ropes: Option<[&Rope<'_>; 2]>,
     ) -> Result<()> {
         let (cache, slots) = (self.pool(l), self.shape.slots);
-        b.kv_append(&KvAppend {
+        let append = KvAppend {
             k: k.0,
             k_stride: k.1,
             v: v.0,
@@ -215,7 +217,11 @@ impl KvCache {
             cache,
             int8: self.int8(l),
             slice,
-        })?;
+        };
+        match ropes {
+            Some(ropes) => b.rope_append(ropes, &append)?,
+            None => b.kv_append(&append)?,
+        }
         if let Some(stats) = self.stats(l) {
             b.key_stats(&KeyStats { seqs, cache, stats, slots })?;
         }

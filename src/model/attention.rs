@@ -9,7 +9,7 @@ use super::prefill::{Run, Tiles, densely, for_prompts, prefill, room, tile_of, t
 use super::probe::Probe;
 use super::step::{Cut, GroupSeqs, Step, StepSeq, Tiling};
 use super::workspace::{Growing, Workspace};
-use crate::backend::{Backend, DType, HeadPool, Result, Seqs, Tensor};
+use crate::backend::{Backend, DType, HeadPool, Result, Rope, Seqs, Tensor};
 use crate::kv::KvCache;
 use crate::select::{
     Given, LayerContext, LayerPlan, LayerShape, Plan, Role, Scratch, SelectError, Selection,
@@ -186,9 +186,30 @@ impl Attention {
         self.selectors.iter_mut().flatten().try_for_each(|s| s.fork(b, from, to, tokens))
     }
 
-    /// Appends the step's keys and values to the cache of layer `shape.layer`, then attends: `ws.q`, `ws.k` and
-    /// the v part of `ws.qkv` in, `ws.attn` out. `forecast`: act `[rows, kv_heads, head_dim]`, where the layer is
-    /// scored with it.
+    /// Appends the step's keys and values to the cache of layer `shape.layer`: `ws.k`, which `ropes` make with `ws.q`,
+    /// and the v part of `ws.qkv`.
+    pub(crate) fn append(
+        &mut self,
+        b: &dyn Backend,
+        step: &Step,
+        cache: &KvCache,
+        shape: LayerShape,
+        ws: &Workspace,
+        ropes: Option<[&Rope<'_>; 2]>,
+    ) -> Result<()> {
+        let l = shape.layer;
+        let all = GroupSeqs::new(step, step.all);
+        let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+        let v_start = (shape.heads + shape.kv_heads) * shape.head_dim;
+        let v = ws.qkv_from(v_start);
+        let slice = self.selectors[l].as_ref().and_then(|s| s.slice());
+        let k = (&ws.k, shape.kv_heads * shape.head_dim);
+        let append = || cache.append(b, l, all.seqs(), [k, (&v, width)], slice, ropes);
+        self.clock.time(b, l, |t| &mut t.append, append)
+    }
+
+    /// Attends in layer `shape.layer`, whose keys and values have been appended: `ws.q` in, `ws.attn` out. `forecast`: act
+    /// `[rows, kv_heads, head_dim]`, where the layer is scored with it.
     #[allow(clippy::too_many_arguments)]
     pub fn layer(
         &mut self,
@@ -203,14 +224,6 @@ impl Attention {
         let l = shape.layer;
         let pool = cache.pool(l);
         let all = GroupSeqs::new(step, step.all);
-        let width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
-        let v_start = (shape.heads + shape.kv_heads) * shape.head_dim;
-        let v = ws.qkv_from(v_start);
-        let slice = self.selectors[l].as_ref().and_then(|s| s.slice());
-        let k = (&ws.k, shape.kv_heads * shape.head_dim);
-        let append = || cache.append(b, l, all.seqs(), [k, (&v, width)], slice);
-        self.clock.time(b, l, |t| &mut t.append, append)?;
-
         let dense = Dense { b, step, cache, shape, window, q: &ws.q };
         let p = &self.plan.layers[l];
         let run = Run { ws, partials: &mut self.partials, clock: &mut self.clock };
@@ -258,7 +271,9 @@ impl Attention {
         if !p.sparse() {
             return Ok(());
         }
-        let map = lists.head_map.as_ref();
+        // A layer that takes an anchor's lists as they are: those are long there.
+        let settled = self.selectors[l].is_none() && lists.handed.is_none();
+        let map = (lists.head_map.as_ref(), settled);
         dense.listed(&group, &lists.attend, map, &mut self.partials, &ws.attn, &ws.lse)?;
         correct(&cx, p, &lists.attend, &ws.attn)?;
         if self.audit {

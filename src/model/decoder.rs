@@ -213,7 +213,9 @@ impl Decoder {
             for l in 0..c.n_layers {
                 let shape = self.layer_shape(l, cache.shape().dtype);
                 let w = &self.weights.layers[l];
-                self.queries_and_keys(w, &step)?;
+                self.queries_and_keys(w, &step, |ropes| {
+                    attention.append(&*b, &step, cache, shape, &self.ws, ropes)
+                })?;
                 show(l, Stage::Projected)?;
                 let forecast = match &self.forecaster {
                     Some(f) => f.at(&*b, c, l, &self.ws.normed, &step, attention)?,
@@ -265,7 +267,13 @@ impl Decoder {
         })
     }
 
-    fn queries_and_keys(&self, w: &LayerWeights, step: &Step) -> Result<()> {
+    /// `ws.q`, and `ws.k`, which `append` puts into the cache.
+    fn queries_and_keys(
+        &self,
+        w: &LayerWeights,
+        step: &Step,
+        append: impl FnOnce(Option<[&Rope<'_>; 2]>) -> Result<()>,
+    ) -> Result<()> {
         let (c, ws, rows) = (&self.config, &self.ws, step.rows);
         self.norm(&w.attn_norm, rows)?;
         let d = c.kv_dim();
@@ -299,9 +307,14 @@ impl Decoder {
         let factor = c.rope_factor();
         let q = side(&ws.qkv, qn, factor * c.query_factor(), &ws.q, c.n_heads);
         let k = side(&k_part, kn, factor, &ws.k, c.n_kv_heads);
+        if w.importance.is_none() && step.prefill.n == 0 {
+            return append(Some([&q, &k]));
+        }
         self.backend.rope_both([&q, &k])?;
-        let Some(importance) = &w.importance else { return Ok(()) };
-        importance.write(&*self.backend, c, ws, rows)
+        if let Some(importance) = &w.importance {
+            importance.write(&*self.backend, c, ws, rows)?;
+        }
+        append(None)
     }
 
     fn output(&self, w: &LayerWeights, rows: usize) -> Result<()> {

@@ -131,7 +131,8 @@ pub(super) fn prefill(
         }
         if plan.sparse() {
             let map = lists.head_map.as_ref();
-            let mut attend = || dense.listed(&group, &chosen, map, partials, &ws.attn, &ws.lse);
+            let mut attend =
+                || dense.listed(&group, &chosen, (map, false), partials, &ws.attn, &ws.lse);
             clock.time(b, l, |t| &mut t.listed, &mut attend)?;
         }
     }

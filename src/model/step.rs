@@ -35,6 +35,8 @@ pub struct Group {
     pub max_kv: usize,
     max_q: usize,
     rows: usize,
+    /// The records have all rows of their sequences; see [`Seqs::settled`].
+    settled: bool,
 }
 
 /// The bound of a group's lengths: the next of about eight steps to the next power of two. Bounds that seldom change
@@ -54,6 +56,7 @@ impl Group {
             max_kv: bound(most(|m| m[Meta::KV_LEN]) as usize, capacity),
             max_q: most(|m| m[Meta::Q_LEN]) as usize,
             rows: most(|m| m[Meta::Q_START] + m[Meta::Q_LEN]) as usize,
+            settled: true,
         }
     }
 
@@ -276,7 +279,8 @@ impl Step {
             }
             let mut add = |records: &[[u32; META_WORDS]]| {
                 let start = words.section(records.iter().flatten().copied()).0;
-                Group::of((start - meta_start) / META_WORDS, records, capacity)
+                let group = Group::of((start - meta_start) / META_WORDS, records, capacity);
+                Group { settled: false, ..group }
             };
             (t, PrefillSplit { dense: add(&dense), sparse: add(&sparse), tiles: add(&tiles) })
         });
@@ -359,6 +363,7 @@ impl GroupSeqs {
             max_kv: g.max_kv,
             max_q: g.max_q,
             rows: g.rows,
+            settled: g.settled,
         }
     }
 }

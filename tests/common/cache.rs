@@ -221,7 +221,15 @@ impl Layer {
 
     pub fn seqs(&self) -> Seqs<'_> {
         let (meta, pages) = (&self.meta, &self.pages);
-        Seqs { meta, pages, n: 1, max_kv: self.kv_len, max_q: self.q_len, rows: self.q_len }
+        Seqs {
+            meta,
+            pages,
+            n: 1,
+            max_kv: self.kv_len,
+            max_q: self.q_len,
+            rows: self.q_len,
+            settled: false,
+        }
     }
 
     pub fn pool(&self) -> KvPool<'_> {
@@ -342,6 +350,7 @@ impl Layer {
             k: picked.k,
             rows_per_seq: picked.lists.len(),
             head_map,
+            settled: false,
             splits: 1,
             out: &out,
             lse: None,

@@ -21,7 +21,15 @@ pub fn summaries(l: &Layer, tokens: usize, kind: SummaryKind) -> Tensor {
     let meta = l.alloc(DType::U32, META_WORDS);
     l.dev.upload(&meta, bytemuck::cast_slice(&record)).unwrap();
     let pages = l.seqs().pages;
-    let seqs = Seqs { meta: &meta, pages, n: 1, max_kv: tokens, max_q: tokens, rows: tokens };
+    let seqs = Seqs {
+        meta: &meta,
+        pages,
+        n: 1,
+        max_kv: tokens,
+        max_q: tokens,
+        rows: tokens,
+        settled: false,
+    };
     let summaries = Summaries { data: &data, kind };
     l.dev.kv_summaries(&KvSummaries { seqs, cache: pool, summaries }).unwrap();
     data
@@ -58,6 +66,7 @@ pub fn attend(l: &Layer, q: &[f32], spec: &MethodSpec) -> (Picked, Vec<f64>) {
                 k: picked.k,
                 rows_per_seq: picked.rows_per_seq,
                 head_map: None,
+                settled: false,
                 splits: 1,
                 out: &out,
                 lse: None,

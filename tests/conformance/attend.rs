@@ -23,7 +23,7 @@ const PREFILL: &[(&str, &[(usize, usize)])] = &[
     ("mixed", &[(1, 65), (33, 200), (1, 1), (64, 64)]),
 ];
 /// More keys than the ring of a prefill kernel holds, and the last tile of rows nearly empty.
-const CHUNK: &[(usize, usize)] = &[(130, 700), (70, 70)];
+const CHUNK: &[(usize, usize)] = &[(130, 1300), (70, 70)];
 const DECODE: &[(&str, &[(usize, usize)])] = &[
     ("one", &[(1, 1)]),
     ("edges", &[(1, 63), (1, 64), (1, 65)]),
@@ -62,8 +62,13 @@ pub fn cases(c: &mut Cases) {
             }
         }
     }
+    // Keys in one piece come by the copy engine on Hopper; more tiles of them than its rings hold.
+    let whole = heads(128, 2, 4, 128);
     for (h, window, splits) in [
+        (set[0], None, 1),
         (set[0], None, 3),
+        (whole, None, 1),
+        (whole, Some(300), 1),
         (set[1], Some(300), 1),
         (set[2], None, 1),
         (set[2], Some(150), 2),
@@ -73,8 +78,8 @@ pub fn cases(c: &mut Cases) {
         let d = Dense { h, window, splits, wide: splits > 1, logits: None };
         c.add("attend_dense", name, move |rig, t| dense(rig, t, CHUNK, d));
     }
-    let h = heads(64, 2, 3, 32);
-    for window in [1, 64, 100, 10_000] {
+    let windows = [heads(64, 2, 3, 32), set[0], whole].into_iter();
+    for (h, window) in windows.flat_map(|h| [1, 64, 100, 10_000].map(|w| (h, w))) {
         for (mix, splits) in [("middle", 1), ("mixed", 1), ("long", 1), ("long", 7)] {
             let find = |m: &[(&str, &'static [(usize, usize)])]| {
                 m.iter().find(|x| x.0 == mix).map(|x| x.1)
@@ -286,6 +291,7 @@ pub(super) fn rows(rig: &mut Rig, t: Types, seqs: &[(usize, usize)], c: Rows) ->
         k: c.k,
         rows_per_seq,
         head_map: head_map.as_ref(),
+        settled: true,
         splits: c.splits,
         out: &out,
         lse: c.lse.then_some(&lse),

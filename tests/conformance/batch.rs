@@ -25,6 +25,7 @@ pub struct Batch {
     pub rows: usize,
     pub slots: usize,
     pub n_pages: usize,
+    settled: bool,
 }
 
 impl Batch {
@@ -54,7 +55,7 @@ impl Batch {
         let meta = rig.zeros(DType::U32, shape.len() * META_WORDS)?;
         let max_kv = shape.iter().map(|s| s.1).max().unwrap_or(0) + 37;
         let max_q = shape.iter().map(|s| s.0).max().unwrap_or(0);
-        let batch = Batch { seqs, meta, pages, max_kv, max_q, rows, slots, n_pages };
+        let batch = Batch { seqs, meta, pages, max_kv, max_q, rows, slots, n_pages, settled: true };
         batch.publish(rig)?;
         Ok(batch)
     }
@@ -70,7 +71,7 @@ impl Batch {
             }
         }
         let meta = rig.zeros(DType::U32, seqs.len() * META_WORDS)?;
-        let batch = Batch { seqs, meta, max_q: tile, ..self };
+        let batch = Batch { seqs, meta, max_q: tile, settled: false, ..self };
         batch.publish(rig)?;
         Ok(batch)
     }
@@ -112,6 +113,7 @@ impl Batch {
             max_kv: self.max_kv,
             max_q: self.max_q,
             rows: self.rows,
+            settled: self.settled,
         }
     }
 

@@ -351,6 +351,7 @@ fn attend(rig: &mut Rig) -> Outcome {
         k: 8,
         rows_per_seq: 6,
         head_map: None,
+        settled: false,
         splits: 1,
         out: &out,
         lse: None,

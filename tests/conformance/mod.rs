@@ -19,6 +19,7 @@ mod quantised;
 mod readme;
 pub mod report;
 pub mod rig;
+mod rotate;
 mod score;
 pub mod table;
 mod tiles;
@@ -92,6 +93,7 @@ pub fn cases(caps: &Capabilities) -> Vec<Case> {
         let mut c = Cases { types: Types { w, act }, ops: &[], suffix: "", all: Vec::new() };
         dense::cases(&mut c);
         kv::cases(&mut c);
+        rotate::cases(&mut c);
         dims::cases(&mut c);
         score::cases(&mut c);
         listed::cases(&mut c);

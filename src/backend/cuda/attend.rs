@@ -40,6 +40,8 @@ struct AttendArgs {
     stride: u64,
     pool_mode: u32,
     mapped: u32,
+    settled: u32,
+    lists_settled: u32,
 }
 
 /// `MergeArgs` of `merge.cu`.
@@ -184,6 +186,7 @@ impl CudaBackend {
             out_f32: self.out_flag(op, out, act)?,
             rows: word(op, "rows", seqs.rows)?,
             sequences: word(op, "sequences", seqs.n)?,
+            settled: u32::from(seqs.settled),
             ..AttendArgs::zeroed()
         })
     }
@@ -253,6 +256,7 @@ impl CudaBackend {
             splits: word(OP, "splits", p.splits)?,
             lists: word(OP, "rows_per_seq", p.rows_per_seq)?,
             list_len: word(OP, "k", p.k)?,
+            lists_settled: u32::from(p.settled),
             ..self.attend_args(OP, p.q, &p.seqs, &p.cache, (p.out, p.lse))?
         };
         let parts = p.parts_per_seq();

@@ -9,10 +9,10 @@ use bytemuck::{Pod, Zeroable};
 /// Blocks along y that walk rows in strides where a grid could exceed its limit.
 const MOST_ROWS: usize = 65_535;
 
-/// `RopeArgs` of `rope.cu`.
+/// `RopeArgs` of `rope.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct RopeArgs {
+pub(super) struct RopeArgs {
     x: u64,
     positions: u64,
     inv_freq: u64,
@@ -85,6 +85,25 @@ impl CudaBackend {
         self.launch(OP, &format!("swiglu_{}", p.x.dtype()), shape, args)
     }
 
+    /// As the kernels take them.
+    pub(super) fn rope_args(&self, p: &Rope<'_>) -> Result<RopeArgs> {
+        const OP: &str = "rope";
+        Ok(RopeArgs {
+            x: self.ptr(OP, p.x)?,
+            positions: self.ptr(OP, p.positions)?,
+            inv_freq: self.ptr(OP, p.inv_freq)?,
+            norm: p.norm.as_ref().map_or(Ok(0), |n| self.ptr(OP, n.weight))?,
+            out: self.ptr(OP, p.out)?,
+            x_stride: p.x_stride as u64,
+            rows: word(OP, "rows", p.rows)?,
+            heads: word(OP, "heads", p.heads)?,
+            head_dim: word(OP, "head_dim", p.head_dim)?,
+            heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
+            eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
+            factor: p.factor,
+        })
+    }
+
     /// One or two of one dtype.
     pub(super) fn rope_op(&self, all: &[&Rope<'_>]) -> Result<()> {
         const OP: &str = "rope";
@@ -93,20 +112,7 @@ impl CudaBackend {
         let (mut args, mut blocks) = ([RopeArgs::zeroed(); 2], 0);
         for (args, p) in args.iter_mut().zip(all) {
             p.check()?;
-            *args = RopeArgs {
-                x: self.ptr(OP, p.x)?,
-                positions: self.ptr(OP, p.positions)?,
-                inv_freq: self.ptr(OP, p.inv_freq)?,
-                norm: p.norm.as_ref().map_or(Ok(0), |n| self.ptr(OP, n.weight))?,
-                out: self.ptr(OP, p.out)?,
-                x_stride: p.x_stride as u64,
-                rows: word(OP, "rows", p.rows)?,
-                heads: word(OP, "heads", p.heads)?,
-                head_dim: word(OP, "head_dim", p.head_dim)?,
-                heads_per_freq: word(OP, "heads_per_freq", p.heads_per_freq)?,
-                eps: p.norm.as_ref().map_or(0.0, |n| n.eps),
-                factor: p.factor,
-            };
+            *args = self.rope_args(p)?;
             blocks = blocks.max((p.rows * p.heads).div_ceil(WARPS));
         }
         let shape = Shape::new([blocks, all.len(), 1], WARPS * 32);

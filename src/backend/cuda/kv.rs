@@ -3,9 +3,10 @@
 use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
+use crate::backend::ops::check_rope_append;
 use crate::backend::{
     ContentBias, DimMetric, KeyStats, KvAppend, PAGE, Project, QuantiseKeys, RebuildSlice, Refresh,
-    Result, SelectDims, SliceBits,
+    Result, Rope, SelectDims, SliceBits,
 };
 use bytemuck::{Pod, Zeroable};
 
@@ -124,9 +125,8 @@ const RESIDENT: usize = 8;
 const WALKERS: usize = 64;
 
 impl CudaBackend {
-    pub(super) fn kv_append_op(&self, p: &KvAppend<'_>) -> Result<()> {
+    fn append_args(&self, p: &KvAppend<'_>) -> Result<AppendArgs> {
         const OP: &str = "kv_append";
-        p.check()?;
         let mut args = AppendArgs {
             k: self.ptr(OP, p.k)?,
             v: self.ptr(OP, p.v)?,
@@ -147,11 +147,29 @@ impl CudaBackend {
             args.slice_n = word(OP, "n_dims", s.n_dims)?;
             args.capacity = word(OP, "capacity", s.capacity)?;
         }
+        Ok(args)
+    }
+
+    pub(super) fn kv_append_op(&self, p: &KvAppend<'_>) -> Result<()> {
+        const OP: &str = "kv_append";
+        p.check()?;
+        let args = self.append_args(p)?;
         // A decode step has one row a sequence: one warp per KV head then fills the device best.
         let warps = p.cache.kv_heads.clamp(1, 8);
         let shape = Shape::new([p.seqs.max_q, p.seqs.n, 1], warps * 32);
         let entry = format!("kv_append_{}_{}", p.k.dtype(), p.cache.k.dtype());
         self.launch(OP, &entry, shape, Args::new().with(args))
+    }
+
+    pub(super) fn rope_append_op(&self, ropes: [&Rope<'_>; 2], p: &KvAppend<'_>) -> Result<()> {
+        const WARPS: usize = 4;
+        check_rope_append(ropes, p)?;
+        let [q, k] = [self.rope_args(ropes[0])?, self.rope_args(ropes[1])?];
+        let heads = p.seqs.max_q * (ropes[0].heads + ropes[1].heads);
+        let shape = Shape::new([heads.div_ceil(WARPS), p.seqs.n, 1], WARPS * 32);
+        let entry = format!("rope_append_{}_{}", p.k.dtype(), p.cache.k.dtype());
+        let args = Args::new().with(q).with(k).with(self.append_args(p)?);
+        self.launch("kv_append", &entry, shape, args)
     }
 
     pub(super) fn content_bias_op(&self, p: &ContentBias<'_>) -> Result<()> {

@@ -312,6 +312,9 @@ impl Backend for CudaBackend {
     fn kv_append(&self, p: &KvAppend<'_>) -> Result<()> {
         self.kv_append_op(p)
     }
+    fn rope_append(&self, ropes: [&Rope<'_>; 2], append: &KvAppend<'_>) -> Result<()> {
+        self.rope_append_op(ropes, append)
+    }
     fn key_stats(&self, p: &KeyStats<'_>) -> Result<()> {
         self.key_stats_op(p)
     }

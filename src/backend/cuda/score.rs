@@ -33,6 +33,8 @@ struct ScoreArgs {
     counts: u64,
     lists: u32,
     list_len: u32,
+    settled: u32,
+    pad: u32,
 }
 
 /// Scores of a block of `pool_lse`.
@@ -116,6 +118,7 @@ impl CudaBackend {
             scores: self.ptr(OP, p.scores)?,
             stride: p.stride as u64,
             heads: word(OP, "heads", p.heads)?,
+            settled: u32::from(p.seqs.settled),
             ..how(act, p.pool, p.scale)
         };
         let (n, width, element) = match &p.source {

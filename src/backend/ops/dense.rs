@@ -79,7 +79,7 @@ impl GatherRows<'_> {
 pub struct RmsNorm<'a> {
     /// f32 `[rows, cols]`.
     pub x: &'a Tensor,
-    /// f32 `[cols]`.
+    /// f32 `[cols]`; not written by the op right before.
     pub weight: &'a Tensor,
     /// act `[rows, cols]`, not `x`.
     pub out: &'a Tensor,
@@ -113,7 +113,7 @@ impl RmsNorm<'_> {
 pub struct Linear<'a> {
     /// act `[rows, inputs]`.
     pub x: &'a Tensor,
-    /// Weight dtype `[outputs, inputs]`.
+    /// Weight dtype `[outputs, inputs]`; not written by the op right before, which may still run when they are read.
     pub w: &'a Tensor,
     /// f32 `[outputs]`.
     pub bias: Option<&'a Tensor>,

@@ -1,6 +1,6 @@
 //! The paged KV cache as ops see it, and the ops that write it.
 
-use super::{Named, apart, ensure, float, holds, holds_rows, is};
+use super::{Named, Rope, apart, ensure, float, holds, holds_rows, is};
 use crate::backend::{DType, MAX_HEAD_DIM, PAGE, Result, Tensor};
 
 /// u32 words of one sequence's record in [`Seqs::meta`].
@@ -43,6 +43,9 @@ pub struct Seqs<'a> {
     pub max_q: usize,
     /// Rows of the whole ragged batch (`q_start + q_len` of every sequence stays below).
     pub rows: usize,
+    /// All tokens of a sequence but its last `q_len` were in the cache before this step, so that a backend may read them
+    /// while the op before still runs. `false` is always right.
+    pub settled: bool,
 }
 
 impl Seqs<'_> {
@@ -234,6 +237,30 @@ impl KvAppend<'_> {
         }
         Ok(())
     }
+}
+
+/// What [`Backend::rope_append`](crate::backend::Backend::rope_append) takes: the keys that come out of the second
+/// embedding go into the pages.
+pub(crate) fn check_rope_append(ropes: [&Rope<'_>; 2], append: &KvAppend<'_>) -> Result<()> {
+    const OP: &str = "rope_append";
+    ropes.iter().try_for_each(|r| r.check())?;
+    append.check()?;
+    let [q, k] = ropes;
+    ensure(OP, k.out.same_place(append.k) && k.x.dtype() == append.k.dtype(), || {
+        "the keys that are appended are not those of rope".into()
+    })?;
+    ensure(OP, q.x.dtype() == k.x.dtype(), || "queries and keys of two dtypes".into())?;
+    let (heads, d) = (append.cache.kv_heads, append.cache.head_dim);
+    let sizes = [(k.rows, k.heads, k.head_dim), (q.rows, heads, q.head_dim)];
+    let all = (append.seqs.rows, heads, d);
+    ensure(OP, sizes == [all; 2] && append.k_stride == heads * d, || {
+        format!("rows, KV heads and dimensions {sizes:?} of rope, {all:?} of the cache")
+    })?;
+    // What is written first is not read, nor written, by what comes behind it in the same launch.
+    let [keys, values] = append.cache.named();
+    let ins = [("keys before rope", k.x), ("queries before rope", q.x), ("v", append.v)];
+    apart(OP, &[("queries", q.out), ("keys", k.out), keys, values], &ins)?;
+    apart(OP, &[("queries", q.out)], &[("keys", k.out), keys, values])
 }
 
 pub(crate) fn check_int8(op: &'static str, q: &Int8Keys<'_>, pool: &KvPool<'_>) -> Result<()> {

@@ -35,6 +35,7 @@ pub use force::Force;
 pub(crate) use force::check_forced;
 pub use force_blocks::ForceBlocks;
 pub use hold_lists::{HELD_WORDS, HoldLists};
+pub(crate) use kv::check_rope_append;
 pub use kv::{
     CompactSlice, Int8Keys, KeyStats, KvAppend, KvPool, META_WORDS, Meta, Seqs, key_stats_len,
 };

@@ -74,7 +74,15 @@ impl Head {
         let act = rig.ws.q.dtype();
         let p = AttendRows {
             q: &upload(host, act, &part_bytes(b, &rig.ws.q, at, n)?)?,
-            seqs: Seqs { meta: &meta, pages: &pages, n: 1, max_kv: rig.tokens, max_q: 1, rows: 1 },
+            seqs: Seqs {
+                meta: &meta,
+                pages: &pages,
+                n: 1,
+                max_kv: rig.tokens,
+                max_q: 1,
+                rows: 1,
+                settled: false,
+            },
             cache: KvPool {
                 k: &self.keys,
                 v: &self.values,
@@ -90,6 +98,7 @@ impl Head {
             k,
             rows_per_seq: lists.len(),
             head_map: None,
+            settled: false,
             splits: 1,
             out: &out,
             lse: None,

@@ -176,6 +176,7 @@ impl<'a> Rig<'a> {
                 attention.clock = clock;
                 made?;
             }
+            attention.append(b, step, &self.cache, self.shape(l), ws, None)?;
             attention.layer(b, step, &self.cache, self.shape(l), None, ws, forecast)?;
             b.advance()?;
         }

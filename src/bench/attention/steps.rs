@@ -41,7 +41,7 @@ impl Rig<'_> {
                     let step = Step::upload(self.b, &buffer, &[seq], depth, &[], &[])?;
                     let group = GroupSeqs::new(&step, step.all);
                     let rows = [&keys, &values].map(|t| (t, width));
-                    self.cache.append(self.b, pool, group.seqs(), rows, None)?;
+                    self.cache.append(self.b, pool, group.seqs(), rows, None, None)?;
                 }
             }
         }

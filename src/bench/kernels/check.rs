@@ -155,7 +155,15 @@ impl Small {
     }
 
     pub fn seqs(&self) -> Seqs<'_> {
-        Seqs { meta: &self.meta, pages: &self.pages, n: 1, max_kv: self.depth, max_q: 1, rows: 1 }
+        Seqs {
+            meta: &self.meta,
+            pages: &self.pages,
+            n: 1,
+            max_kv: self.depth,
+            max_q: 1,
+            rows: 1,
+            settled: false,
+        }
     }
 
     pub fn pool(&self) -> KvPool<'_> {

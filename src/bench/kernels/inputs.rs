@@ -83,6 +83,7 @@ impl<'a> Rig<'a> {
             max_kv: self.o.depth,
             max_q: 1,
             rows: self.batch,
+            settled: true,
         }
     }
 
@@ -95,6 +96,7 @@ impl<'a> Rig<'a> {
             max_kv: self.o.depth,
             max_q: 1,
             rows: self.batch,
+            settled: true,
         }
     }
 

@@ -77,7 +77,15 @@ impl Case for Picks {
         let counts = host.alloc(DType::U32, 1, "reference check")?;
         let p = TopK {
             scores: &scores,
-            seqs: Seqs { meta: &meta, pages: &pages, n: 1, max_kv: o.depth, max_q: 1, rows: 1 },
+            seqs: Seqs {
+                meta: &meta,
+                pages: &pages,
+                n: 1,
+                max_kv: o.depth,
+                max_q: 1,
+                rows: 1,
+                settled: false,
+            },
             rows_per_seq: 1,
             stride: o.stride(),
             unit: 1,

@@ -133,7 +133,8 @@ fn attention_without_lse() {
     let (k, v) = (floats(&b, &noise(128 * d, 31)), floats(&b, &noise(128 * d, 57)));
     let q = floats(&b, &noise(heads * d, 13));
     let (meta, pages) = (words(&[0, 1, 100, 0, 0, 0, 0, 0]), words(&[1, 0]));
-    let seqs = Seqs { meta: &meta, pages: &pages, n: 1, max_kv: 100, max_q: 1, rows: 1 };
+    let seqs =
+        Seqs { meta: &meta, pages: &pages, n: 1, max_kv: 100, max_q: 1, rows: 1, settled: false };
     let cache = KvPool { k: &k, v: &v, n_pages: 2, kv_heads: 1, head_dim: d, lead: d };
     let (dense, listed) = (floats(&b, &[0.0; 16]), floats(&b, &[0.0; 16]));
     let (window, lse, splits, scale) = (None, None, 1, 0.35);
@@ -164,6 +165,7 @@ fn attention_without_lse() {
         k: 100,
         rows_per_seq: 1,
         head_map: None,
+        settled: false,
         splits,
         out: &listed,
         lse,
