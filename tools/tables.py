@@ -10,6 +10,12 @@ import json
 import sys
 
 
+def plus_minus(mean, error, digits, sign=""):
+    """A single sample has no error."""
+    text = f"{mean:{sign},.{digits}f}"
+    return text if error is None else f"{text} +- {error:,.{digits}f}"
+
+
 def table(head, rows):
     print("| " + " | ".join(head) + " |")
     print("|" + "---|" * len(head))
@@ -48,7 +54,7 @@ def end_to_end(run):
         x, share = r.get("x_dense"), (r.get("traffic") or {}).get("share")
         rows.append([
             r["test"], label(r), r["budget"] or "-",
-            f"{r['tokens_per_second']['mean']:,.1f} +- {r['tokens_per_second']['sd']:.1f}",
+            plus_minus(r["tokens_per_second"]["mean"], r["tokens_per_second"]["sd"], 1),
             f"{x:.2f}" if x else "-", f"{100 * share:.0f} %" if share else "-",
         ])
     table(["test", "method", "budget", "tokens/s", "x dense", "of read"], rows)
@@ -124,11 +130,12 @@ def evaluation(runs):
             row.append(f"{score:.1f}")
         else:
             mean = sum(r["nll_difference"]["mean"] for r in of) / n
-            error = sum(r["nll_difference"]["error"] ** 2 for r in of) ** 0.5 / n
+            errors = [r["nll_difference"]["error"] for r in of]
+            error = None if None in errors else sum(e**2 for e in errors) ** 0.5 / n
             top1 = [100 * (r["top1"] - dense[s]["top1"]) for s, r in samples.items()]
             points = sum(top1) / n
             spread = (sum((t - points) ** 2 for t in top1) / max(n - 1, 1) / n) ** 0.5
-            row += [f"{mean:+.4f} +- {error:.4f}", f"{100 * sum(r['top1'] for r in of) / n:.2f} %",
+            row += [plus_minus(mean, error, 4, "+"), f"{100 * sum(r['top1'] for r in of) / n:.2f} %",
                     f"{points:+.2f} +- {spread:.2f}", f"{sum(r['exact'] for r in of)}/{n}"]
         rows.append((size, row))
     head = ["method", "KV read per token", "of dense"]

@@ -14,9 +14,12 @@ pub fn item<T: FromStr>(text: &str) -> Result<T, T::Err> {
     text.trim().parse()
 }
 
-/// [`item`] for files.
+/// [`item`] for files; a file may be named with such spaces.
 pub fn path() -> impl TypedValueParser<Value = PathBuf> {
-    PathBufValueParser::new().map(|path| path.to_str().map(|s| s.trim().into()).unwrap_or(path))
+    PathBufValueParser::new().map(|path| match path.to_str() {
+        Some(s) if !path.exists() => s.trim().into(),
+        _ => path,
+    })
 }
 
 /// Refuses a value that is there twice: it would count as two.

@@ -272,9 +272,25 @@ macro_rules! with_float {
 }
 pub(super) use with_float;
 
-/// Bytes that can still be allocated without swapping, from `/proc/meminfo` where there is one.
+/// Bytes that can still be allocated without swapping, from `/proc/meminfo` where there is one, or fewer in a container
+/// with a limit of its own.
 pub(in super::super) fn available() -> Option<u64> {
-    meminfo("MemAvailable:")
+    let read = |name: &str| std::fs::read_to_string(format!("/sys/fs/cgroup/memory.{name}"));
+    let left = match [read("max"), read("current"), read("stat")] {
+        [Ok(max), Ok(current), Ok(stat)] => left_of(&max, &current, &stat),
+        _ => None,
+    };
+    Some(meminfo("MemAvailable:")?.min(left.unwrap_or(u64::MAX)))
+}
+
+/// What a control group (version 2) leaves of its limit; None without one. Pages of files make way.
+fn left_of(max: &str, current: &str, stat: &str) -> Option<u64> {
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    let files = ["inactive_file ", "active_file "]
+        .iter()
+        .filter_map(|key| stat.lines().find_map(|l| l.strip_prefix(key)).and_then(number))
+        .fold(0, u64::saturating_add);
+    Some(number(max)?.saturating_sub(number(current)?.saturating_sub(files)))
 }
 
 /// Installed memory in bytes, from `/proc/meminfo` where there is one.
@@ -320,6 +336,16 @@ mod tests {
         let io = Io::begin("test", &a).unwrap();
         assert!(io.read::<u32>(&t).is_err());
         assert!(Io::begin("nested", &a).is_err());
+    }
+
+    #[test]
+    fn a_container_may_have_less() {
+        let stat = "anon 1\nfile 900\ninactive_file 300\nactive_file 200\n";
+        assert_eq!(left_of("1000\n", "700\n", stat), Some(800));
+        assert_eq!(left_of("1000", "400", stat), Some(1000));
+        assert_eq!(left_of("1000", "4000", "no such line\n"), Some(0));
+        assert_eq!(left_of("max\n", "700\n", stat), None);
+        assert_eq!(left_of("1000", "", stat), None);
     }
 
     #[test]

@@ -212,8 +212,16 @@ fn shape(limits: &Limits, items: usize, shared: usize) -> Shape {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cuda::launch::holds;
 
     const LLAMA: (DType, DType, usize, f32) = (DType::BF16, DType::BF16, 128, 0.088);
+
+    #[test]
+    fn kernels_have_the_same_room_behind_their_rings() {
+        holds("attend_dense", "room = 512 + stages * 1024;");
+        holds("attend_rows", "room = 512 + stages * 1024;");
+        holds("score_tiles", "room = 4608;");
+    }
 
     #[test]
     fn other_devices_and_types_take_other_kernels() {

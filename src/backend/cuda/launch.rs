@@ -36,7 +36,8 @@ impl Args {
     pub fn new() -> Self {
         Args::default()
     }
-    /// Appends one argument; `T` has the layout of the kernel's parameter (at most 8-byte alignment).
+    /// Appends one argument; `T` has the layout of the kernel's parameter. The driver copies it to where the kernel wants it:
+    /// alignment does not matter here.
     pub fn with<T: Pod>(mut self, value: T) -> Self {
         self.starts.push(self.words.len());
         let bytes = bytemuck::bytes_of(&value);

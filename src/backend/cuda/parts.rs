@@ -5,8 +5,6 @@ use crate::backend::Result;
 
 /// Shared memory that a block takes besides its own.
 const RESERVED: usize = 1 << 10;
-/// Most blocks: as many as 128 multiprocessors hold.
-const MOST_BLOCKS: usize = 512;
 /// Most blocks on a multiprocessor that registers allow (`__launch_bounds__` of the kernels).
 const RESIDENT: usize = 3;
 /// Keys of a plane below which another one does not pay, and most planes.
@@ -58,10 +56,10 @@ pub(super) fn blocks(
     let enough =
         if listed { pairs <= FEW_PAIRS && 2 * rounds(2) >= l.sms } else { rounds(2) >= l.sms };
     if fits && enough {
-        return (rounds(2).min(l.sms).min(MOST_BLOCKS), 2);
+        return (rounds(2).min(l.sms), 2);
     }
     let resident = (l.shared_each / (block.shared(1) + RESERVED)).clamp(1, RESIDENT);
-    (rounds(1).clamp(1, (l.sms * resident).min(MOST_BLOCKS)), 1)
+    (rounds(1).clamp(1, l.sms * resident), 1)
 }
 
 /// A cluster that reads a pair's list (`together` of `decode.cuh`).
@@ -132,6 +130,10 @@ mod tests {
         for op in ["attend_dense", "attend_rows"] {
             holds(op, "warps = D > 128 ? 2 : 4;");
             holds(op, "stages = D <= 64 ? 4 : 2;");
+            holds(op, "panels = D % 64 == 0;");
+            holds(op, "tile = panels ? 16 * D : query;");
+            holds(op, "query = 16 * Padded<D>::value;");
+            holds(op, "ring = stages * 2 * tile;");
             holds(op, &format!("#define DECODE_BLOCKS {RESIDENT}"));
         }
     }
@@ -197,7 +199,7 @@ mod tests {
         };
         assert_eq!(older(108, 164 << 10, 163 << 10), (108, 2));
         assert_eq!(older(84, 100 << 10, 99 << 10), (84, 1));
-        assert_eq!(older(1000, 228 << 10, 227 << 10), (512, 2));
+        assert_eq!(older(1000, 228 << 10, 227 << 10), (1000, 2));
         assert_eq!(splits(&l, 4096, 4096), 1);
         assert_eq!(splits(&l, 8, 131_072), 33);
         assert_eq!(splits(&l, 8, 300), 1);
