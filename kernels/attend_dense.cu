@@ -210,11 +210,11 @@ template <class A, class T> DEVICE void dense_generic(const AttendArgs& a) {
 #define MMA(T, D)                                                                               \
     extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
         attend_decode_##T##_d##D(AttendArgs a, const __grid_constant__ Maps maps) {             \
-        early_decode<T, D>(a, DensePairs{a}, &maps);                                                  \
+        early_decode<T, D>(a, DensePairs{a}, &maps);                                            \
     }                                                                                           \
     extern "C" __global__ void DECODE_BOUNDS(D)                                                    \
         attend_scored_##T##_d##D(AttendArgs a, const __grid_constant__ Maps maps) {             \
-        early_decode<T, D>(a, ScoredPairs{DensePairs{a}}, &maps);                                     \
+        early_decode<T, D>(a, ScoredPairs{DensePairs{a}}, &maps);                               \
     }                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attend_prefill_##T##_d##D(AttendArgs a) { \
         depend();                                                                               \

@@ -189,7 +189,7 @@ template <class A, class T> DEVICE void rows_generic(const AttendArgs& a) {
 #define MMA(T, D)                                                                            \
     extern "C" __global__ void DECODE_BOUNDS(D)                                                 \
         attend_rows_##T##_d##D(AttendArgs a) {                                               \
-        early_decode<T, D>(a, ListPairs(a));                                                       \
+        early_decode<T, D>(a, ListPairs(a));                                                 \
     }                                                                                        \
     extern "C" __global__ void __launch_bounds__(128) attend_tile_##T##_d##D(AttendArgs a) { \
         depend();                                                                            \

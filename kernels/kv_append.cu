@@ -89,7 +89,7 @@ template <class A, class T> DEVICE void early_rope_append(const RopeArgs& q, con
     u32 lane = threadIdx.x & 31, heads = k.heads + q.heads;
     u32 item = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), i = item / heads, h = item % heads, row = seq.q_start + i;
     bool there = i < seq.q_len, key = h < k.heads;
-    if (!there) row = seq.q_start;
+    if (!there) row = 0;  // any that is there
     RopeHead<A> head = key ? RopeHead<A>(k, row, h) : RopeHead<A>(q, row, h - k.heads);
     u32 token = seq.kv_len - seq.q_len + i;
     u32 at = there && key ? a.pool.row(seq, h, token) : 0;

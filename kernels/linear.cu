@@ -251,7 +251,7 @@ VEC_ALL(bf16, bf16)
 
 #define GATED(T, ROWS)                                                                         \
     extern "C" __global__ void __launch_bounds__(128) linear_gated_##T##_r##ROWS(LinearArgs a) { \
-        early_vec<T, T, ROWS, true>(a);                                                              \
+        early_vec<T, T, ROWS, true>(a);                                                          \
     }
 #define GATED_ALL(T) GATED(T, 1) GATED(T, 2) GATED(T, 4) GATED(T, 8)
 GATED_ALL(f16)

@@ -33,7 +33,7 @@ DEVICE void early_rms_norm(const float* x, const float* weight, T* out, u32 cols
 #define KERNEL(T)                                                                                  \
     extern "C" __global__ void rms_norm_##T(const float* x, const float* weight, T* out, u32 cols, \
                                             float eps) {                                           \
-        early_rms_norm<T>(x, weight, out, cols, eps);                                                    \
+        early_rms_norm<T>(x, weight, out, cols, eps);                                              \
     }
 KERNEL(f32)
 KERNEL(f16)

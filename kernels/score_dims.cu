@@ -58,7 +58,7 @@ template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void early_score
 }
 #define MMA(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT)                                                             \
     extern "C" __global__ void __launch_bounds__(128, RESIDENT) score_dims_##NAME##_c##NC##_t##NT(ScoreArgs a) { \
-        early_score_mma<K, SOURCE, NC, NT, ROWS>(a);                                                               \
+        early_score_mma<K, SOURCE, NC, NT, ROWS>(a);                                                             \
     }
 // ROWS1, RESIDENT1: rows of a quad and blocks on a multiprocessor where a row is one piece.
 #define MMA_ALL(K, NAME, SOURCE, ROWS1, RESIDENT1) \

@@ -164,6 +164,9 @@ impl CudaBackend {
     pub(super) fn rope_append_op(&self, ropes: [&Rope<'_>; 2], p: &KvAppend<'_>) -> Result<()> {
         const WARPS: usize = 4;
         check_rope_append(ropes, p)?;
+        if p.seqs.rows == 0 {
+            return Ok(());
+        }
         let [q, k] = [self.rope_args(ropes[0])?, self.rope_args(ropes[1])?];
         let heads = p.seqs.max_q * (ropes[0].heads + ropes[1].heads);
         let shape = Shape::new([heads.div_ceil(WARPS), p.seqs.n, 1], WARPS * 32);
