@@ -3,6 +3,7 @@
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, Capabilities};
 use serde::Serialize;
+use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +13,7 @@ pub struct Environment {
     /// Of this crate.
     pub version: &'static str,
     /// Git commit of the source: `LONGSIGHT_COMMIT` at run or build time, else what git says of the source folder
-    /// (`-dirty` with uncommitted changes), else `unknown`.
+    /// (`-dirty` with uncommitted changes) where it has not moved since the program was built, else `unknown`.
     pub commit: String,
     /// UTC, `2026-01-31T12:00:00Z`.
     pub date: String,
@@ -57,6 +58,12 @@ fn source_commit() -> Option<String> {
             .filter(|o| o.status.success())?;
         String::from_utf8(out.stdout).ok()
     };
+    let moves = git(&["rev-parse", "--git-path", "logs/HEAD"])?;
+    let changed = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
+    let moved = changed(&Path::new(env!("CARGO_MANIFEST_DIR")).join(moves.trim()))?;
+    if moved > changed(&std::env::current_exe().ok()?)? {
+        return None;
+    }
     let head = git(&["rev-parse", "HEAD"])?;
     let changed = git(&["status", "--porcelain", "--untracked-files=no"])?;
     Some(format!("{}{}", head.trim(), if changed.trim().is_empty() { "" } else { "-dirty" }))

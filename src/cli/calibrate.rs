@@ -20,6 +20,14 @@ use std::process::ExitCode;
 
 const CTX: &str = "Tokens that the plan is made for, at most [default: the model's limit]";
 
+/// 0 to 1.
+fn part(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(x) if (0.0..=1.0).contains(&x) => Ok(x),
+        _ => Err("a share from 0 to 1".into()),
+    }
+}
+
 #[derive(Args)]
 #[command(mut_arg("ctx", |a| a.help(CTX)))]
 pub struct CalibrateArgs {
@@ -36,7 +44,7 @@ pub struct CalibrateArgs {
     #[arg(long, value_name = "M", value_parser = at_least_one)]
     anchors: Option<usize>,
     /// Without --anchors: the fewest that keep this share of what every layer for itself would have
-    #[arg(long, default_value_t = 0.95, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.95, value_name = "SHARE", value_parser = part)]
     within: f64,
     /// How the tiles of a piece become one number: min (as published), mean, low (fifth percentile)
     #[arg(long, default_value = "low", value_parser = parse_name::<Objective>, value_name = "OBJECTIVE")]

@@ -126,7 +126,10 @@ fn prompt_text(a: &RunArgs) -> Result<String> {
     if empty(&text) && !piped {
         bail!("give a prompt, a text (-f FILE), or pipe one into standard input");
     }
-    if empty(&text) || empty(&a.prompt) || empty(&a.ask) {
+    if empty(&a.ask) {
+        bail!("the question (--ask) is empty; give some text");
+    }
+    if empty(&text) || empty(&a.prompt) {
         bail!("the prompt is empty; give some text");
     }
     let parts: Vec<String> =

@@ -42,9 +42,9 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
     match s.kv_bytes < s.kv_bytes_dense {
         // Nothing was decoded, so nothing was selected.
         _ if s.decode_steps == 0 => {}
-        true => {
-            parts.push(format!("{method}: {kv} of KV a token instead of {dense} ({share:.0} %)"))
-        }
+        true => parts.push(format!(
+            "{method}: {kv} of KV in the last step instead of {dense} ({share:.0} %)"
+        )),
         false => {
             let why = match plan.all_dense(s.prompt_tokens + s.decode_steps) {
                 Some(AllDense::Length { until, options }) if method != "dense" => {
@@ -52,7 +52,9 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
                 }
                 _ => String::new(),
             };
-            parts.push(format!("{method}: every token attended to ({kv} of KV{why})"));
+            // Texts only grow, so that the steps before were dense too, but for a budget that was smaller.
+            let when = if a.audit.doubled > 0 { " in the last step" } else { "" };
+            parts.push(format!("{method}: every token attended to{when} ({kv} of KV{why})"));
         }
     }
     if let Some((layer, worst)) = a.audit.worst_layer() {

@@ -17,6 +17,7 @@ use crate::forecast::{
 use crate::select::parse_name;
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -140,7 +141,9 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
     let bar = Bar::new("training", "steps");
     let cancel = interrupt.arm();
     let go_on = || !cancel.load(Ordering::Relaxed);
+    let ran = Cell::new(false);
     let each = |r: StepReport| {
+        ran.set(true);
         bar.at(r.step as u64, a.steps as u64);
         let line = format!("step {}  loss {:.4}  recall {:.2} %", r.step, r.loss, 100.0 * r.recall);
         if r.step.is_multiple_of(10) || r.step == a.steps || r.step == 1 {
@@ -158,6 +161,12 @@ pub fn train_forecast(a: TrainForecastArgs) -> Result<ExitCode> {
         }
         other => other?,
     };
+    if !ran.get() {
+        let (has, state) = (losses.len(), state.display());
+        ui::note(format!(
+            "{state} has {has} steps already; none was added, ask for more with --steps"
+        ));
+    }
     let about = [
         ("grid", serde_json::to_string(&settings.grid)?),
         ("steps", losses.len().to_string()),

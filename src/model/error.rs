@@ -66,7 +66,7 @@ pub enum ModelError {
 
     /// An architecture that is not computed here.
     #[error(
-        "{} is a `{arch}` model; the architectures that run here are llama, mistral, qwen2 and qwen3",
+        "{} is a `{arch}` model; the architectures that run here are llama, mistral, qwen2, qwen3 and minicpm",
         .path.display()
     )]
     UnknownArchitecture {

@@ -139,7 +139,7 @@ impl MethodSpec {
             x if x >= least && x <= 1.0 => Ok(x),
             _ => Err(SelectError::BadPlan {
                 method: self.name().into(),
-                reason: format!("{name} of {x}: give a share up to 1"),
+                reason: format!("{name} of {x}: give a share from {least} to 1"),
             }),
         };
         match (self.mass, self.floor) {
