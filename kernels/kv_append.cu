@@ -82,7 +82,7 @@ template <class A, class T> DEVICE void kv_append(const AppendArgs& a) {
     }
 }
 
-// A warp takes a head of a row. Keys come first: there is more to do for them. The sequences' rows are all rows.
+// A warp takes a head of a row. Keys come first: there is more to do for them. Rows that no sequence has stay as they are.
 // Positions, records and pages were there before the step's kernels: what follows from them is worked out before depend().
 template <class A, class T> DEVICE void early_rope_append(const RopeArgs& q, const RopeArgs& k, const AppendArgs& a) {
     Seq seq = a.seqs.get(blockIdx.y);

@@ -184,6 +184,12 @@ fn linear(rig: &mut Rig, t: Types, l: LinearCase) -> Outcome {
     rig.check(t.act, &outs, &|dev| dev.linear(&p))
 }
 
+/// Of `groups` KV heads of `d` dimensions, each with its own order of the pairs.
+pub(super) fn frequencies(rig: &mut Rig, groups: usize, d: usize) -> Vec<f64> {
+    let of = |i: usize| 1e4f64.powf(-2.0 * i as f64 / d as f64);
+    (0..groups).flat_map(|_| rig.shuffled(d / 2)).map(of).collect()
+}
+
 fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) -> Outcome {
     // The rows of a fused QKV projection: others' values (NaN here) lie between them.
     let x_stride = heads * d + 64;
@@ -196,13 +202,7 @@ fn rope(rig: &mut Rig, t: Types, [d, heads, per, rows]: [usize; 4], norm: bool) 
     let at: Vec<u32> =
         (0..rows).map(|r| far.get(r).copied().unwrap_or_else(|| rig.below(9000) as u32)).collect();
     let positions = rig.words(&at)?;
-    let groups = heads / per;
-    // Each KV head has its own order of the pairs.
-    let mut freq = Vec::new();
-    for _ in 0..groups {
-        let order = rig.shuffled(d / 2);
-        freq.extend(order.iter().map(|i| 1e4f64.powf(-2.0 * *i as f64 / d as f64)));
-    }
+    let freq = frequencies(rig, heads / per, d);
     let inv_freq = rig.input(DType::F32, &freq)?;
     let values: Vec<f64> = rig.normal(heads * d, 0.3).iter().map(|w| 1.0 + w).collect();
     let weight = rig.input(DType::F32, &values)?;

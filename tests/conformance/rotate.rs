@@ -1,6 +1,7 @@
 //! rope_append: the same bits as rope, and kv_append of its keys.
 
 use super::batch::{Batch, Cache, Shape};
+use super::dense::frequencies;
 use super::rig::{Outcome, Rig};
 use super::{Cases, Types};
 use longsight::backend::{
@@ -57,11 +58,7 @@ impl Sides {
         let (heads, width) = (r.group * kv_heads, (r.group + 2) * kv_heads * d);
         let values = b.row_values(rig, width, width);
         let at: Vec<u32> = (0..b.rows).map(|_| rig.below(130_000) as u32).collect();
-        let mut freq = Vec::new();
-        for _ in 0..kv_heads {
-            let order = rig.shuffled(d / 2);
-            freq.extend(order.iter().map(|i| 1e4f64.powf(-2.0 * *i as f64 / d as f64)));
-        }
+        let freq = frequencies(rig, kv_heads, d);
         let weight: Vec<f64> = rig.normal(heads * d, 0.3).iter().map(|w| 1.0 + w).collect();
         Ok(Sides {
             x: rig.input(t.act, &values)?,
