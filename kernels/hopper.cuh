@@ -101,6 +101,12 @@ template <int N> DEVICE void pin(u32 (&r)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
+// A run of bytes, 16 or a multiple, by one thread.
+DEVICE void copy_run(u32 to, const void* from, u32 bytes, u32 bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(bar)
+                 : "memory");
+}
 // The box from row `first` and panel `panel` on, by one thread.
 DEVICE void copy_box(u32 to, const TensorMap& map, u32 first, u32 panel, u32 bar) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "

@@ -69,6 +69,19 @@ fn rising(v: &mut [f64]) {
     v.iter_mut().enumerate().for_each(|(i, x)| *x += f64::from(i as f32 * 1e-3));
 }
 
+/// Probabilities of a softmax that one token has nearly all of: scores over forty orders of magnitude.
+fn peaked(v: &mut [f64]) {
+    v.iter_mut().for_each(|x| *x = f64::from((12.0 * *x - 40.0).min(0.0).exp() as f32));
+}
+/// One score far above and some far below the others.
+fn outliers(v: &mut [f64]) {
+    v.iter_mut().enumerate().for_each(|(i, x)| match i % 5000 {
+        7 => *x = 3e30,
+        1000..1010 => *x = -3e30,
+        _ => {}
+    });
+}
+
 fn none(_: &mut [f64]) {}
 
 pub fn cases(c: &mut Cases) {
@@ -101,6 +114,13 @@ pub fn cases(c: &mut Cases) {
         ("coarse", &[40_000], 70, quantise),
         ("forced", &[40_000], 70, forced),
         ("rising", &[300_000], 1, rising),
+        // More candidates than there is room for.
+        ("equal", far, 1, equal),
+        ("equal", &[300_000], 1, equal),
+        ("signed_zeros", far, 1, zeros),
+        ("close", far, 1, close),
+        ("peaked", far, 2, peaked),
+        ("outliers", far, 2, outliers),
     ] {
         for k in [1, 8, 64, 256, 2048, 6000] {
             let longest = kv.iter().max().copied().unwrap_or(0);
@@ -114,6 +134,14 @@ pub fn cases(c: &mut Cases) {
             let name = format!("{name}_kv{longest}_rows{rows}_k{k}");
             c.add("top_k", name, move |rig, _| top_k(rig, kv, rows, k, edit));
         }
+    }
+    for (name, kv, k, edit) in [
+        ("random", &[40_000, 15_000], 20_000, none as Edit),
+        ("forced", &[40_000, 15_000], 39_999, forced),
+        ("random", &[300_000, 15_000], 90_000, none),
+    ] {
+        let name = format!("{name}_kv{}_rows1_k{k}", kv[0]);
+        c.add("top_k", name, move |rig, _| top_k(rig, kv, 1, k, edit));
     }
     // Blocks of tokens, shares of the length, candidates; the batch's stride leaves room behind every row.
     let ragged: &[usize] = &[1, 64, 1000, 40_000];
