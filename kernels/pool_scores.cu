@@ -2,10 +2,11 @@
 // domain: MaxSoftmax and AnySoftmax: out_j = max_h (s_{h,j} - lse_h), MeanSoftmax and AllSoftmax:
 // out_j = log sum_h exp(s_{h,j} - lse_h); or as they are: MaxLogit: max_h s_{h,j}, SumLogit: sum_h s_{h,j}.
 //
-// Plan: two kernels. `pool_lse` (softmax modes only): a CTA per (CHUNK scores, head, sequence) leaves their maximum and
-// sum, in powers of two; `pool_scores`: grid (token blocks, output rows, sequences) joins those of its heads and pools,
+// Plan: two kernels. `pool_lse` (softmax modes only, where `score_dims` has not left the same): a CTA per (CHUNK scores,
+// head, sequence) leaves their maximum and sum, in powers of two; `pool_scores`: grid (token blocks, output rows, sequences) joins those of its heads and pools,
 // four tokens a thread.
 // Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
+#include "lse.cuh"
 #include "paged.cuh"
 
 #define CHUNK 4096u
@@ -26,22 +27,6 @@ DEVICE float4 four(const float* row, u32 j, u32 n) {
     if (j + 3 >= n) v.w = NEG_INF;
     return v;
 }
-
-// A sum of powers of two, as the largest exponent and the sum over its power.
-struct Powers {
-    float top = NEG_INF, sum = 0.0f;
-    DEVICE void add(float x, float times = 1.0f) {
-        float d = x - top, e = x == NEG_INF ? 0.0f : exp2_fast(-fabsf(d));
-        if (d > 0.0f) sum = fmaf(sum, e, times), top = x;
-        else sum = fmaf(times, e, sum);
-    }
-    DEVICE float log() const { return top == NEG_INF ? NEG_INF : (top + log2f(sum)) * LN2; }
-    DEVICE void join_warp() {
-        float all = warp_max(top);
-        sum = warp_sum(top == NEG_INF ? 0.0f : sum * exp2_fast(top - all));
-        top = all;
-    }
-};
 
 // parts: [sequences, heads, chunks] of the sum of a chunk's exponentials.
 extern "C" __global__ void __launch_bounds__(THREADS) pool_lse(const float* scores, Seqs seqs, float2* parts,
@@ -79,7 +64,7 @@ DEVICE float join_lse(const float2* parts, u32 n) {
         float2 part = parts[i];
         all.add(part.x, part.y);
     }
-    all.join_warp();
+    all.join();
     return all.sum > 0.0f ? all.top + log2f(all.sum) : 0.0f;
 }
 

@@ -31,6 +31,7 @@ struct ScoreArgs {
     const u32* counts;    // score_rows: [n, lists]
     u32 lists, list_len;  // score_rows: lists a sequence, capacity of a list
     u32 settled, pad;     // score_dims: all tokens but the newest may be read before depend()
+    float2* sums;         // score_mma without a pool: [n, heads, blocks], see `Powers`; or null
 };
 
 // Value `i` of the query at `src` as the keys' dimensions are listed (`dims`, or null for the leading ones).

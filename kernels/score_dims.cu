@@ -49,29 +49,32 @@ GROUPS(i8, slice8, SLICE8)
 GROUPS(i8, slice4, SLICE4)
 
 // NC times 32 dimensions, NT times 8 heads.
-template <class K, u32 SOURCE, int NC, int NT, int ROWS> DEVICE void early_score_mma(const ScoreArgs& a) {
+template <class K, u32 SOURCE, int NC, int NT, int ROWS, bool SUMS> DEVICE void early_score_mma(const ScoreArgs& a) {
     // A slice has just been brought up to date. Else score_mma waits: depend().
     if (SOURCE != LEAD && SOURCE != INT8) depend();
     Seq seq = a.seqs.get(blockIdx.z);
     if (seq.q_len == 0) return depend();
-    score_mma<K, SOURCE, NC, NT, ROWS>(a, seq, a.pool.kv_heads, Tokens{seq.kv_len});
+    score_mma<K, SOURCE, NC, NT, ROWS, SUMS>(a, seq, a.pool.kv_heads, Tokens{seq.kv_len});
 }
-#define MMA(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT)                                                             \
-    extern "C" __global__ void __launch_bounds__(128, RESIDENT) score_dims_##NAME##_c##NC##_t##NT(ScoreArgs a) { \
-        early_score_mma<K, SOURCE, NC, NT, ROWS>(a);                                                             \
+#define MMA_ONE(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT, SUMS)                      \
+    extern "C" __global__ void __launch_bounds__(128, RESIDENT) NAME(ScoreArgs a) { \
+        early_score_mma<K, SOURCE, NC, NT, ROWS, SUMS>(a);                          \
     }
+#define MMA(K, NAME, SOURCE, NC, NT, ROWS, RESIDENT, RESIDENT_SUMS)                                  \
+    MMA_ONE(K, score_dims_##NAME##_c##NC##_t##NT, SOURCE, NC, NT, ROWS, RESIDENT, false)             \
+    MMA_ONE(K, score_dims_##NAME##_c##NC##_t##NT##_sums, SOURCE, NC, NT, ROWS, RESIDENT_SUMS, true)
 // ROWS1, RESIDENT1: rows of a quad and blocks on a multiprocessor where a row is one piece.
-#define MMA_ALL(K, NAME, SOURCE, ROWS1, RESIDENT1) \
-    MMA(K, NAME, SOURCE, 1, 1, ROWS1, RESIDENT1)   \
-    MMA(K, NAME, SOURCE, 2, 1, 4, 6)               \
-    MMA(K, NAME, SOURCE, 4, 1, 4, 4)               \
-    MMA(K, NAME, SOURCE, 1, 2, 4, 5)               \
-    MMA(K, NAME, SOURCE, 2, 2, 4, 4)               \
-    MMA(K, NAME, SOURCE, 4, 2, 4, 3)
-MMA_ALL(f16, f16_lead, LEAD, 4, 10)
-MMA_ALL(f16, f16_slice, SLICE, 4, 10)
-MMA_ALL(bf16, bf16_lead, LEAD, 4, 10)
-MMA_ALL(bf16, bf16_slice, SLICE, 4, 10)
-MMA_ALL(i8, int8, INT8, 8, 6)
-MMA_ALL(i8, slice8, SLICE8, 4, 8)
-MMA_ALL(i8, slice4, SLICE4, 4, 8)
+#define MMA_ALL(K, NAME, SOURCE, ROWS1, RESIDENT1, RESIDENT1_SUMS) \
+    MMA(K, NAME, SOURCE, 1, 1, ROWS1, RESIDENT1, RESIDENT1_SUMS)   \
+    MMA(K, NAME, SOURCE, 2, 1, 4, 6, 6)                            \
+    MMA(K, NAME, SOURCE, 4, 1, 4, 4, 4)                            \
+    MMA(K, NAME, SOURCE, 1, 2, 4, 5, 5)                            \
+    MMA(K, NAME, SOURCE, 2, 2, 4, 4, 4)                            \
+    MMA(K, NAME, SOURCE, 4, 2, 4, 3, 3)
+MMA_ALL(f16, f16_lead, LEAD, 4, 10, 8)
+MMA_ALL(f16, f16_slice, SLICE, 4, 10, 8)
+MMA_ALL(bf16, bf16_lead, LEAD, 4, 10, 8)
+MMA_ALL(bf16, bf16_slice, SLICE, 4, 10, 8)
+MMA_ALL(i8, int8, INT8, 8, 6, 6)
+MMA_ALL(i8, slice8, SLICE8, 4, 8, 8)
+MMA_ALL(i8, slice4, SLICE4, 4, 8, 8)

@@ -6,6 +6,7 @@
 // a power of two has brought below 1 does up to 2^-24 of its largest value. What counts for keys of 8 bits is how few
 // instructions a key takes: some 35 for 8 keys of a warp now, which reads at 93 to 95 % of the read bandwidth.
 #pragma once
+#include "lse.cuh"
 #include "mma.cuh"
 #include "score.cuh"
 
@@ -69,7 +70,13 @@ template <int NT, class Pool, class Scores> DEVICE float pool_rows(Pool pool, u3
     return pool.join(odd ? y : x, z);
 }
 
-template <class K, u32 SOURCE, int NC, int NT, int ROWS, class Keys>
+// Where this block leaves the sum of a head's exponentials.
+DEVICE float2* sums_of(const ScoreArgs& a, u32 head) {
+    return a.sums + ((u64)blockIdx.z * a.heads + head) * gridDim.x + blockIdx.x;
+}
+
+// SUMS: of scores that are not pooled the sums of their exponentials are left too.
+template <class K, u32 SOURCE, int NC, int NT, int ROWS, bool SUMS, class Keys>
 DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys& keys) {
     typedef typename Operand<K>::type Q;
     static_assert(ROWS % 4 == 0, "a lane of a quad keeps one row of four");
@@ -86,7 +93,10 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     constexpr bool CACHED = Keys::in_order && !SLOTTED;
     const bool early = CACHED && a.settled && t0 + block < count;
     if (CACHED && !early) depend();
-    if (t0 >= count) return;
+    if (t0 >= count) {
+        if (SUMS && threadIdx.x < g) *sums_of(a, head0 + threadIdx.x) = make_float2(NEG_INF, 0.0f);
+        return;
+    }
     const u64 slot = SLOTTED ? (u64)seq.slot * a.pool.kv_heads + kvh : 0;
 
     Raw8<K> raw[ROWS][NC];
@@ -165,9 +175,9 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
     }
     // Of the first of the lane's heads, or of all, where they are pooled.
     u64 part = (u64)blockIdx.z * parts + blockIdx.y;
-    float* to = a.scores + (a.pool_mode == POOL_NONE ? part * g + sub * 2 : part) * a.stride;
+    float* to = a.scores + (SUMS || a.pool_mode == POOL_NONE ? part * g + sub * 2 : part) * a.stride;
     to += t0 + warp * 8 * ROWS + (lane >> 2);
-
+    Powers powers[NT][2];
 
     while (true) {
         float acc[ROWS / 2][NT][4] = {};
@@ -193,7 +203,7 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
         t0 += step;
         bool more = t0 < count;
         if (more) fetch(t0);
-        if (a.pool_mode == POOL_NONE) {
+        if (SUMS || a.pool_mode == POOL_NONE) {
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 float of_row = SCALED ? __shfl_sync(~0u, own_scale[r / 4], (lane & ~3u) | keeper(r & 3)) : 1.0f;
@@ -201,9 +211,22 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
                 for (int n = 0; n < NT; n++)
 #pragma unroll
                     for (int j = 0; j < 2; j++) {
-                        float s = finite(acc[r / 2][n][(r & 1) * 2 + j] * scale[n][j] * of_row);
-                        if (n * 8 + sub * 2 + j < g && mine + 8 * r < count)
-                            to[(n * 8 + j) * a.stride + 8 * r] = ok >> r & 1 ? s : NEG_INF;
+                        float& x = acc[r / 2][n][(r & 1) * 2 + j];
+                        float s = finite(x * scale[n][j] * of_row);
+                        bool here = mine + 8 * r < count;
+                        if (n * 8 + sub * 2 + j < g && here) to[(n * 8 + j) * a.stride + 8 * r] = ok >> r & 1 ? s : NEG_INF;
+                        x = here ? s : NEG_INF;
+                    }
+            }
+            if (SUMS) {
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+#pragma unroll
+                    for (int j = 0; j < 2; j++) {
+                        float x[ROWS];
+#pragma unroll
+                        for (int r = 0; r < ROWS; r++) x[r] = acc[r / 2][n][(r & 1) * 2 + j] * LOG2E;
+                        powers[n][j].add(x);
                     }
             }
         } else {
@@ -220,5 +243,21 @@ DEVICE void score_mma(const ScoreArgs& a, const Seq& seq, u32 parts, const Keys&
         }
         if (!more) break;
         to += step;
+    }
+    if constexpr (SUMS) {
+        // What the lanes and the warps have of a head.
+        __shared__ float2 of_warps[4][MAX_GROUP];
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                powers[n][j].join(4);
+                if (lane < 4) of_warps[warp][n * 8 + sub * 2 + j] = make_float2(powers[n][j].top, powers[n][j].sum);
+            }
+        __syncthreads();
+        if (threadIdx.x >= g) return;
+        Powers all;
+        for (u32 w = 0; w < blockDim.x >> 5; w++) all.add(of_warps[w][threadIdx.x].x, of_warps[w][threadIdx.x].y);
+        *sums_of(a, head0 + threadIdx.x) = make_float2(all.top, all.sum);
     }
 }

@@ -28,7 +28,7 @@ template <class K, u32 SOURCE, int G, int ROWS> DEVICE void score_listed(const S
 }
 template <class K, int NC, int NT> DEVICE void score_listed_mma(const ScoreArgs& a) {
     each_list(a, [&](const Seq& seq, u32 parts, const Listed& keys) {
-        score_mma<K, LEAD, NC, NT, 4>(a, seq, parts, keys);
+        score_mma<K, LEAD, NC, NT, 4, false>(a, seq, parts, keys);
     });
 }
 

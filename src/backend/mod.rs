@@ -192,6 +192,13 @@ pub trait Backend: Send + Sync {
     fn score_tiles(&self, p: &ScoreTiles<'_>) -> Result<()>;
     /// Pools per-query-head logits over a GQA group; see [`PoolScores`].
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()>;
+    /// `score_dims` for every head, and `pool_scores` of these logits, which need not be read for their sums of
+    /// exponentials where the backend takes them while it scores.
+    fn score_pool(&self, score: &ScoreDims<'_>, pool: &PoolScores<'_>) -> Result<()> {
+        ops::check_score_pool(score, pool)?;
+        self.score_dims(score)?;
+        self.pool_scores(pool)
+    }
     /// Forces sink and recent tokens into the selection; see [`Force`].
     fn force(&self, p: &Force<'_>) -> Result<()>;
     /// Drops the scores that a budget leaves out; see [`TrimScores`].

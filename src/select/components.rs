@@ -4,7 +4,7 @@
 //! here the pages stay as they are for every other method, and the leading components have a slice of their own, which
 //! is brought up to date whenever the layer selects.
 
-use super::selector::score_and_pick;
+use super::pick::score_and_pick;
 use super::{
     KeyProfile, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector,
 };

@@ -4,7 +4,7 @@
 //! groups of sorted keys; with what was measured in the place of the query, and no refresh, it is Double Sparsity.
 //! Formulas: [`SelectDims`](crate::backend::SelectDims).
 
-use super::selector::score_and_pick;
+use super::pick::score_and_pick;
 use super::{
     KeyProfile, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector,
 };

@@ -3,7 +3,7 @@
 //!
 //! In 16 bits the slice is that of [`DimsSelector`](super::DimsSelector), which the cache appends to.
 
-use super::selector::score_and_pick;
+use super::pick::score_and_pick;
 use super::{
     KeyProfile, LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector,
 };

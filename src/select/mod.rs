@@ -22,6 +22,7 @@ mod nosa;
 mod npy;
 mod options;
 mod oracle;
+mod pick;
 mod plan;
 mod profile;
 mod quest;
@@ -51,14 +52,14 @@ pub use nosa::TrainedBlocks;
 pub use npy::read_head_maps;
 pub use options::{MethodSpec, OPTIONS, OptionInfo};
 pub use oracle::ExactSelector;
+pub(crate) use pick::logits;
+pub use pick::{hand_down, pool_and_pick};
 pub use plan::{KvReads, LayerPlan, ModelShape, Plan};
 pub use random::{RandomSelector, noise};
 pub use refine::refine;
 pub use role::{Budget, Follow, Keep, Refine, Role, Scorer};
-pub(crate) use selector::logits;
 pub use selector::{
     Given, LayerContext, LayerShape, Scratch, Selection, Selector, SelectorFactory, build,
-    hand_down, pool_and_pick,
 };
 pub use sorted::SortedSelector;
 pub use tiles::select_tiles;

@@ -1,6 +1,6 @@
 //! Oracle top-k: exact logits of every token. Reads all keys; the bound for every cheaper scorer.
 
-use super::selector::score_and_pick;
+use super::pick::score_and_pick;
 use super::{LayerContext, LayerPlan, SelectError, Selection, Selector};
 use crate::backend::{ScoreSource, Tensor};
 

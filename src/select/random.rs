@@ -3,7 +3,7 @@
 //! A token's score is a hash of seed, layer, KV head and position, so that a token stays chosen until enough better
 //! ones follow it, and no step depends on another.
 
-use super::selector::pool_and_pick;
+use super::pick::pool_and_pick;
 use super::{LayerContext, LayerPlan, LayerShape, Scorer, SelectError, Selection, Selector};
 use crate::backend::{Backend, DType, PAGE, Tensor};
 

@@ -1,6 +1,6 @@
 //! The second look at an anchor's tokens: a layer scores only those with its own query and keeps its budget.
 
-use super::selector::{pool_and_pick_among, score_target};
+use super::pick::{pool_and_pick_among, score_target};
 use super::{LayerContext, LayerPlan, Refine, Scorer, SelectError, Selection};
 use crate::backend::{Among, ScoreRows, ScoreSource, Tensor};
 

@@ -3,7 +3,7 @@
 //! The rotary pairs of each KV head are permuted once at load by key energy, so every prefix of a row is the best
 //! static choice of dimensions: no slice, no refresh, nothing that depends on the query.
 
-use super::selector::score_and_pick;
+use super::pick::score_and_pick;
 use super::{LayerContext, LayerPlan, Scorer, SelectError, Selection, Selector};
 use crate::backend::{ScoreSource, Tensor};
 

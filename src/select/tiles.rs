@@ -3,7 +3,7 @@
 //! the tile's own tokens are always in, so that every row finds itself, and the rest of the budget, which follows the
 //! tile's own end ("rolling"), goes to the largest sums.
 
-use super::selector::{force, take};
+use super::pick::{force, take};
 use super::{LayerContext, LayerPlan, Scorer, SelectError, Selection};
 use crate::backend::{ScoreTiles, Share, Tensor};
 

@@ -1,6 +1,6 @@
 //! StreamingLLM at original positions: the first tokens and the most recent ones, nothing between.
 
-use super::selector::pool_and_pick;
+use super::pick::pool_and_pick;
 use super::{LayerContext, LayerPlan, SelectError, Selection, Selector};
 use crate::backend::Tensor;
 

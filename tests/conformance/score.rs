@@ -6,6 +6,7 @@ use super::{Cases, Types};
 use longsight::backend::reference::{self, Cell};
 use longsight::backend::{
     CompactSlice, DType, Force, HeadPool, Int8Keys, LogitScale, PoolScores, ScoreDims, ScoreSource,
+    Seqs,
 };
 
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +25,8 @@ struct Score {
     n: usize,
     pool: HeadPool,
     scale: LogitScale,
+    /// Logits of every head, pooled so afterwards.
+    then: Option<HeadPool>,
 }
 
 const EDGES: &[usize] = &[1, 63, 64, 65];
@@ -72,23 +75,36 @@ pub fn cases(c: &mut Cases) {
         (80, 2, 3, 16, Gather, 80, None, InvSqrtDim),
     ] {
         let shape = Shape { kv_heads, d, lead };
-        let case = Score { shape, group, from, n, pool, scale };
+        let case = Score { shape, group, from, n, pool, scale, then: Option::None };
         for (mix, kv) in [("edges", EDGES), ("long", LONG)] {
             let name = format!("{from:?}_d{d}_g{group}_lead{lead}_n{n}_{pool:?}_{scale:?}_{mix}");
             c.add("score_dims", name.to_lowercase(), move |rig, t| {
                 score(rig, t, kv, case, |_, _, _| ())
             });
+            for (nr, then) in [MaxSoftmax, MeanSoftmax, AllSoftmax, AnySoftmax].iter().enumerate() {
+                if !(n + group + nr + kv.len()).is_multiple_of(2) {
+                    continue;
+                }
+                let case = Score { pool: HeadPool::None, then: Some(*then), ..case };
+                let name =
+                    format!("{from:?}_d{d}_g{group}_lead{lead}_n{n}_{then:?}_{scale:?}_{mix}");
+                c.add("score_pool", name.to_lowercase(), move |rig, t| {
+                    score(rig, t, kv, case, |_, _, _| ())
+                });
+            }
         }
     }
     for (from, pool) in
         [(Lead, SumLogit), (Lead, MaxLogit), (Slice, None), (Gather, MaxLogit), (Slice, SumLogit)]
     {
         let shape = Shape { kv_heads: 2, d: 64, lead: 32 };
-        let case = Score { shape, group: 3, from, n: 32, pool, scale: InvSqrtDim };
+        let case =
+            Score { shape, group: 3, from, n: 32, pool, scale: InvSqrtDim, then: Option::None };
         let name = format!("nonfinite_keys_{from:?}_{pool:?}").to_lowercase();
         c.add("score_dims", name, move |rig, t| score(rig, t, LONG, case, spoil));
     }
     c.add("score_dims", "zero_query_coverage", zero_query);
+    c.add("score_pool", "bad_arguments", pooled_badly);
     // No dtype but f32 takes part in what follows.
     if c.types.w != DType::F32 {
         return;
@@ -194,8 +210,23 @@ fn score(
         scores: &scores,
         stride: b.stride(),
     };
-    let outs = reference::score_dims(&p, &*rig.dev)?;
-    rig.check(t.act, &outs, &|dev| dev.score_dims(&p))
+    let Some(pool) = c.then else {
+        let outs = reference::score_dims(&p, &*rig.dev)?;
+        return rig.check(t.act, &outs, &|dev| dev.score_dims(&p));
+    };
+    let out = rig.output(DType::F32, b.n() * pool.lists(heads, kv_heads) * b.stride())?;
+    let pool = PoolScores {
+        scores: &scores,
+        out: &out,
+        seqs: b.seqs(),
+        heads,
+        kv_heads,
+        stride: b.stride(),
+        pool,
+        lengths: None,
+    };
+    let outs = reference::score_pool(&p, &pool, &*rig.dev)?;
+    rig.check(t.act, &outs, &|dev| dev.score_pool(&p, &pool))
 }
 
 /// NaN, +Inf and -Inf in one dimension of a few keys, and in all of them for one.
@@ -238,6 +269,51 @@ fn zero_query(rig: &mut Rig, t: Types) -> Outcome {
         return fail("the reference itself is not zero");
     }
     rig.check(t.act, &outs, &|dev| dev.score_dims(&p))
+}
+
+/// Logits and pools that do not belong together.
+fn pooled_badly(rig: &mut Rig, t: Types) -> Outcome {
+    let shape = Shape { kv_heads: 2, d: 64, lead: 32 };
+    let b = Batch::decode(rig, &[65, 3])?;
+    let cache = Cache::new(rig, &b, shape, t.w, |s| s.kv_len)?;
+    let q = b.queries(rig, t.act, 4 * 64)?;
+    let (seqs, stride) = (b.seqs(), b.stride());
+    let scores = &rig.output(DType::F32, b.n() * 4 * stride)?;
+    let other = &rig.output(DType::F32, b.n() * 4 * stride)?;
+    let out = &rig.output(DType::F32, b.n() * 2 * stride)?;
+    let score = || ScoreDims {
+        q: &q,
+        seqs,
+        cache: cache.pool(),
+        source: ScoreSource::Lead { n: 32 },
+        heads: 4,
+        pool: HeadPool::None,
+        scale: LogitScale::InvSqrtDim,
+        scores,
+        stride,
+    };
+    let pool = || PoolScores {
+        scores,
+        out,
+        seqs,
+        heads: 4,
+        kv_heads: 2,
+        stride,
+        pool: HeadPool::MaxSoftmax,
+        lengths: None,
+    };
+    let dev = rig.dev.clone();
+    let pooled = ScoreDims { pool: HeadPool::MaxLogit, ..score() };
+    rig.refuses("other scores", dev.score_pool(&score(), &PoolScores { scores: other, ..pool() }))?;
+    rig.refuses("pooled logits", dev.score_pool(&pooled, &pool()))?;
+    rig.refuses("other heads", dev.score_pool(&score(), &PoolScores { heads: 2, ..pool() }))?;
+    rig.refuses(
+        "no pool",
+        dev.score_pool(&score(), &PoolScores { pool: HeadPool::None, ..pool() }),
+    )?;
+    let fewer = Seqs { max_kv: 50, ..seqs };
+    rig.refuses("other lengths", dev.score_pool(&score(), &PoolScores { seqs: fewer, ..pool() }))?;
+    rig.refuses("into itself", dev.score_pool(&score(), &PoolScores { out: scores, ..pool() }))
 }
 
 fn pool_scores(

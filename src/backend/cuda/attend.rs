@@ -240,7 +240,7 @@ impl CudaBackend {
             (format!("attend_dense_{act}_{kv}"), shape)
         };
         self.launch(OP, &entry, shape, Args::new().with(args))?;
-        p.scoring().map_or(Ok(()), |s| self.score_dims_op(&s))
+        p.scoring().map_or(Ok(()), |s| self.score_dims_op(&s, false).map(drop))
     }
 
     pub(super) fn attend_rows_op(&self, p: &AttendRows<'_>) -> Result<()> {

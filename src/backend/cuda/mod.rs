@@ -334,7 +334,7 @@ impl Backend for CudaBackend {
         self.quantise_keys_op(p)
     }
     fn score_dims(&self, p: &ScoreDims<'_>) -> Result<()> {
-        self.score_dims_op(p)
+        self.score_dims_op(p, false).map(drop)
     }
     fn score_rows(&self, p: &ScoreRows<'_>) -> Result<()> {
         self.score_rows_op(p)
@@ -343,7 +343,10 @@ impl Backend for CudaBackend {
         self.score_tiles_op(p)
     }
     fn pool_scores(&self, p: &PoolScores<'_>) -> Result<()> {
-        self.pool_scores_op(p)
+        self.pool_scores_op(p, None)
+    }
+    fn score_pool(&self, score: &ScoreDims<'_>, pool: &PoolScores<'_>) -> Result<()> {
+        self.score_pool_op(score, pool)
     }
     fn force(&self, p: &Force<'_>) -> Result<()> {
         self.force_op(p)

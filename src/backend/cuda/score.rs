@@ -1,8 +1,9 @@
 //! Scores on few dimensions, pooling, forcing and trimming.
 
-use super::CudaBackend;
 use super::args::{PoolArg, SeqsArg, word};
 use super::launch::{Args, Shape};
+use super::{CudaBackend, Scratch};
+use crate::backend::ops::check_score_pool;
 use crate::backend::{
     Backend, DType, Force, HeadPool, LogitScale, PoolScores, Result, ScoreDims, ScoreRows,
     ScoreSource, SliceBits, Trim, TrimScores,
@@ -35,6 +36,7 @@ struct ScoreArgs {
     list_len: u32,
     settled: u32,
     pad: u32,
+    sums: u64,
 }
 
 /// Scores of a block of `pool_lse`.
@@ -50,6 +52,15 @@ struct Kernel {
     suffix: String,
     rows: usize,
     resident: usize,
+    tensor_cores: bool,
+}
+
+impl Kernel {
+    /// The instance that leaves sums of exponentials too.
+    fn with_sums(self) -> Self {
+        let resident = self.resident.min(8);
+        Kernel { suffix: self.suffix + "_sums", resident, ..self }
+    }
 }
 
 /// The instance for `heads` query heads of `act` that share `n` dimensions of keys; `None` for too many heads.
@@ -76,11 +87,13 @@ fn kernel(
             (4, 2) => (4, 3),
             _ => (4, 4),
         };
-        return Some(Kernel { suffix: format!("c{pieces}_t{tiles}"), rows, resident });
+        let suffix = format!("c{pieces}_t{tiles}");
+        return Some(Kernel { suffix, rows, resident, tensor_cores: true });
     }
     let sums = if pool == HeadPool::SumLogit { 1 } else { heads };
     let (g, rows) = GROUPS.into_iter().find(|(g, _)| *g >= sums)?;
-    Some(Kernel { suffix: format!("g{g}"), rows, resident: if g == 1 { 8 } else { 5 } })
+    let resident = if g == 1 { 8 } else { 5 };
+    Some(Kernel { suffix: format!("g{g}"), rows, resident, tensor_cores: false })
 }
 
 /// `POOL_..` of `paged.cuh`.
@@ -106,8 +119,22 @@ fn how(act: DType, pool: HeadPool, scale: LogitScale) -> ScoreArgs {
     }
 }
 
+/// The largest exponents and sums of exponentials of parts of every head's scores, `[n, heads, parts]`.
+pub(super) struct Sums<'a> {
+    scratch: Scratch<'a>,
+    parts: usize,
+}
+
 impl CudaBackend {
-    pub(super) fn score_dims_op(&self, p: &ScoreDims<'_>) -> Result<()> {
+    pub(super) fn score_pool_op(&self, s: &ScoreDims<'_>, p: &PoolScores<'_>) -> Result<()> {
+        check_score_pool(s, p)?;
+        let sums = self.score_dims_op(s, p.pool.softmax())?;
+        self.pool_scores_op(p, sums)
+    }
+
+    /// `sums`: of scores that are not pooled, the sums of their exponentials are wanted; where the kernel leaves them, they
+    /// are returned.
+    pub(super) fn score_dims_op(&self, p: &ScoreDims<'_>, sums: bool) -> Result<Option<Sums<'_>>> {
         const OP: &str = "score_dims";
         p.check()?;
         let (act, kv) = (p.q.dtype(), p.cache.k.dtype());
@@ -163,13 +190,15 @@ impl CudaBackend {
             .ok_or_else(|| {
                 self.unsupported(OP, format!("groups of {} heads", p.heads / kv_heads))
             })?;
+        let sums = sums && kind.tensor_cores;
+        let kind = if sums { kind.with_sums() } else { kind };
         let shape = self.score_shape(&kind, [p.seqs.max_kv, kv_heads, p.seqs.n]);
-        self.launch(
-            OP,
-            &format!("score_dims_{element}_{}", kind.suffix),
-            shape,
-            Args::new().with(args),
-        )
+        let parts = shape.grid[0];
+        let sums = sums.then(|| self.scratch(p.seqs.n * p.heads * parts * 8)).transpose()?;
+        args.sums = sums.as_ref().map_or(0, |s| s.ptr);
+        let entry = format!("score_dims_{element}_{}", kind.suffix);
+        self.launch(OP, &entry, shape, Args::new().with(args))?;
+        Ok(sums.map(|scratch| Sums { scratch, parts }))
     }
 
     /// The launch over `[keys, parts, sequences]`.
@@ -218,7 +247,8 @@ impl CudaBackend {
         self.launch(OP, &entry, shape, Args::new().with(args))
     }
 
-    pub(super) fn pool_scores_op(&self, p: &PoolScores<'_>) -> Result<()> {
+    /// `sums`: those of the scores, where they have been taken.
+    pub(super) fn pool_scores_op(&self, p: &PoolScores<'_>, sums: Option<Sums<'_>>) -> Result<()> {
         const OP: &str = "pool_scores";
         p.check()?;
         let seqs = self.seqs(OP, &p.seqs)?;
@@ -231,19 +261,23 @@ impl CudaBackend {
         if p.heads > 1024 {
             return Err(self.unsupported(OP, format!("{} query heads", p.heads)));
         }
-        let chunks = p.longest().div_ceil(LSE_CHUNK).max(1);
-        let scratch = softmax.then(|| self.scratch(p.seqs.n * p.heads * chunks * 8)).transpose()?;
-        let parts = scratch.as_ref().map_or(0, |s| s.ptr);
-        if softmax {
-            let args = Args::new().with(scores).with(seqs).with(parts).with(heads).with(stride);
-            let args = args.with(lengths).with(rows);
-            self.launch(OP, "pool_lse", Shape::new([chunks, p.heads, p.seqs.n], 256), args)?;
-        }
+        let sums = match sums {
+            None if softmax => {
+                let parts = p.longest().div_ceil(LSE_CHUNK).max(1);
+                let scratch = self.scratch(p.seqs.n * p.heads * parts * 8)?;
+                let args = Args::new().with(scores).with(seqs).with(scratch.ptr).with(heads);
+                let args = args.with(stride).with(lengths).with(rows);
+                self.launch(OP, "pool_lse", Shape::new([parts, p.heads, p.seqs.n], 256), args)?;
+                Some(Sums { scratch, parts })
+            }
+            sums => sums,
+        };
+        let (ptr, parts) = sums.as_ref().map_or((0, 0), |s| (s.scratch.ptr, s.parts));
         let args = Args::new()
             .with(scores)
             .with(seqs)
-            .with(parts)
-            .with(word(OP, "chunks", chunks)?)
+            .with(ptr)
+            .with(word(OP, "parts", parts)?)
             .with(self.ptr(OP, p.out)?)
             .with(heads)
             .with(rows)
@@ -322,6 +356,9 @@ mod tests {
                     let k = of("score_dims", keys, heads, n, source);
                     assert_eq!(k.suffix, format!("c{}_t{tiles}", n / 32));
                     let (rows, resident) = (k.rows, k.resident);
+                    let sums = k.with_sums();
+                    assert!(sums.suffix.ends_with("_sums"));
+                    let resident = format!("{resident}, {}", sums.resident);
                     match (n, tiles) {
                         (32, 1) => {
                             holds("score_dims", &format!("MMA_ALL({all}, {rows}, {resident})"))

@@ -41,6 +41,7 @@ pub use kv::{
 };
 pub use mean_value::MeanValue;
 pub use pool_scores::PoolScores;
+pub(crate) use pool_scores::check_score_pool;
 pub use project::Project;
 pub use quantise_keys::{QuantiseKeys, QuantisedSlice, SliceBits};
 pub use score::{Among, HeadPool, LogitScale, ScoreDims, ScoreSource, Share, TopK};

@@ -1,7 +1,7 @@
 //! Pooling the scores of query heads.
 
 use super::score::check_scores;
-use super::{HeadPool, Seqs, apart, ensure, holds, is};
+use super::{HeadPool, ScoreDims, Seqs, apart, ensure, holds, is};
 use crate::backend::{DType, Result, Tensor};
 
 /// Pools per-query-head logits over the GQA group after a softmax per head, in the log domain:
@@ -70,4 +70,27 @@ impl PoolScores<'_> {
     pub fn longest(&self) -> usize {
         if self.lengths.is_some() { self.stride } else { self.seqs.max_kv }
     }
+}
+
+/// What [`Backend::score_pool`](crate::backend::Backend::score_pool) takes: the logits of every head, and their pooling.
+pub(crate) fn check_score_pool(score: &ScoreDims<'_>, pool: &PoolScores<'_>) -> Result<()> {
+    const OP: &str = "score_pool";
+    score.check()?;
+    pool.check()?;
+    ensure(OP, score.scores.same_place(pool.scores), || {
+        "score_dims and pool_scores of different scores".into()
+    })?;
+    ensure(OP, score.pool == HeadPool::None && pool.lengths.is_none(), || {
+        "logits of every head and token are pooled".into()
+    })?;
+    let shapes = [
+        (score.seqs.n, score.heads, score.cache.kv_heads, score.stride),
+        (pool.seqs.n, pool.heads, pool.kv_heads, pool.stride),
+    ];
+    ensure(OP, shapes[0] == shapes[1], || {
+        format!("sequences, heads and strides {shapes:?} differ")
+    })?;
+    let seqs = score.seqs.meta.same_place(pool.seqs.meta) && score.seqs.max_kv == pool.seqs.max_kv;
+    ensure(OP, seqs, || "score_dims and pool_scores of different sequences".into())?;
+    apart(OP, &[("out", pool.out)], &[("q", score.q), score.cache.named()[0]])
 }

@@ -31,7 +31,7 @@ pub use kv::{key_stats, kv_append};
 pub use mean_value::mean_value;
 pub use project::project;
 pub use quantise_keys::quantise_keys;
-pub use score::{force, force_top_k, pool_scores, score_dims, top_k};
+pub use score::{force, force_top_k, pool_scores, score_dims, score_pool, top_k};
 pub use score_rows::score_rows;
 pub use score_tiles::score_tiles;
 pub use trim_scores::trim_scores;

@@ -98,7 +98,31 @@ pub(super) fn logit_scale(scale: LogitScale, q: &[f64], dims: &[usize]) -> f64 {
 
 /// See [`PoolScores`].
 pub fn pool_scores<'a>(p: &PoolScores<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
-    let scores = floats(dev, p.scores)?;
+    pooled(p, &floats(dev, p.scores)?, dev)
+}
+
+/// See [`Backend::score_pool`].
+pub fn score_pool<'a>(
+    s: &ScoreDims<'a>,
+    p: &PoolScores<'a>,
+    dev: &dyn Backend,
+) -> Result<Vec<Output<'a>>> {
+    let (mut scores, mut outs) = (floats(dev, p.scores)?, score_dims(s, dev)?);
+    put_cells(&mut scores, &outs[0]);
+    outs.extend(pooled(p, &scores, dev)?);
+    Ok(outs)
+}
+
+/// What an output will hold.
+fn put_cells(values: &mut [f64], out: &Output<'_>) {
+    for (x, cell) in values.iter_mut().zip(&out.cells) {
+        if let Cell::Is(v) = cell {
+            *x = *v;
+        }
+    }
+}
+
+fn pooled<'a>(p: &PoolScores<'a>, scores: &[f64], dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let lengths = p.lengths.map(|l| words(dev, l)).transpose()?;
     let rows = p.rows_per_seq();
     let group = p.heads / rows;
@@ -169,11 +193,7 @@ pub fn top_k<'a>(p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
 /// See [`Backend::force_top_k`].
 pub fn force_top_k<'a>(f: &Force<'a>, p: &TopK<'a>, dev: &dyn Backend) -> Result<Vec<Output<'a>>> {
     let (mut scores, mut outs) = (floats(dev, p.scores)?, force(f, dev)?);
-    for (x, cell) in scores.iter_mut().zip(&outs[0].cells) {
-        if let Cell::Is(v) = cell {
-            *x = *v;
-        }
-    }
+    put_cells(&mut scores, &outs[0]);
     outs.extend(best(p, &scores, dev)?);
     Ok(outs)
 }
