@@ -69,8 +69,7 @@ template <bool CLUSTER, u32 STEP> struct Select : Digits<CLUSTER> {
     }
     DEVICE u32 run_at() const { return (threadIdx.x >> 5) * run; }
     DEVICE float* own() const { return buffer + (threadIdx.x >> 5) * STEP; }
-    // A step of the warp's run, and the wait for it; on Hopper by the copy engine, which brings one multiprocessor twice
-    // as much.
+    // A step of the warp's run, and the wait for it; on Hopper by the copy engine, one instruction instead of eight a lane.
 #if WGMMA
     DEVICE u32 arrived() const {
         __shared__ u64 barriers[WARPS];
