@@ -67,6 +67,8 @@ template <bool CLUSTER, u32 STEP> struct Select : Digits<CLUSTER> {
     DEVICE void share() {
         steps = (p.n + WARPS * STEP - 1) / (WARPS * STEP), run = steps * STEP;
     }
+    // Pieces are as many as lanes, and places have 16 bits.
+    DEVICE bool keeps() const { return steps <= 32 && run <= 1 << 16; }
     DEVICE u32 run_at() const { return (threadIdx.x >> 5) * run; }
     DEVICE float* own() const { return buffer + (threadIdx.x >> 5) * STEP; }
     // A step of the warp's run, and the wait for it; on Hopper by the copy engine, one instruction instead of eight a lane.
@@ -153,7 +155,7 @@ template <bool CLUSTER, u32 STEP> struct Select : Digits<CLUSTER> {
             if (lane == 0 && all > 0) at = atomicAdd(taken, all);
             at = __shfl_sync(~0u, at, 0);
             if (lane == step) piece = make_uint2(at, all);
-            if (at + all <= room) {
+            if (at + all <= room && keeps()) {
                 for (u32 to = at + end - __popc(bits); bits; bits &= bits - 1)
                     places[to++] = (u16)(step * STEP + lane * WIDE + __ffs(bits) - 1);
                 __syncwarp();
@@ -213,7 +215,7 @@ template <bool CLUSTER, u32 STEP> struct Select : Digits<CLUSTER> {
         if (threadIdx.x == 0) in_last() = 0;
         this->want = k;
         this->template search<CLUSTER>(1, true);
-        kept = *taken <= room && steps <= 32 && run <= 65536;
+        kept = *taken <= room && keeps();
         if (this->total < k && low > LEAST) return false;
         bottom = this->found == BINS - 1 ? INFINITE : low + (this->found << shift);
         top = this->found >= BINS - 2 ? (this->found == BINS - 1 ? INFINITE : INFINITE - 1) : bottom + ((1u << shift) - 1);

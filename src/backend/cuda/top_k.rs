@@ -50,7 +50,7 @@ const SPAN: usize = 32 << 10;
 /// Candidates that a block keeps beside the scores that its warps copy at a time; as the kernel wants it, an even number.
 fn room(l: &Limits, step: usize) -> usize {
     let taken = HISTOGRAMS + DECLARED + WARPS * step * 4;
-    l.shared.saturating_sub(taken) / CANDIDATE & !1
+    (l.shared.saturating_sub(taken) / CANDIDATE) & !1
 }
 
 /// How many of `n` scores may reach the bound that is guessed for the `k` largest of them: what the kernel asks of the
