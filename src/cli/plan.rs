@@ -110,8 +110,9 @@ fn table(a: &PlanArgs, checkpoint: &Checkpoint, plan: &Plan, context: usize) -> 
     let bytes = |p: &Plan| p.bytes_read(context, &c.kv_reads(elem));
     let (sparse, dense) = (bytes(plan), bytes(&Plan::dense(c.n_layers)));
     text += &format!(
-        "KV read per decode step at {} tokens: {} of {} dense ({:.1} %)\n",
+        "KV read per decode step at {} tokens: {}{} of {} dense ({:.1} %)\n",
         ui::thousands(context as u64),
+        if plan.reads_at_most() { "at most " } else { "" },
         ui::bytes(sparse),
         ui::bytes(dense),
         100.0 * sparse as f64 / dense as f64

@@ -39,11 +39,13 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
     ];
     let (kv, dense) = (ui::bytes(s.kv_bytes), ui::bytes(s.kv_bytes_dense));
     let share = 100.0 * s.kv_bytes as f64 / s.kv_bytes_dense as f64;
+    // Nobody reads back how long the lists were.
+    let most = if plan.reads_at_most() { "at most " } else { "" };
     match s.kv_bytes < s.kv_bytes_dense {
         // Nothing was decoded, so nothing was selected.
         _ if s.decode_steps == 0 => {}
         true => parts.push(format!(
-            "{method}: {kv} of KV in the last step instead of {dense} ({share:.0} %)"
+            "{method}: {most}{kv} of KV in the last step instead of {dense} ({share:.0} %)"
         )),
         false => {
             let why = match plan.all_dense(s.prompt_tokens + s.decode_steps) {
@@ -124,6 +126,28 @@ mod tests {
         let want =
             "2,560 of 3,822 prompt tokens, 10.0 s (256/s) | 0 answer tokens, 0.0/s | interrupted";
         assert_eq!(line, want);
+    }
+
+    #[test]
+    fn lists_that_scores_end_read_at_most_so_much() {
+        let shape = crate::select::ModelShape {
+            model: "m",
+            windows: &[None; 4],
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 64,
+            importance: None,
+        };
+        let said = |name: &str| {
+            let spec: crate::select::MethodSpec = name.parse().unwrap();
+            let (kv_bytes, kv_bytes_dense, decode_steps) = (28_000_000, 100_000_000, 3);
+            let stats = Stats { kv_bytes, kv_bytes_dense, decode_steps, ..Stats::default() };
+            let answer = Answer { text: String::new(), stats, audit: AuditSummary::default() };
+            statistics(&answer, &spec.plan(&shape, 8192).unwrap())
+        };
+        assert!(said("sparcas").contains("sparcas: 28.0 MB of KV"), "{}", said("sparcas"));
+        let trimmed = said("sparcas:mass=0.9");
+        assert!(trimmed.contains("sparcas: at most 28.0 MB of KV"), "{trimmed}");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use crate::backend::Capabilities;
 use crate::engine::Engine;
+use crate::select::Plan;
 use std::io::Write;
 use std::sync::Once;
 
@@ -21,6 +22,23 @@ pub fn about_device(caps: &Capabilities) {
             note(format!("note: {} is a software driver; -d cpu is faster", caps.device));
         });
     }
+}
+
+/// A line below a table of bytes where some of them are bounds; nothing where all are exact.
+pub fn bounds<'a>(plans: impl IntoIterator<Item = (&'a str, &'a Plan)>) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for (name, _) in plans.into_iter().filter(|(_, plan)| plan.reads_at_most()) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    if names.is_empty() {
+        return String::new();
+    }
+    format!(
+        "KV bytes of {} are the most that a step may read: mass ends lists sooner.\n",
+        names.join(", ")
+    )
 }
 
 /// 1234567 -> "1,234,567".

@@ -1,7 +1,7 @@
 //! Plans: a sparse method as data.
 
 use super::blocks::{self, Query};
-use super::{Budget, Keep, Role, Scorer, TrainedBlocks};
+use super::{Budget, Follow, Keep, Role, Scorer, TrainedBlocks};
 use crate::backend::{HeadPool, LogitScale, Refresh, SummaryKind};
 use serde::{Deserialize, Serialize};
 
@@ -256,6 +256,11 @@ impl Plan {
         self.layers.iter().enumerate().map(|(l, p)| p.bytes_read(n, shape, window(l))).sum()
     }
 
+    /// [`Plan::bytes_read`] is a bound: in some layer the mass of the scores ends lists before their budget.
+    pub fn reads_at_most(&self) -> bool {
+        self.layers.iter().any(|l| matches!(l.budget.follow, Some(Follow::Mass { .. })))
+    }
+
     fn scorers(&self) -> impl Iterator<Item = &Scorer> {
         self.layers.iter().flat_map(LayerPlan::scorers)
     }
@@ -342,20 +347,18 @@ mod tests {
         let half: Vec<_> = (0..32).map(|l| (l % 2 == 0).then_some(4096)).collect();
         let shape = KvReads { windows: &half, ..shape };
         let spec: MethodSpec = Variant::Sparcas.into();
-        let model = ModelShape {
-            model: "",
-            windows: &half,
-            heads: 32,
-            kv_heads: 8,
-            head_dim: 128,
-            importance: None,
-        };
+        let model = ModelShape::of_layers(&half, 128);
         let plan = spec.plan(&model, 32768).unwrap();
         let row = 8 * 128 * 2;
         // Layer 1 is one of the two leading dense layers; 15 others select 1,024 tokens on 32 dimensions.
         let want =
             16 * 2 * 4096 * row + 2 * 32768 * row + 15 * (32768 * 8 * 32 * 2 + 2 * 1024 * row);
         assert_eq!(plan.bytes_read(32768, &shape), want as u64);
+        // Where lists may end sooner, that is a bound.
+        let trimmed: MethodSpec = "sparcas:mass=0.9".parse().unwrap();
+        let trimmed = trimmed.plan(&model, 32768).unwrap();
+        assert_eq!(trimmed.bytes_read(32768, &shape), want as u64);
+        assert!(trimmed.reads_at_most() && !plan.reads_at_most());
     }
 
     /// 8 query heads over 2 KV heads of 16 f32 numbers: rows of 64 bytes.

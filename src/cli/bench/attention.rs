@@ -227,12 +227,13 @@ impl Measured for AttentionReport {
         }
         let s = &self.settings;
         format!(
-            "{}\nmean of {} layers at {} tokens, {}; device read {:.1} GB/s in this run\n\n{t}",
+            "{}\nmean of {} layers at {} tokens, {}; device read {:.1} GB/s in this run\n\n{t}{}",
             origin(&self.environment),
             s.of.layers,
             ui::thousands(s.depth as u64),
             shape(&s.of),
-            self.bandwidth_gb_s.device_read
+            self.bandwidth_gb_s.device_read,
+            ui::bounds(self.rows.iter().map(|r| (&*r.method, &r.plan)))
         )
     }
 }

@@ -198,6 +198,8 @@ fn table(r: &EndToEndReport) -> String {
             percent(traffic.share)
         );
     }
+    let counted = r.rows.iter().filter(|row| row.traffic.is_some());
+    text += &ui::bounds(counted.filter_map(|row| Some((&*row.method, row.plan.as_ref()?))));
     if let Some(a) = &r.prefill_arithmetic {
         text += &arithmetic(a);
     }

@@ -231,6 +231,7 @@ impl Bench<'_> {
             _ => {}
         }
         let mut report = report(&rows)?;
+        report.note += &ui::bounds(self.plans.iter().map(|(name, plan)| (&**name, plan)));
         if let Some(why) = &ended {
             let why = format!("{why}: only the samples that were finished are here");
             report.note += &format!("Not complete: {why}.\n");
