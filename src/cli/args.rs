@@ -1,5 +1,6 @@
 //! Options shared by commands.
 
+use super::hint::bad_plan;
 use super::lists::{once, short_names};
 use super::progress::build_progress;
 use super::ui;
@@ -133,8 +134,40 @@ impl ModelArgs {
 /// A file that cannot be read, is too large for a plan, or is none.
 pub fn read_plan(path: &Path) -> Result<Plan> {
     serde_json::from_slice(&read_file(path, "the plan")?).with_context(|| {
-        format!("{} is not a plan; make one with `longsight plan --save`", path.display())
+        format!(
+            "{} is not a plan, or a damaged one; `longsight plan --save` writes one",
+            path.display()
+        )
     })
+}
+
+/// In front of an error about a plan: the file that holds it.
+#[derive(Debug)]
+pub struct PlanFile(String);
+
+impl std::fmt::Display for PlanFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// `e`, with the file's name in front where it says that a plan does not fit.
+pub fn about_plan(file: impl std::fmt::Display, e: impl Into<anyhow::Error>) -> anyhow::Error {
+    let e = e.into();
+    match bad_plan(&e) {
+        Some(_) => e.context(PlanFile(file.to_string())),
+        None => e,
+    }
+}
+
+/// Refuses plans of files that do not fit the model, before its weights are loaded.
+///
+/// # Errors
+/// The first of them.
+pub fn check_plans(files: &[(String, Plan)], checkpoint: &Checkpoint) -> Result<()> {
+    let print = checkpoint.fingerprint();
+    let shape = checkpoint.config().plan_shape(&print);
+    files.iter().try_for_each(|(file, p)| p.check(&shape).map_err(|e| about_plan(file, e)))
 }
 
 /// Reads plan files; each is called after its file.

@@ -38,7 +38,8 @@ pub struct ChatArgs {
 pub fn chat(a: ChatArgs) -> Result<ExitCode> {
     a.answer.sampling().check()?;
     let interrupt = Interrupt::install();
-    let mut engine = a.method.builder(&a.model)?.audit(a.answer.audit()).build()?;
+    let builder = a.method.builder(&a.model)?.audit(a.answer.audit());
+    let mut engine = builder.build().map_err(|e| a.method.about(e))?;
     ui::notes(&engine);
     if engine.template().is_none() {
         bail!("this model brings no chat template; use `longsight run --raw`");

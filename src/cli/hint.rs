@@ -1,20 +1,48 @@
 //! Which options of the command line an error of the library is about. The library names none: it does not know who
 //! calls it.
 
+use super::args::PlanFile;
 use crate::backend::BackendError;
 use crate::calibrate::CalibrateError;
 use crate::engine::EngineError;
 use crate::eval::SampleError;
 use crate::model::LoadError;
-use crate::select::SelectError;
+use crate::select::{METHODS, SelectError};
 
 /// A line for the first cause that options can change; `calibrates`: the command is `calibrate`, whose pieces have other
 /// options than those of `train-forecast`.
 pub fn hint(e: &anyhow::Error, calibrates: bool) -> Option<String> {
+    if let Some(SelectError::BadPlan { method, .. }) = bad_plan(e) {
+        return Some(match e.downcast_ref::<PlanFile>() {
+            Some(file) => format!(
+                "edit the layer in {file} (budget.tokens, keep.sinks, keep.recent, scorer and so on), or write another \
+                 with `longsight plan --save`"
+            ),
+            None => options_of(method),
+        });
+    }
     e.chain().find_map(|cause| match cause.downcast_ref() {
         Some(e) => calibrate(e, calibrates),
         None => fixed(cause).map(String::from),
     })
+}
+
+/// What is wrong with a plan, where that is what `e` says.
+pub fn bad_plan(e: &anyhow::Error) -> Option<&SelectError> {
+    let about = e.chain().find_map(|cause| match cause.downcast_ref() {
+        Some(EngineError::Select(e)) => Some(e),
+        _ => cause.downcast_ref(),
+    });
+    about.filter(|e| matches!(e, SelectError::BadPlan { .. } | SelectError::WrongModel { .. }))
+}
+
+/// The options that change a method: one of them is at fault.
+fn options_of(method: &str) -> String {
+    let options = match METHODS.iter().find(|m| m.name == method) {
+        Some(m) => m.variant.options().map(|o| format!("--{o}")).collect::<Vec<_>>().join(", "),
+        None => "--dims, --budget, --sinks, --recent, --anchors and the like".into(),
+    };
+    format!("{options} change this method; see --help")
 }
 
 fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
@@ -110,9 +138,6 @@ fn select(e: &SelectError) -> Option<&'static str> {
     match e {
         SelectError::Backend(e) => backend(e),
         SelectError::WrongModel { .. } => Some("`longsight plan --save` writes a plan"),
-        SelectError::BadPlan { .. } => Some(
-            "--dims, --budget, --sinks, --recent, --anchors and the like change a method; see --help",
-        ),
         _ => None,
     }
 }
@@ -164,6 +189,14 @@ mod tests {
             ),
             (EngineError::from(PageError { need: 2, free: 1, total: 9 }).into(), "--ctx"),
             (SelectError::BadPlan { method: "m".into(), reason: "r".into() }.into(), "--dims"),
+            (
+                EngineError::from(SelectError::BadPlan {
+                    method: "sparcas".into(),
+                    reason: "r".into(),
+                })
+                .into(),
+                "--mass, --floor",
+            ),
             (
                 SelectError::WrongModel {
                     plan_model: "a".into(),

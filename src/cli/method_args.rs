@@ -1,6 +1,6 @@
 //! Which method, with which options.
 
-use super::args::{ModelArgs, read_plan};
+use super::args::{ModelArgs, about_plan, read_plan};
 use super::forecast_args::ForecastArgs;
 use crate::engine::EngineBuilder;
 use crate::select::{METHODS, MethodSpec, OPTIONS, OptionInfo};
@@ -149,6 +149,14 @@ impl MethodArgs {
     pub fn spec(&self) -> Result<MethodSpec> {
         let specs = self.options.apply(std::slice::from_ref(&self.method))?;
         Ok(specs.into_iter().next().unwrap_or_default())
+    }
+
+    /// `e`, with the name of the plan's file where it is about that.
+    pub fn about(&self, e: impl Into<anyhow::Error>) -> anyhow::Error {
+        match &self.plan {
+            Some(file) => about_plan(file.display(), e),
+            None => e.into(),
+        }
     }
 
     /// A builder with this method on this model.

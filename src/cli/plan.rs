@@ -55,7 +55,7 @@ pub fn plan(a: PlanArgs) -> Result<ExitCode> {
             Plan::with_head_maps(&a.method.spec()?, &maps, &shape, context)?
         }
     };
-    plan.check(&shape)?;
+    plan.check(&shape).map_err(|e| a.method.about(e))?;
     let wanted = plan.wants_forecast();
     a.method.forecast.read_by_one(&[(&plan.method, wanted)])?;
     let given = a.method.forecast.check(&checkpoint)?;

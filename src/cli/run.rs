@@ -69,7 +69,8 @@ pub fn run(a: RunArgs) -> Result<ExitCode> {
         }
     };
     let model = checkpoint.config().name.clone();
-    let mut engine = builder.checkpoint(checkpoint).tokenizer(tokenizer).build()?;
+    let builder = builder.checkpoint(checkpoint).tokenizer(tokenizer);
+    let mut engine = builder.build().map_err(|e| a.method.about(e))?;
     ui::notes(&engine);
     let request = Request::tokens(prompt);
     let mut request = request.max_tokens(a.answer.max_tokens).sampling(a.answer.sampling());

@@ -221,7 +221,7 @@ impl MethodSpec {
                 }
             }
             Some(Anchors::Count(n)) if *n == 0 || *n > free.len() => {
-                Err(self.bad(format!("{n} anchors for {} layers without a window", free.len())))
+                Err(self.bad(format!("{n} anchor layers: give 1 to {}", free.len())))
             }
             // One in seven: 5 of the 32 layers of Llama 3.1 8B, as published.
             count => {
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!([1, 30, 32, 36].map(anchors), [1, 5, 5, 6]);
         for (spec, part) in [
             ("kascade:anchors=0", "0 anchors"),
-            ("kascade:anchors=5", "5 anchors for 4"),
+            ("kascade:anchors=5", "5 anchor layers: give 1 to 4"),
             ("kascade:anchors=0+4", "layer 4 cannot be an anchor"),
             ("kascade:anchors=2+1", "ascending"),
             ("kascade:percent=0", "0 percent"),

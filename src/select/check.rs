@@ -74,7 +74,11 @@ impl LayerPlan {
         })?;
         ensure(forced.is_some_and(|n| n <= least), || {
             format!(
-                "{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens"
+                "{sinks} sinks and {recent} recent tokens do not fit a budget of {least} tokens: {}",
+                forced.map_or_else(
+                    || "keep fewer".into(),
+                    |n| format!("give {n} or more, or keep fewer")
+                )
             )
         })?;
         let Some(Refine { candidates, scorer }) = refine else { return Ok(()) };
@@ -239,6 +243,7 @@ impl Plan {
             let checked = layer.check_alone(m.head_dim, *window);
             checked
                 .and_then(|()| importance())
+                .map_err(|reason| format!("layer {l}: {reason}"))
                 .and_then(|()| self.check_taken(l, m))
                 .map_err(|reason| SelectError::BadPlan { method: self.method.clone(), reason })?;
         }

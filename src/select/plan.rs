@@ -47,6 +47,7 @@ impl<'a> ModelShape<'a> {
 
 /// What one layer does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LayerPlan {
     /// Dense, selecting, or with the tokens of another layer.
     pub role: Role,
@@ -227,6 +228,7 @@ fn score_bytes(scorer: &Scorer, n: usize, row: usize, elem: usize) -> f64 {
 
 /// A method for a whole model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Method name, as on the command line.
     pub method: String,
@@ -355,8 +357,7 @@ mod tests {
             16 * 2 * 4096 * row + 2 * 32768 * row + 15 * (32768 * 8 * 32 * 2 + 2 * 1024 * row);
         assert_eq!(plan.bytes_read(32768, &shape), want as u64);
         // Where lists may end sooner, that is a bound.
-        let trimmed: MethodSpec = "sparcas:mass=0.9".parse().unwrap();
-        let trimmed = trimmed.plan(&model, 32768).unwrap();
+        let trimmed = MethodSpec { mass: Some(0.9), ..spec }.plan(&model, 32768).unwrap();
         assert_eq!(trimmed.bytes_read(32768, &shape), want as u64);
         assert!(trimmed.reads_at_most() && !plan.reads_at_most());
     }

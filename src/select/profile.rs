@@ -137,10 +137,15 @@ impl MethodSpec {
         const ROOM: usize = 4;
         let share = |name: &str, x: f32, least: f32| match x {
             x if x >= least && x <= 1.0 => Ok(x),
-            _ => Err(SelectError::BadPlan {
-                method: self.name().into(),
-                reason: format!("{name} of {x}: give a share from {least} to 1"),
-            }),
+            _ => {
+                // Who gives more than 1 means per cent.
+                let meant = match x {
+                    x if x > 1.0 && x <= 100.0 => format!("; {x} per cent are {}", x / 100.0),
+                    _ => String::new(),
+                };
+                let reason = format!("{name} of {x}: give a share from {least} to 1{meant}");
+                Err(SelectError::BadPlan { method: self.name().into(), reason })
+            }
         };
         match (self.mass, self.floor) {
             (None, None) => Ok(budget),

@@ -29,7 +29,7 @@ pub enum Role {
 /// A second look at an anchor's tokens: the anchor hands down more of them, and the layer that reuses them keeps
 /// those that its own query scores best.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub struct Refine {
     /// Tokens of each list that the anchor hands down; more than the layer's budget.
     pub candidates: usize,
@@ -134,7 +134,7 @@ pub enum Follow {
 
 /// How many tokens are attended to, forced ones included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub struct Budget {
     /// T_b: tokens per KV head, at most.
     pub tokens: usize,
@@ -176,6 +176,7 @@ impl Budget {
 
 /// Tokens that are always selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Keep {
     /// First tokens of the sequence.
     pub sinks: usize,

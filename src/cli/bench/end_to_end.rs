@@ -3,7 +3,7 @@
 use super::{ReportArgs, exit_code, opened, origin, percent};
 use crate::backend::Capabilities;
 use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
-use crate::cli::args::{ModelArgs, read_plans};
+use crate::cli::args::{ModelArgs, check_plans, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::Interrupt;
 use crate::cli::lists::{item, path};
@@ -102,7 +102,9 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     let each = bench.prompts.iter().sum::<usize>().saturating_mul(bench.depths.len());
     let filled = bench.depths.iter().max().copied().unwrap_or(0);
     let tokens = each.saturating_mul(bench.repeats).saturating_add(filled);
-    let (checkpoint, device) = (a.model.size.checkpoint()?, opened(&a.model.device)?);
+    let checkpoint = a.model.size.checkpoint()?;
+    check_plans(&bench.plans, &checkpoint)?;
+    let device = opened(&a.model.device)?;
     if let Some(slow) = slow(checkpoint.config().parameters(), tokens, device.caps()) {
         ui::note(slow);
     }

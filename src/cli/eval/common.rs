@@ -1,7 +1,7 @@
 //! What all evaluations share: options, the engine with every method's plan, and the report.
 
 use super::report::{Kind, Output, Report};
-use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, read_plans};
+use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, check_plans, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
 use crate::cli::lists::{different_texts, item, once, path, short_names};
@@ -135,6 +135,7 @@ impl<'a> Setup<'a> {
         let outputs = common.output.iter().map(|o| Ok((o.kind, OutputFile::create(&o.path)?)));
         let outputs = outputs.collect::<Result<_>>()?;
         let (checkpoint, tokenizer) = common.model.open()?;
+        check_plans(&files, &checkpoint)?;
         Ok(Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer })
     }
 

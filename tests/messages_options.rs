@@ -1,0 +1,52 @@
+//! What the program says of plans and options that do not fit: which one, in which file, and what would.
+
+mod common;
+
+use common::program::{Home, run_on, text};
+
+/// The file, the layer and what to edit; options would be refused beside --plan.
+#[test]
+fn a_plan_that_was_edited_is_named_with_its_layer() {
+    let home = Home::new();
+    let (model, prose, saved) = (
+        home.model(),
+        home.file("prose.txt", "It was a bright cold day in April. ".repeat(60).as_bytes()),
+        text(&home.path("my.plan.json")),
+    );
+    let plan = ["plan", "-m", &model, "--budget", "512", "--dense-layers", "0", "--save", &saved];
+    assert_eq!(home.run(&plan).code, Some(0));
+    let plan = std::fs::read_to_string(&saved).unwrap();
+    let edited = |from: &str, to: &str| {
+        assert!(plan.contains(from), "{plan}");
+        home.file("bad.plan.json", plan.replace(from, to).as_bytes())
+    };
+    let eval = ["eval", "copy", "-m", &model, "-d", "cpu", "--text", &prose, "--lengths", "300"];
+    let bench = ["bench", "-m", &model, "-d", "cpu", "-p", "0", "-n", "2", "-D", "150", "-r", "1"];
+    let refused = |file: &str, names: &[&str]| {
+        let given = ["--plan", file];
+        home.refused(&run_on(&model, &[&["hi"][..], &given].concat()), names);
+        for command in [&eval[..], &bench, &["plan", "-m", &model], &["chat", "-m", &model]] {
+            home.refused(&[command, &given].concat(), names);
+        }
+    };
+    let small = edited("\"tokens\": 512", "\"tokens\": 0");
+    let names = ["bad.plan.json", "layer 0", "budget of 0", "give 36 or more", "edit the layer"];
+    refused(&small, &[&names[..], &["budget.tokens"]].concat());
+    assert!(!home.run(&run_on(&model, &["hi", "--plan", &small])).err.contains("--budget"));
+    let misspelt = edited("\"tokens\"", "\"tokns\"");
+    refused(&misspelt, &["bad.plan.json", "damaged", "unknown field `tokns`", "at line "]);
+}
+
+/// All options that a method reads, the one at fault among them.
+#[test]
+fn options_that_do_not_fit_are_among_those_that_are_named() {
+    let home = Home::new();
+    let of = |more: &[&str], names: &[&str]| {
+        home.refused(&[&["plan", "-m", "tiny"][..], more].concat(), names);
+    };
+    of(&["--mass", "95"], &["a share from 0.001 to 1", "95 per cent are 0.95", "--mass"]);
+    of(&["--floor", "2"], &["2 per cent are 0.02", "--floor"]);
+    of(&["--method", "kascade", "--percent", "0"], &["0 percent", "--percent"]);
+    of(&["--method", "kascade", "--anchors", "0"], &["0 anchor layers: give 1 to", "--anchors"]);
+    of(&["--budget", "8"], &["4 sinks and 32 recent", "give 36 or more", "--budget", "--sinks"]);
+}
