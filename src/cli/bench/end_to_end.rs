@@ -1,6 +1,6 @@
 //! `longsight bench` without a subcommand.
 
-use super::{ReportArgs, exit_code, opened, origin, percent};
+use super::{ReportArgs, exit_code, opened, origin, percent, slow};
 use crate::backend::Capabilities;
 use crate::bench::{BenchError, EndToEnd, EndToEndReport, PrefillArithmetic, Progress, Row};
 use crate::cli::args::{ModelArgs, check_plans, read_plans};
@@ -104,8 +104,19 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     let tokens = each.saturating_mul(bench.repeats).saturating_add(filled);
     let checkpoint = a.model.size.checkpoint()?;
     check_plans(&bench.plans, &checkpoint)?;
+    let too_long = |e: EngineError| match e {
+        e @ (EngineError::BadOption(_) | EngineError::BadContext { .. }) => {
+            anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {e}")
+        }
+        e => e.into(),
+    };
+    // Said before a device is opened and its speed is talked about.
+    let most = checkpoint.config().max_context;
+    if context > most {
+        return Err(too_long(EngineError::BadContext { context, most }));
+    }
     let device = opened(&a.model.device)?;
-    if let Some(slow) = slow(checkpoint.config().parameters(), tokens, device.caps()) {
+    if let Some(slow) = slow_prompts(checkpoint.config().parameters(), tokens, device.caps()) {
         ui::note(slow);
     }
     let mut engine = a
@@ -120,12 +131,7 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
         .summaries_for(&specs)
         .summaries_for_plans(&bench.plans.iter().map(|p| p.1.clone()).collect::<Vec<_>>())
         .build()
-        .map_err(|e| match e {
-            e @ (EngineError::BadOption(_) | EngineError::BadContext { .. }) => {
-                anyhow!("the longest test holds {need} tokens (-D, and -p or -n on top): {e}")
-            }
-            e => e.into(),
-        })?;
+        .map_err(too_long)?;
     ui::notes(&engine);
     let filling = Bar::new("filling", "tokens");
     let measuring = Bar::new("measuring", "measurements");
@@ -150,19 +156,18 @@ pub fn run(a: EndToEndArgs) -> Result<ExitCode> {
     Ok(exit_code(&cancel))
 }
 
-/// A note where a processor reads many tokens with a large model.
-fn slow(parameters: u64, tokens: usize, caps: &Capabilities) -> Option<String> {
-    /// Parameters times tokens that take a few minutes on a few cores.
-    const MUCH: u64 = 2_000_000_000_000;
-    let processor = caps.backend == "cpu" || caps.software;
-    (processor && parameters.saturating_mul(tokens as u64) > MUCH).then(|| {
-        format!(
-            "note: {:.1} billion parameters on a CPU take minutes for 1,000 prompt tokens, and these tests read about {}; \
-             -D 0 -p 16 -n 8 -r 1 takes less",
-            parameters as f64 / 1e9,
-            ui::thousands(tokens as u64)
-        )
-    })
+/// Numbers that two cores multiply and add in a second where they read a prompt.
+const SPEED: f64 = 4e10;
+
+/// [`slow`] for reading so many tokens, without the attention that long texts add.
+fn slow_prompts(parameters: u64, tokens: usize, caps: &Capabilities) -> Option<String> {
+    let work = format!(
+        "these tests' {} prompt tokens with {:.1} billion parameters",
+        ui::thousands(tokens as u64),
+        parameters as f64 / 1e9
+    );
+    let seconds = parameters as f64 * tokens as f64 / SPEED;
+    slow(caps, seconds, &work, "-D 0 -p 16 -n 8 -r 1")
 }
 
 fn table(r: &EndToEndReport) -> String {
@@ -251,10 +256,13 @@ mod tests {
     fn only_long_tests_of_large_models_on_processors_are_called_slow() {
         let cpu = crate::backend::open("cpu").unwrap().caps().clone();
         let gpu = Capabilities { backend: "cuda", ..cpu.clone() };
-        let note = slow(8_030_000_000, 5_632, &cpu).unwrap();
-        assert!(note.contains("8.0 billion") && note.contains("5,632"), "{note}");
-        assert_eq!(slow(8_030_000_000, 16, &cpu), None);
-        assert_eq!(slow(134_000_000, 5_632, &cpu), None);
-        assert_eq!(slow(8_030_000_000, 5_632, &gpu), None);
+        let said = |parameters, tokens| slow_prompts(parameters, tokens, &cpu);
+        let note = said(8_030_000_000, 5_632).unwrap();
+        assert!(note.contains("5,632 prompt tokens with 8.0 billion"), "{note}");
+        assert!(note.contains("19 minutes or more"), "{note}");
+        assert!(said(8_030_000_000, 56_320).unwrap().contains("188 minutes"));
+        assert_eq!(said(8_030_000_000, 16), None);
+        assert_eq!(said(134_000_000, 5_632), None);
+        assert_eq!(slow_prompts(8_030_000_000, 5_632, &gpu), None);
     }
 }

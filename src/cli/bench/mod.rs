@@ -9,7 +9,7 @@ use super::interrupt::{EXIT_CODE, Interrupt};
 use super::output::{OutputFile, Written};
 use super::progress::Bar;
 use super::ui;
-use crate::backend::{Backend, open};
+use crate::backend::{Backend, Capabilities, open};
 use crate::bench::Environment;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
@@ -106,6 +106,18 @@ impl ReportArgs {
         written.iter().for_each(Written::tell);
         Ok(())
     }
+}
+
+/// A note where a processor is busy for minutes: `work`, which takes two of today's cores so many seconds at least, and
+/// the options that ask for `less`.
+fn slow(caps: &Capabilities, seconds: f64, work: &str, less: &str) -> Option<String> {
+    let processor = caps.backend == "cpu" || caps.software;
+    (processor && seconds > 90.0).then(|| {
+        let minutes = (seconds / 60.0).round();
+        format!(
+            "note: {work} keep two CPU cores busy for {minutes} minutes or more; {less} takes less"
+        )
+    })
 }
 
 /// The device of a measurement without an engine.
