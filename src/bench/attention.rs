@@ -139,22 +139,23 @@ impl AttentionBench {
             plans: plans.clone(),
         };
         let cases: Vec<Case> = self.of.batches.iter().map(case).collect();
-        let (rows, left_out) = self.of.measure(b, &cases, progress, |rig, case, (name, plan)| {
-            let (ms, check) = rig.decode(plan, self.steps)?;
-            let bytes = rig.bytes(plan) / self.of.layers as u64;
-            let gb_s = bytes as f64 / 1e6 / ms.mean;
-            Ok(AttentionRow {
-                method: name.to_owned(),
-                batch: case.batch,
-                x_dense: None,
-                ms,
-                bytes,
-                gb_s,
-                share: gb_s / bandwidth.device_read,
-                plan: plan.clone(),
-                check,
-            })
-        });
+        let (rows, left_out) =
+            self.of.measure(b, &cases, progress, |rig, case, (name, plan), go_on| {
+                let (ms, check) = rig.decode(plan, self.steps, go_on)?;
+                let bytes = rig.bytes(plan) / self.of.layers as u64;
+                let gb_s = bytes as f64 / 1e6 / ms.mean;
+                Ok(AttentionRow {
+                    method: name.to_owned(),
+                    batch: case.batch,
+                    x_dense: None,
+                    ms,
+                    bytes,
+                    gb_s,
+                    share: gb_s / bandwidth.device_read,
+                    plan: plan.clone(),
+                    check,
+                })
+            });
         notes.extend(left_out);
         Ok(AttentionReport {
             kind: "attention",

@@ -2,8 +2,9 @@
 //! reads them.
 
 use super::check::{Asked, Head};
-use super::rig::{Outcome, Rig};
+use super::rig::{GoOn, Rig, unless_ended};
 use crate::backend::{Result, Tensor};
+use crate::bench;
 use crate::bench::kernels::Check;
 use crate::model::{Attention, Clock, PhaseTimes, Step, StepSeq};
 use crate::select::Plan;
@@ -57,7 +58,7 @@ impl Rig<'_> {
         buffer: &Tensor,
         chunk: &Range<usize>,
         whole: bool,
-    ) -> Outcome<f64> {
+    ) -> bench::Result<f64> {
         self.draw()?;
         let ids = vec![0; chunk.len()];
         let seqs = self.prompts(chunk, &ids);
@@ -79,14 +80,30 @@ impl Rig<'_> {
     }
 
     /// Reads the whole prompts.
-    fn pass(&mut self, attention: &mut Attention, buffer: &Tensor, whole: bool) -> Outcome<f64> {
+    fn pass(
+        &mut self,
+        attention: &mut Attention,
+        buffer: &Tensor,
+        whole: bool,
+        go_on: &mut GoOn<'_>,
+    ) -> bench::Result<f64> {
         (0..self.batch).try_for_each(|slot| attention.reset(self.b, slot))?;
-        self.chunks().map(|chunk| self.read(attention, buffer, &chunk, whole)).sum()
+        let chunks = self.chunks();
+        let read = |chunk| {
+            unless_ended(go_on)?;
+            self.read(attention, buffer, &chunk, whole)
+        };
+        chunks.map(read).sum()
     }
 
     /// Reads the prompts with `plan`: the first and the last chunk to warm up, once phase by phase, and `repeats` times
     /// as the engine does.
-    pub fn prompt(&mut self, plan: &Plan, repeats: usize) -> Outcome<Passes> {
+    pub fn prompt(
+        &mut self,
+        plan: &Plan,
+        repeats: usize,
+        go_on: &mut GoOn<'_>,
+    ) -> bench::Result<Passes> {
         let before = self.b.free_memory();
         let mut attention = self.attention(plan)?;
         let paces = attention.cuts(&[]).len();
@@ -96,10 +113,10 @@ impl Rig<'_> {
         }
         self.b.sync()?;
         attention.clock = Clock::running(self.of.layers);
-        self.pass(&mut attention, &buffer, false)?;
+        self.pass(&mut attention, &buffer, false, go_on)?;
         let phases = std::mem::take(&mut attention.clock).found();
-        let passes = (0..repeats).map(|_| self.pass(&mut attention, &buffer, true));
-        let ms = passes.collect::<Outcome<Vec<f64>>>()?;
+        let passes = (0..repeats).map(|_| self.pass(&mut attention, &buffer, true, go_on));
+        let ms = passes.collect::<bench::Result<Vec<f64>>>()?;
         // Memory that the host shares is anybody's.
         let own = self.b.caps().topology == crate::backend::Topology::Discrete;
         let free = self.b.free_memory().filter(|_| own);

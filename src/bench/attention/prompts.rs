@@ -157,29 +157,30 @@ impl PromptBench {
                 plans: plans.clone(),
             }));
         }
-        let (rows, left_out) = self.of.measure(b, &cases, progress, |rig, case, (name, plan)| {
-            let found = rig.prompt(plan, self.repeats)?;
-            let (check, checked_tokens) = rig.sampled(&found.attention)?;
-            let samples = found.ms.iter().map(|ms| ms / self.of.layers as f64).collect();
-            let ms = Summary::of(samples);
-            let all_dense = plan.layers.iter().all(|p| p.role == Role::Dense);
-            Ok(PromptRow {
-                method: name.to_owned(),
-                prompt: case.tokens,
-                batch: case.batch,
-                chunk: case.rows / case.batch,
-                x_dense: None,
-                tflop_s: all_dense.then(|| self.flop(case) / ms.mean / 1e9),
-                ms,
-                taken_bytes: found.taken,
-                held_bytes: found.held,
-                roles: by_role(plan, &found.phases),
-                layer_ms: found.phases,
-                plan: plan.clone(),
-                check,
-                checked_tokens,
-            })
-        });
+        let (rows, left_out) =
+            self.of.measure(b, &cases, progress, |rig, case, (name, plan), go_on| {
+                let found = rig.prompt(plan, self.repeats, go_on)?;
+                let (check, checked_tokens) = rig.sampled(&found.attention)?;
+                let samples = found.ms.iter().map(|ms| ms / self.of.layers as f64).collect();
+                let ms = Summary::of(samples);
+                let all_dense = plan.layers.iter().all(|p| p.role == Role::Dense);
+                Ok(PromptRow {
+                    method: name.to_owned(),
+                    prompt: case.tokens,
+                    batch: case.batch,
+                    chunk: case.rows / case.batch,
+                    x_dense: None,
+                    tflop_s: all_dense.then(|| self.flop(case) / ms.mean / 1e9),
+                    ms,
+                    taken_bytes: found.taken,
+                    held_bytes: found.held,
+                    roles: by_role(plan, &found.phases),
+                    layer_ms: found.phases,
+                    plan: plan.clone(),
+                    check,
+                    checked_tokens,
+                })
+            });
         notes.extend(left_out);
         Ok(PromptReport {
             kind: "prompt_attention",

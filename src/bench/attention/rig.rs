@@ -13,6 +13,14 @@ use crate::select::{Given, KeyProfile, LayerShape, Plan, SelectError};
 /// What can go wrong in a step.
 pub(super) type Outcome<T> = std::result::Result<T, SelectError>;
 
+/// Says whether to go on; asked before every step, of which a processor may take seconds each.
+pub(super) type GoOn<'g> = dyn FnMut() -> bool + 'g;
+
+/// Ends a measurement that is not to go on.
+pub(super) fn unless_ended(go_on: &mut GoOn<'_>) -> crate::bench::Result<()> {
+    if go_on() { Ok(()) } else { Err(EngineError::Interrupted.into()) }
+}
+
 /// Pools together exceed this, where memory allows: several times the largest L2 cache of today.
 const ROTATE: u64 = 256 << 20;
 /// Share of the free memory that pools may take.
@@ -40,7 +48,12 @@ pub(super) struct Rig<'a> {
 
 impl<'a> Rig<'a> {
     /// Empty pools for the plans of `case`, and random activations.
-    pub fn new(b: &'a dyn Backend, of: &'a Subject, case: &Case) -> crate::bench::Result<Rig<'a>> {
+    pub fn new(
+        b: &'a dyn Backend,
+        of: &'a Subject,
+        case: &Case,
+        go_on: &mut GoOn<'_>,
+    ) -> crate::bench::Result<Rig<'a>> {
         let free_before = b.free_memory();
         let &Case { tokens, batch, rows, .. } = case;
         let mut random = Random::new(of.seed);
@@ -100,7 +113,7 @@ impl<'a> Rig<'a> {
         };
         rig.draw()?;
         if case.filled {
-            rig.fill()?;
+            rig.fill(go_on)?;
         }
         Ok(rig)
     }

@@ -1,11 +1,11 @@
 //! Decode steps of a rig's sequences.
 
 use super::check::{Asked, Head};
-use super::rig::{Outcome, Rig};
+use super::rig::{GoOn, Rig, unless_ended};
 use crate::backend::{DType, Result, Tensor};
-use crate::bench::Summary;
 use crate::bench::kernels::Check;
 use crate::bench::random::Values;
+use crate::bench::{self, Summary};
 use crate::kv::pages_for;
 use crate::model::{Attention, GroupSeqs, Step, StepSeq};
 use crate::select::{KvReads, Plan};
@@ -17,7 +17,7 @@ pub(super) const WARM_UP: usize = 4;
 
 impl Rig<'_> {
     /// Appends random rows to every sequence of every pool, up to the end.
-    pub fn fill(&mut self) -> Result<()> {
+    pub fn fill(&mut self, go_on: &mut GoOn<'_>) -> bench::Result<()> {
         let width = self.of.kv_heads * self.of.head_dim;
         let new = || self.b.alloc(self.ws.k.dtype(), CHUNK * width, "new keys and values");
         let (keys, values) = (new()?, new()?);
@@ -28,6 +28,7 @@ impl Rig<'_> {
         for pool in 0..self.pools {
             for (slot, table) in self.tables.iter().enumerate() {
                 for start in (0..depth).step_by(CHUNK) {
+                    unless_ended(go_on)?;
                     let seq = StepSeq {
                         tokens: &tokens[..CHUNK.min(depth - start)],
                         cached: start,
@@ -45,18 +46,24 @@ impl Rig<'_> {
                 }
             }
         }
-        self.b.sync()
+        Ok(self.b.sync()?)
     }
 
     /// Runs `steps` steps of `plan`: milliseconds of a step's mean layer, and the last layer's result against the
     /// reference.
-    pub fn decode(&mut self, plan: &Plan, steps: usize) -> Outcome<(Summary, Check)> {
+    pub fn decode(
+        &mut self,
+        plan: &Plan,
+        steps: usize,
+        go_on: &mut GoOn<'_>,
+    ) -> bench::Result<(Summary, Check)> {
         let (b, layers) = (self.b, self.of.layers);
         let mut attention = self.attention(plan)?;
         let mut buffer: Option<Tensor> = None;
         let mut samples = Vec::with_capacity(steps);
         let steps = WARM_UP + steps;
         for i in 0..steps {
+            unless_ended(go_on)?;
             // The sequences grow to their depth.
             let cached = self.tokens - steps + i;
             let seqs: Vec<StepSeq<'_>> = self

@@ -1,6 +1,6 @@
 //! Whose attention is measured, and the order of measurements: one rig after the other, and in each of them every plan.
 
-use super::rig::{Outcome, Rig};
+use super::rig::{GoOn, Rig};
 use crate::backend::{Backend, DType};
 use crate::bench::{INTERRUPTED, Result, bad, check_heads};
 use crate::select::{MethodSpec, ModelShape, Plan, TrainedBlocks, Variant};
@@ -126,13 +126,14 @@ impl Subject {
     }
 
     /// Measures every plan of every case: the lines in this order, each against the case's first, and a note for each
-    /// that is left out, as all are that are left when `progress` says no. `measure`: of one plan under its name.
+    /// that is left out, as all are that are left when `progress` says no. `measure`: of one plan under its name;
+    /// it asks, too.
     pub(super) fn measure<'a, L: Line>(
         &'a self,
         b: &'a dyn Backend,
         cases: &[Case],
         progress: &mut Progress<'_>,
-        mut measure: impl FnMut(&mut Rig<'a>, &Case, (&str, &Plan)) -> Outcome<L>,
+        mut measure: impl FnMut(&mut Rig<'a>, &Case, (&str, &Plan), &mut GoOn<'_>) -> Result<L>,
     ) -> (Vec<L>, Vec<String>) {
         let all = cases.iter().map(|c| c.plans.len()).sum();
         let (mut lines, mut notes, mut done) = (Vec::new(), Vec::new(), 0);
@@ -142,7 +143,8 @@ impl Subject {
                 notes.push(format!("{} is left out: {INTERRUPTED}", case.what));
                 continue;
             }
-            let mut rig = match Rig::new(b, self, case) {
+            let mut filling = || progress(&case.what, done, all);
+            let mut rig = match Rig::new(b, self, case, &mut filling) {
                 Ok(rig) => rig,
                 Err(e) => {
                     notes.push(format!("{} is left out: {e}", case.what));
@@ -152,13 +154,16 @@ impl Subject {
             };
             let mut dense = None;
             for (at, (name, plan)) in case.plans.iter().enumerate() {
-                go_on = go_on && progress(&format!("{name}, {}", case.what), done, all);
+                let what = format!("{name}, {}", case.what);
+                let at_hand = done;
+                go_on = go_on && progress(&what, at_hand, all);
                 done += 1;
                 if !go_on {
-                    notes.push(format!("{name}, {} is left out: {INTERRUPTED}", case.what));
+                    notes.push(format!("{what} is left out: {INTERRUPTED}"));
                     continue;
                 }
-                match measure(&mut rig, case, (name, plan)) {
+                let mut step = || progress(&what, at_hand, all);
+                match measure(&mut rig, case, (name, plan), &mut step) {
                     Ok(mut line) => {
                         let ms = line.ms();
                         if at == 0 {
@@ -167,7 +172,7 @@ impl Subject {
                         *line.x_dense() = dense.map(|d| d / ms);
                         lines.push(line);
                     }
-                    Err(e) => notes.push(format!("{name}, {} is left out: {e}", case.what)),
+                    Err(e) => notes.push(format!("{what} is left out: {e}")),
                 }
             }
         }

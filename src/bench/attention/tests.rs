@@ -93,8 +93,8 @@ fn a_wrong_result_of_a_prompt_fails_the_check() {
         let plan = plans.last().unwrap().1.clone();
         let what = String::new();
         let case = Case { what, tokens: 300, batch: 2, rows: 256, filled: false, plans };
-        let mut rig = Rig::new(&b, &o.of, &case).unwrap();
-        let found = rig.prompt(&plan, 1).unwrap();
+        let mut rig = Rig::new(&b, &o.of, &case, &mut || true).unwrap();
+        let found = rig.prompt(&plan, 1, &mut || true).unwrap();
         let (good, tokens) = rig.sampled(&found.attention).unwrap();
         assert!(good.passed, "{name}: {good:?}");
         let right = floats(&b, &rig.ws.attn).unwrap();
@@ -133,8 +133,8 @@ fn the_lists_of_another_tile_fail_the_check() {
     let plan = plans[1].1.clone();
     let what = String::new();
     let case = Case { what, tokens: 300, batch: 2, rows: 256, filled: false, plans };
-    let mut rig = Rig::new(&b, &o.of, &case).unwrap();
-    let found = rig.prompt(&plan, 1).unwrap();
+    let mut rig = Rig::new(&b, &o.of, &case, &mut || true).unwrap();
+    let found = rig.prompt(&plan, 1, &mut || true).unwrap();
     let seqs: Vec<_> = rig
         .tables
         .iter()
@@ -222,4 +222,17 @@ fn options_that_cannot_be_measured_are_refused() {
     assert!(refused(PromptBench { repeats: 0, ..base() }).contains("--repeats"));
     let of = Subject { heads: 3, ..of() };
     assert!(refused(PromptBench { of, ..base() }).contains("--kv-heads"));
+}
+
+/// Measurements of many steps end at the next one.
+#[test]
+fn a_measurement_ends_between_its_steps() {
+    let mut asked = 0;
+    let report = bench(vec![]).run(&CpuBackend::new(), &mut |what, _, _| {
+        asked += usize::from(what.starts_with("dense"));
+        asked < 3
+    });
+    let report = report.unwrap();
+    assert!(report.rows.is_empty() && asked == 3, "{asked}");
+    assert!(report.notes[0].contains("dense") && report.notes[0].contains("interrupted"));
 }

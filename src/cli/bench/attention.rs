@@ -1,6 +1,6 @@
 //! `longsight bench attention`.
 
-use super::{On, ReportArgs, opened, origin, percent, refuse_wrong, with_bar};
+use super::{On, ReportArgs, opened, origin, percent, refuse_wrong, slow, with_bar};
 use crate::backend::{Backend, DType};
 use crate::bench::Environment;
 use crate::bench::attention::{
@@ -137,11 +137,29 @@ pub fn run(a: AttentionArgs) -> Result<ExitCode> {
     if decodes {
         let bench = AttentionBench { of, depth: a.depth, steps: a.steps };
         bench.validate()?;
-        return measure(&a.device, &a.report, |b, on| Ok(bench.run(b, on)?));
+        let seconds = read_per_token(&bench.of) * (bench.depth * bench.steps) as f64 / READ;
+        let work = format!("{} decode steps at {} tokens", bench.steps, bench.depth);
+        return measure(&a.device, &a.report, (seconds, &work), |b, on| Ok(bench.run(b, on)?));
     }
     let bench = PromptBench { of, prompts: a.prompt, chunk: a.chunk, repeats: a.repeats };
     bench.validate()?;
-    measure(&a.device, &a.report, |b, on| Ok(bench.run(b, on)?))
+    // A row reads half of the prompt on average; one reading more tells the parts.
+    let rows: f64 = bench.prompts.iter().map(|&n| n as f64 * n as f64 / 2.0).sum();
+    let readings = (bench.repeats + 1) as f64;
+    let seconds = read_per_token(&bench.of) * rows * readings / PROMPT_READ;
+    measure(&a.device, &a.report, (seconds, "prompts of these lengths"), |b, on| {
+        Ok(bench.run(b, on)?)
+    })
+}
+
+/// Bytes of the cache that two cores go through in a second: in decode steps, and in prompts, whose rows share them.
+const READ: f64 = 6e9;
+const PROMPT_READ: f64 = 2e10;
+
+/// Bytes that dense attention of all layers and batches reads of one cached token.
+fn read_per_token(of: &Subject) -> f64 {
+    let token = 2 * of.kv_heads * of.head_dim * of.dtype.bytes();
+    (token * of.layers * of.batches.iter().sum::<usize>()) as f64
 }
 
 /// What both kinds of report have.
@@ -153,21 +171,28 @@ trait Measured: Serialize {
     fn table(&self) -> String;
 }
 
-/// Measures on the device and reports; an error where nothing could be measured or something was wrong.
+/// Measures `work` of at least so many seconds on the device and reports; an error where nothing could be measured or something was wrong.
 fn measure<R: Measured>(
     device: &str,
     report: &ReportArgs,
+    (seconds, work): (f64, &str),
     bench: impl FnOnce(&dyn Backend, &mut On<'_>) -> Result<R>,
 ) -> Result<ExitCode> {
     let file = report.file()?;
     let device = opened(device)?;
+    let less = "a smaller -D or -p, -b 1, fewer --layers or --steps";
+    slow(device.caps(), seconds, work, less).iter().for_each(ui::note);
     let (found, code) = with_bar(|on| bench(&*device, on))?;
+    let checks = found.checks();
+    if checks.is_empty() && code != ExitCode::SUCCESS {
+        ui::note("interrupted before a measurement was finished; nothing was written");
+        return Ok(code);
+    }
     let table = || {
         let notes = found.notes().iter().map(|note| format!("note: {note}\n"));
         found.table() + &notes.collect::<String>()
     };
     report.finish(file, &found, table)?;
-    let checks = found.checks();
     if checks.is_empty() {
         bail!("nothing was measured: {}", found.notes().join("; "));
     }
