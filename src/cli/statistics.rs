@@ -61,15 +61,15 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
     }
     if let Some((layer, worst)) = a.audit.worst_layer() {
         parts.push(format!(
-            "attention mass kept {:.1} % (worst layer, {layer}: {:.1} %), output error {:.1} %, in {} steps",
+            "attention mass kept {:.1} % (worst layer, {layer}: {:.1} %), output error {:.1} %, in {}",
             100.0 * a.audit.recall(),
             100.0 * worst,
             100.0 * a.audit.output_error(),
-            a.audit.layers.iter().map(|l| l.samples).max().unwrap_or(0)
+            ui::count(audited(&a.audit), "step")
         ));
     }
     if a.audit.doubled > 0 {
-        parts.push(format!("budget doubled {} times", a.audit.doubled));
+        parts.push(doubled(&a.audit));
     }
     match s.finish {
         Some(Finish::Cancelled) => parts.push("interrupted".into()),
@@ -79,6 +79,26 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
         Some(Finish::Eos | Finish::Stop | Finish::NoFiniteLogit) | None => {}
     }
     parts.join(" | ")
+}
+
+/// Steps that were audited.
+fn audited(a: &AuditSummary) -> usize {
+    a.layers.iter().map(|l| l.samples).max().unwrap_or(0)
+}
+
+/// How often the budget was doubled, and whether what the audit says is of the budget before.
+fn doubled(a: &AuditSummary) -> String {
+    let times = match a.doubled {
+        1 => "once".into(),
+        n => format!("{n} times"),
+    };
+    match audited(a) <= a.doubled {
+        // The last measurement, too, was answered with a larger budget.
+        true => format!(
+            "then the budget was doubled ({times}), and not measured since; --audit N measures every N steps"
+        ),
+        false => format!("budget doubled {times} on the way, measured before and after"),
+    }
 }
 
 /// Why an audit measured nothing; none where it did, or where none was asked for.
@@ -106,6 +126,7 @@ pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::LayerSummary;
 
     #[test]
     fn an_interrupted_prompt_claims_no_more_than_was_read() {
@@ -148,6 +169,28 @@ mod tests {
         assert!(said("sparcas").contains("sparcas: 28.0 MB of KV"), "{}", said("sparcas"));
         let trimmed = said("sparcas:mass=0.9");
         assert!(trimmed.contains("sparcas: at most 28.0 MB of KV"), "{trimmed}");
+    }
+
+    #[test]
+    fn a_budget_that_was_doubled_last_is_not_called_measured() {
+        let layer = LayerSummary {
+            layer: 2,
+            samples: 1,
+            recall: 0.5,
+            worst_recall: 0.5,
+            output_error: 0.1,
+        };
+        let said = |samples, doubled| {
+            let layers = vec![LayerSummary { samples, ..layer.clone() }];
+            let audit = AuditSummary { layers, doubled };
+            let stats = Stats { kv_bytes: 1, kv_bytes_dense: 2, ..Stats::default() };
+            statistics(&Answer { text: String::new(), stats, audit }, &Plan::dense(1))
+        };
+        let once = said(1, 1);
+        assert!(once.contains("in 1 step |") && once.contains("doubled (once)"), "{once}");
+        assert!(once.contains("not measured since; --audit N"), "{once}");
+        let twice = said(4, 2);
+        assert!(twice.contains("in 4 steps |") && twice.contains("doubled 2 times on"), "{twice}");
     }
 
     #[test]

@@ -54,6 +54,11 @@ pub fn thousands(n: u64) -> String {
     out
 }
 
+/// "1 step", "2 steps".
+pub fn count(n: usize, what: &str) -> String {
+    format!("{} {what}{}", thousands(n as u64), if n == 1 { "" } else { "s" })
+}
+
 /// Bytes with a decimal unit.
 pub fn bytes(n: u64) -> String {
     match n {
