@@ -50,3 +50,19 @@ fn options_that_do_not_fit_are_among_those_that_are_named() {
     of(&["--method", "kascade", "--anchors", "0"], &["0 anchor layers: give 1 to", "--anchors"]);
     of(&["--budget", "8"], &["4 sinks and 32 recent", "give 36 or more", "--budget", "--sinks"]);
 }
+
+#[test]
+fn negative_numbers_are_refused_by_the_option() {
+    let home = Home::new();
+    let model = home.model();
+    for option in ["--budget", "--ctx", "--mass", "--audit", "--temp", "-n", "--seed"] {
+        let value = if option == "--mass" { "-0.5" } else { "-5" };
+        let done = home.run(&run_on(&model, &["hi", option, value]));
+        assert!(!matches!(done.code, Some(0 | 101)), "{done:?}");
+        let said = if option == "--mass" { "a share from" } else { option };
+        assert!(done.err.contains(said) && !done.err.contains("unexpected"), "{done:?}");
+    }
+    let eval = ["eval", "copy", "-m", &model, "--text", "x.txt", "--lengths", "-3"];
+    home.refused(&eval, &["'-3' for '--lengths"]);
+    home.refused(&["bench", "-D", "-5"], &["'-5' for '--depth"]);
+}

@@ -207,16 +207,16 @@ pub struct AnswerArgs {
     #[arg(short = 'n', long, default_value_t = 256, value_name = "TOKENS", value_parser = at_least_one)]
     pub max_tokens: usize,
     /// Temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.0, value_parser = temperature)]
     pub temp: f32,
     /// Draw from the K most likely tokens; 0 = all
     #[arg(long, default_value_t = 0, value_name = "K")]
     pub top_k: usize,
     /// Draw from the fewest tokens that hold this probability
-    #[arg(long, default_value_t = 1.0, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
+    #[arg(long, default_value_t = 1.0, value_name = "P", value_parser = probability)]
     pub top_p: f32,
     /// Leave out tokens less likely than this share of the most likely one
-    #[arg(long, default_value_t = 0.0, value_name = "P", allow_negative_numbers = true, value_parser = probability)]
+    #[arg(long, default_value_t = 0.0, value_name = "P", value_parser = probability)]
     pub min_p: f32,
     /// Seed of the random numbers
     #[arg(long, default_value_t = 0)]

@@ -82,8 +82,16 @@ fn with_json(command: clap::Command) -> clap::Command {
     command.mut_arg("format", |format| format.default_value_if("json", "true", "json")).arg(json)
 }
 
+/// Lets options take -5 as a value, so that what is said of it names the option and what it takes.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let takes_one = |arg: &Arg| !arg.is_positional() && arg.get_action().takes_values();
+    command
+        .mut_args(|arg| if takes_one(&arg) { arg.allow_negative_numbers(true) } else { arg })
+        .mut_subcommands(with_negative_numbers)
+}
+
 fn parsed() -> Cli {
-    let matches = with_json(Cli::command()).get_matches();
+    let matches = with_negative_numbers(with_json(Cli::command())).get_matches();
     Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
 }
 
