@@ -66,3 +66,15 @@ fn negative_numbers_are_refused_by_the_option() {
     home.refused(&eval, &["'-3' for '--lengths"]);
     home.refused(&["bench", "-D", "-5"], &["'-5' for '--depth"]);
 }
+
+/// A longer text would not help.
+#[test]
+fn the_limit_of_the_model_comes_before_that_of_the_text() {
+    let home = Home::new();
+    let (model, short) = (home.model(), home.file("short.txt", b"It was cold."));
+    for evaluation in ["ppl", "copy", "passkey", "recall", "needle", "multikey", "ruler"] {
+        let eval = ["eval", evaluation, "-m", &model, "-d", "cpu", "--text", &short];
+        let names = ["a sample of 1200000 tokens", "trained for", "--lengths"];
+        home.refused(&[&eval[..], &["--lengths", "1200000"]].concat(), &names);
+    }
+}

@@ -45,6 +45,7 @@ impl HaystackArgs {
         report: impl FnOnce(&[Answer]) -> Result<Report>,
     ) -> Result<ExitCode> {
         let setup = Setup::new(&self.common)?;
+        setup.fits(self.texts.longest(), "--lengths")?;
         let prose = self.texts.read()?.join("\n");
         let (before, after) = frame(&setup, self.raw)?;
         let tokenizer = &setup.tokenizer;

@@ -63,6 +63,11 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
+    /// Tokens of the longest sample that is asked for: known before the texts are, of which a longer one would not help.
+    pub fn longest(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
     /// The texts, each of which is there once, as are the lengths.
     pub fn read(&self) -> Result<Vec<String>> {
         once("--lengths", &self.lengths)?;
@@ -139,15 +144,24 @@ impl<'a> Setup<'a> {
         Ok(Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer })
     }
 
-    /// Builds the engine for sequences of up to `longest` tokens, which the option `by` sets.
-    pub fn bench(self, longest: usize, by: &str) -> Result<Bench<'a>> {
-        let Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer } = self;
-        let most = checkpoint.config().max_context;
+    /// Refuses samples longer than what the model was trained for, which the option `by` sets.
+    ///
+    /// # Errors
+    /// Such samples.
+    pub fn fits(&self, longest: usize, by: &str) -> Result<()> {
+        let most = self.checkpoint.config().max_context;
         if longest > most {
             bail!(
                 "a sample of {longest} tokens: this model was trained for {most}; give less {by}"
             );
         }
+        Ok(())
+    }
+
+    /// Builds the engine for sequences of up to `longest` tokens, which the option `by` sets.
+    pub fn bench(self, longest: usize, by: &str) -> Result<Bench<'a>> {
+        self.fits(longest, by)?;
+        let Setup { common, interrupt, specs, files, outputs, checkpoint, tokenizer } = self;
         let kinds: Vec<MethodSpec> = specs.iter().map(|s| s.1.clone()).collect();
         let context = common.model.size.ctx.unwrap_or(longest);
         if longest > context {

@@ -48,6 +48,7 @@ const MEASURES: [(&str, Measure); 4] = [
 
 pub fn run(a: RecallArgs) -> Result<ExitCode> {
     let setup = Setup::new(&a.common)?;
+    setup.fits(a.texts.longest(), "--lengths")?;
     let start = start_of_text(&setup.tokenizer)?;
     let mut samples = Vec::new();
     for (name, ids) in a.texts.encoded(&setup.tokenizer)? {
