@@ -21,9 +21,12 @@ pub fn hint(e: &anyhow::Error, calibrates: bool) -> Option<String> {
             None => options_of(method),
         });
     }
-    e.chain().find_map(|cause| match cause.downcast_ref() {
-        Some(e) => calibrate(e, calibrates),
-        None => fixed(cause).map(String::from),
+    e.chain().find_map(|cause| match (cause.downcast_ref(), cause.downcast_ref()) {
+        (Some(e), _) => calibrate(e, calibrates),
+        (None, Some(EngineError::BadContext { most, .. })) => Some(format!(
+            "--ctx takes up to {most} with this model; for longer texts name one that was trained for them (-m)"
+        )),
+        _ => fixed(cause).map(String::from),
     })
 }
 
@@ -122,9 +125,7 @@ fn engine(e: &EngineError) -> Option<&'static str> {
         EngineError::Select(e) => select(e),
         // Where the model itself ends, no option helps.
         EngineError::ContextTooLong { trained: true, .. } => None,
-        EngineError::BadContext { .. } | EngineError::ContextTooLong { .. } => {
-            Some("--ctx sets the context, in tokens")
-        }
+        EngineError::ContextTooLong { .. } => Some("--ctx sets the context, in tokens"),
         EngineError::TooLarge { .. } => Some(
             "--ctx sets the context, --dtype and --kv-dtype the storage, --device the device; LONGSIGHT_MEMORY_CHECK=off \
              loads the model all the same",
@@ -175,7 +176,7 @@ mod tests {
                 .into(),
                 "--device",
             ),
-            (EngineError::BadContext { context: 9, most: 8 }.into(), "--ctx"),
+            (EngineError::BadContext { context: 9, most: 8 }.into(), "--ctx takes up to 8"),
             (EngineError::TooLarge { weights: 9, tokens: 64, cache: 8, free: 7 }.into(), "--ctx"),
             (
                 EngineError::ContextTooLong {
