@@ -78,3 +78,20 @@ fn the_limit_of_the_model_comes_before_that_of_the_text() {
         home.refused(&[&eval[..], &["--lengths", "1200000"]].concat(), &names);
     }
 }
+
+#[cfg(unix)]
+#[test]
+fn places_that_cannot_be_written_to_are_named_once() {
+    let home = Home::new();
+    let file = home.file("file", b"");
+    let inside = format!("{file}/cache");
+    let cache = [("LONGSIGHT_CACHE", &*inside)];
+    home.refused_in(&cache, &["plan", "-m", "tiny"], &[&inside, "hint: LONGSIGHT_CACHE"]);
+    let said = home.run_in(&cache, &["plan", "-m", "tiny"]).err;
+    assert_eq!(said.matches("os error").count(), 1, "{said}");
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else { return };
+    let mut plan = home.command(&["plan", "-m", &home.model()]);
+    let done = plan.stdout(full).stderr(std::process::Stdio::piped()).output().unwrap();
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(said.contains("error: cannot write to standard output: No space"), "{said}");
+}

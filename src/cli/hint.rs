@@ -6,7 +6,8 @@ use crate::backend::BackendError;
 use crate::calibrate::CalibrateError;
 use crate::engine::EngineError;
 use crate::eval::SampleError;
-use crate::model::LoadError;
+use crate::files::cache_dir;
+use crate::model::{LoadError, ModelError};
 use crate::select::{METHODS, SelectError};
 
 /// A line for the first cause that options can change; `calibrates`: the command is `calibrate`, whose pieces have other
@@ -57,6 +58,10 @@ fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
         backend(e)
     } else if let Some(LoadError::Backend(e)) = cause.downcast_ref() {
         backend(e)
+    } else if let Some(LoadError::Model(e)) = cause.downcast_ref() {
+        model(e)
+    } else if let Some(e) = cause.downcast_ref() {
+        model(e)
     } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
         Some("--text gives the text, --lengths the tokens of a sample")
     } else if let Some(SampleError::TooFewTokens { .. }) = cause.downcast_ref() {
@@ -123,6 +128,7 @@ fn engine(e: &EngineError) -> Option<&'static str> {
     match e {
         EngineError::Backend(e) => backend(e),
         EngineError::Select(e) => select(e),
+        EngineError::Model(e) => model(e),
         // Where the model itself ends, no option helps.
         EngineError::ContextTooLong { trained: true, .. } => None,
         EngineError::ContextTooLong { .. } => Some("--ctx sets the context, in tokens"),
@@ -139,6 +145,17 @@ fn select(e: &SelectError) -> Option<&'static str> {
     match e {
         SelectError::Backend(e) => backend(e),
         SelectError::WrongModel { .. } => Some("`longsight plan --save` writes a plan"),
+        _ => None,
+    }
+}
+
+fn model(e: &ModelError) -> Option<&'static str> {
+    match e {
+        ModelError::Io { path, .. } if cache_dir().is_some_and(|cache| path.starts_with(cache)) => {
+            Some(
+                "LONGSIGHT_CACHE names the folder that models and what belongs to them are kept in",
+            )
+        }
         _ => None,
     }
 }

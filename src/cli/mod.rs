@@ -113,7 +113,7 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(e) if ui::is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
-            ui::note(format!("error: {e:#}"));
+            ui::note(format!("error: {}", ui::sentence(&e)));
             if let Some(hint) = hint::hint(&e, calibrates) {
                 ui::note(format!("hint: {hint}"));
             }

@@ -10,7 +10,7 @@ use crate::engine::{Engine, Finish, Generation, Request};
 use crate::model::{ChatTemplate, Checkpoint, Message, ModelError, Tokenizer};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -188,17 +188,15 @@ pub fn answer(engine: &mut Engine, request: Request, show: bool) -> Result<Answe
         }
     });
     let mut text = String::new();
-    let mut out = std::io::stdout().lock();
     for piece in generation.by_ref() {
         let piece = piece?;
         if show {
-            out.write_all(piece.text.as_bytes())?;
-            out.flush()?;
+            ui::print(&piece.text)?;
         }
         text.push_str(&piece.text);
     }
     if show {
-        writeln!(out)?;
+        ui::print("\n")?;
     }
     bar.end();
     let stats = generation.stats().cloned().unwrap_or_default();

@@ -3,7 +3,7 @@
 use crate::backend::Capabilities;
 use crate::engine::Engine;
 use crate::select::Plan;
-use std::io::Write;
+use std::io::{Error, Write};
 use std::sync::Once;
 
 /// Says what the engine had to say while it was built, and what there is to say of its device.
@@ -80,8 +80,21 @@ pub fn plus_minus(error: Option<f64>, decimals: usize) -> String {
 /// A reader that went away (see [`is_broken_pipe`]), where `print!` would panic; a full disk.
 pub fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())?;
-    out.flush()
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    // Of the same kind, by which readers that went away are told.
+    written.map_err(|e| Error::new(e.kind(), format!("cannot write to standard output: {e}")))
+}
+
+/// An error with its causes, but for those that a sentence in front of them has told already.
+pub fn sentence(e: &anyhow::Error) -> String {
+    let mut said = String::new();
+    for cause in e.chain().map(ToString::to_string) {
+        if !said.contains(&cause) {
+            said += if said.is_empty() { "" } else { ": " };
+            said += &cause;
+        }
+    }
+    said
 }
 
 /// A line on standard error. Nobody is left to be told where that cannot be written to.
@@ -99,6 +112,14 @@ pub fn is_broken_pipe(e: &anyhow::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_cause_is_told_once() {
+        let told = anyhow::anyhow!("no space").context("cannot write a.txt: no space");
+        assert_eq!(super::sentence(&told), "cannot write a.txt: no space");
+        let other = anyhow::anyhow!("no space").context("cannot write a.txt");
+        assert_eq!(super::sentence(&other), "cannot write a.txt: no space");
+    }
+
     #[test]
     fn numbers_are_readable() {
         assert_eq!(super::thousands(1_234_567), "1,234,567");
