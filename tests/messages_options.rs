@@ -95,3 +95,24 @@ fn places_that_cannot_be_written_to_are_named_once() {
     let said = String::from_utf8(done.stderr).unwrap();
     assert!(said.contains("error: cannot write to standard output: No space"), "{said}");
 }
+
+/// Bad values of options are told from work that failed by the exit code, whatever the command.
+#[test]
+fn an_unknown_method_is_a_bad_value_in_every_command() {
+    let home = Home::new();
+    let model = home.model();
+    let eval = ["eval", "copy", "--text", "x.txt", "--methods", "sparcsa"];
+    let commands: [&[&str]; 5] = [
+        &["run", "-m", &model, "--method", "sparcsa", "hi"],
+        &["plan", "-m", &model, "--method", "sparcsa"],
+        &["bench", "--methods", "sparcas,sparcsa"],
+        &["bench", "attention", "--methods", "sparcsa"],
+        &eval,
+    ];
+    for command in commands {
+        let done = home.run(command);
+        assert_eq!(done.code, Some(2), "{done:?}");
+        let names = ["invalid value 'sparcsa' for '--method", "did you mean `sparcas`"];
+        assert!(names.iter().all(|n| done.err.contains(n)), "{done:?}");
+    }
+}

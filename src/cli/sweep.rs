@@ -3,7 +3,7 @@
 use super::lists::{item, once};
 use super::method_args::{OtherOptions, SWEPT, read_by_one};
 use crate::backend::DimMetric;
-use crate::select::{MethodSpec, parse_name};
+use crate::select::{MethodSpec, SelectError, parse_name};
 use anyhow::Result;
 use clap::Args;
 
@@ -27,6 +27,11 @@ pub struct Sweep {
     pub metric: Vec<String>,
     #[command(flatten)]
     pub others: OtherOptions,
+}
+
+/// Checks a method with its options and keeps its name.
+pub fn method_name(name: &str) -> Result<String, SelectError> {
+    name.trim().parse::<MethodSpec>().map(|_| name.trim().to_string())
 }
 
 /// Checks a metric and keeps its name.

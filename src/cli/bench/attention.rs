@@ -9,7 +9,7 @@ use crate::bench::attention::{
 use crate::bench::kernels::Check;
 use crate::cli::args::{at_least_one, read_plans};
 use crate::cli::lists::{item, path};
-use crate::cli::sweep::Sweep;
+use crate::cli::sweep::{Sweep, method_name};
 use crate::cli::table::Table;
 use crate::cli::ui;
 use anyhow::{Result, bail};
@@ -98,7 +98,7 @@ pub struct AttentionArgs {
     dtype: DType,
     /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
     /// `longsight run --help` lists them [default: sparcas,kascade; with -p kascade:tile=32]
-    #[arg(long, value_delimiter = ',', value_parser = item::<String>, value_name = "METHOD,...")]
+    #[arg(long, value_delimiter = ',', value_parser = method_name, value_name = "METHOD,...")]
     methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
     #[arg(long, value_delimiter = ',', value_parser = path(), value_name = "FILE,...")]

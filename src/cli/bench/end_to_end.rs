@@ -8,7 +8,7 @@ use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::Interrupt;
 use crate::cli::lists::{item, path};
 use crate::cli::progress::Bar;
-use crate::cli::sweep::Sweep;
+use crate::cli::sweep::{Sweep, method_name};
 use crate::cli::table::Table;
 use crate::cli::ui;
 use crate::engine::EngineError;
@@ -58,7 +58,7 @@ pub struct EndToEndArgs {
     depth: Vec<usize>,
     /// Methods to compare with dense attention, comma separated, with options after colons (sparcas:dims=16);
     /// `longsight run --help` lists them
-    #[arg(long, value_delimiter = ',', value_parser = item::<String>, default_value = "sparcas", value_name = "METHOD,...")]
+    #[arg(long, value_delimiter = ',', value_parser = method_name, default_value = "sparcas", value_name = "METHOD,...")]
     methods: Vec<String>,
     /// Plan files to measure beside the methods (see `longsight plan --save`)
     #[arg(long, value_delimiter = ',', value_parser = path(), value_name = "FILE,...")]

@@ -4,10 +4,10 @@ use super::report::{Kind, Output, Report};
 use crate::cli::args::{AUDIT_EVERY, Format, ModelArgs, at_least_one, check_plans, read_plans};
 use crate::cli::forecast_args::ForecastArgs;
 use crate::cli::interrupt::{EXIT_CODE, Interrupt};
-use crate::cli::lists::{different_texts, item, once, path, short_names};
+use crate::cli::lists::{different_texts, once, path, short_names};
 use crate::cli::output::{OutputFile, Written};
 use crate::cli::progress::Bar;
-use crate::cli::sweep::Sweep;
+use crate::cli::sweep::{Sweep, method_name};
 use crate::cli::{texts, ui};
 use crate::engine::{Engine, EngineError};
 use crate::model::{Checkpoint, Tokenizer};
@@ -29,7 +29,7 @@ pub struct Common {
         long,
         value_name = "METHODS",
         value_delimiter = ',',
-        value_parser = item::<String>,
+        value_parser = method_name,
         default_value = "sparcas,sparcas-int8"
     )]
     methods: Vec<String>,
