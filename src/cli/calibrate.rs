@@ -151,6 +151,11 @@ pub fn calibrate(a: CalibrateArgs) -> Result<ExitCode> {
     }
     report.iter().for_each(Written::tell);
     written.tell_use(&a.model.size.model, "--plan");
+    // Nothing but this command reads it.
+    ui::note(format!(
+        "{} keeps the statistics, so that other --anchors or more --prompts take less time; it may be removed",
+        state.display()
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
