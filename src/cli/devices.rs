@@ -1,6 +1,7 @@
 //! `longsight devices`: what this machine can run on.
 
 use super::args::Format;
+use super::interrupt::Interrupt;
 use super::ui;
 use crate::backend::{Backend, BackendError, Capabilities, open_all};
 use crate::names::option_name;
@@ -20,6 +21,8 @@ pub struct DevicesArgs {
 }
 
 pub fn devices(a: DevicesArgs) -> Result<ExitCode> {
+    // Never armed: Ctrl-C ends it with the exit code of every other command.
+    Interrupt::install();
     let found = open_all();
     let mut rows = Vec::new();
     for (name, device) in &found {

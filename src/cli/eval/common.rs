@@ -54,7 +54,8 @@ pub struct Common {
 /// Texts and lengths.
 #[derive(Args)]
 pub struct TextArgs {
-    /// Text to use; may be given several times (passkey takes its filler from the first)
+    /// Text to use; may be given several times: ppl, copy and recall read each for itself, passkey hides its key in the
+    /// first, the other evaluations in all of them together
     #[arg(long, value_name = "FILE", required = true)]
     pub text: Vec<PathBuf>,
     /// Lengths in tokens, comma separated; question and answer are part of them

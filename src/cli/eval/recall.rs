@@ -87,8 +87,16 @@ fn report(layers: bool, rows: &[RecallRow]) -> Result<Report> {
         tables.push(head_table(rows));
     }
     let json = vec![("rows", serde_json::to_value(rows)?)];
-    Ok(Report { task: "recall", json, tables, note: String::new(), panels })
+    Ok(Report { task: "recall", json, tables, note: LEGEND.into(), panels })
 }
+
+/// Below the tables.
+const LEGEND: &str = "\
+Mass: attention on the selected tokens; best: on as many tokens of the most attention; top-k: share of these that are selected.
+Churn: share of the selected tokens that were not a step before; dims churn: of the scored dimensions, where queries choose \
+them.
+Worst head: the KV head with the least mass.
+";
 
 fn percent(x: f64) -> String {
     format!("{:.2} %", 100.0 * x)
