@@ -305,7 +305,7 @@ mod tests {
         };
         assert_eq!([1, 30, 32, 36].map(anchors), [1, 5, 5, 6]);
         for (spec, part) in [
-            ("kascade:anchors=0", "0 anchors"),
+            ("kascade:anchors=0", "0 anchor layers"),
             ("kascade:anchors=5", "5 anchor layers: give 1 to 4"),
             ("kascade:anchors=0+4", "layer 4 cannot be an anchor"),
             ("kascade:anchors=2+1", "ascending"),

@@ -45,12 +45,11 @@ impl HaystackArgs {
         report: impl FnOnce(&[Answer]) -> Result<Report>,
     ) -> Result<ExitCode> {
         let setup = Setup::new(&self.common)?;
-        setup.fits(self.texts.longest(), "--lengths")?;
         let prose = self.texts.read()?.join("\n");
         let (before, after) = frame(&setup, self.raw)?;
         let tokenizer = &setup.tokenizer;
-        let problems =
-            make(&TaskSource { tokenizer, prose: &prose, before: &before, after: &after })?;
+        let made = make(&TaskSource { tokenizer, prose: &prose, before: &before, after: &after });
+        let problems = setup.samples(&self.texts, made)?;
         let bench = setup.bench(longest(&problems), "--lengths")?;
         solved(bench, &problems, &self.audit, |answers| {
             let mut report = report(answers)?;

@@ -10,6 +10,7 @@ use crate::cli::progress::Bar;
 use crate::cli::sweep::{Sweep, method_name};
 use crate::cli::{texts, ui};
 use crate::engine::{Engine, EngineError};
+use crate::eval::SampleError;
 use crate::model::{Checkpoint, Tokenizer};
 use crate::select::{MethodSpec, Plan};
 use anyhow::{Result, bail};
@@ -64,11 +65,6 @@ pub struct TextArgs {
 }
 
 impl TextArgs {
-    /// Tokens of the longest sample that is asked for: known before the texts are, of which a longer one would not help.
-    pub fn longest(&self) -> usize {
-        self.lengths.iter().copied().max().unwrap_or(0)
-    }
-
     /// The texts, each of which is there once, as are the lengths.
     pub fn read(&self) -> Result<Vec<String>> {
         once("--lengths", &self.lengths)?;
@@ -149,7 +145,7 @@ impl<'a> Setup<'a> {
     ///
     /// # Errors
     /// Such samples.
-    pub fn fits(&self, longest: usize, by: &str) -> Result<()> {
+    fn fits(&self, longest: usize, by: &str) -> Result<()> {
         let most = self.checkpoint.config().max_context;
         if longest > most {
             bail!(
@@ -157,6 +153,20 @@ impl<'a> Setup<'a> {
             );
         }
         Ok(())
+    }
+
+    /// Samples of `texts`; where those are too short for what the model could not read anyway, that is the error.
+    ///
+    /// # Errors
+    /// That of the samples, or [`Setup::fits`].
+    pub fn samples<T>(&self, texts: &TextArgs, made: Result<T>) -> Result<T> {
+        made.map_err(|e| match e.downcast_ref() {
+            Some(SampleError::TextTooShort { .. }) => {
+                let longest = texts.lengths.iter().copied().max().unwrap_or(0);
+                self.fits(longest, "--lengths").err().unwrap_or(e)
+            }
+            _ => e,
+        })
     }
 
     /// Builds the engine for sequences of up to `longest` tokens, which the option `by` sets.

@@ -147,8 +147,7 @@ fn run(
     make: impl FnOnce(&LossArgs, &Tokenizer) -> Result<Vec<Sample>>,
 ) -> Result<ExitCode> {
     let setup = Setup::new(&a.common)?;
-    setup.fits(a.texts.longest(), "--lengths")?;
-    let samples = make(a, &setup.tokenizer)?;
+    let samples = setup.samples(&a.texts, make(a, &setup.tokenizer))?;
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
     let audit = a.audit.every();
     setup.bench(longest, "--lengths")?.report(

@@ -48,12 +48,12 @@ const MEASURES: [(&str, Measure); 4] = [
 
 pub fn run(a: RecallArgs) -> Result<ExitCode> {
     let setup = Setup::new(&a.common)?;
-    setup.fits(a.texts.longest(), "--lengths")?;
     let start = start_of_text(&setup.tokenizer)?;
     let mut samples = Vec::new();
     for (name, ids) in a.texts.encoded(&setup.tokenizer)? {
         for &n in &a.texts.lengths {
-            samples.push(continuation(&name, &start, &ids, n, a.steps)?);
+            let sample = continuation(&name, &start, &ids, n, a.steps);
+            samples.push(setup.samples(&a.texts, sample.map_err(Into::into))?);
         }
     }
     let longest = samples.iter().map(|s| s.tokens.len()).max().unwrap_or(1);
