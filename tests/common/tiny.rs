@@ -61,6 +61,12 @@ impl Tiny {
         Tiny::of(config, seed)
     }
 
+    /// With heads of 64 dimensions, which is what kernels on tensor cores take.
+    pub fn wide(seed: u64, n_layers: usize) -> Tiny {
+        let config = Tiny::deep(Arch::Llama, false, seed, n_layers).config;
+        Tiny::of(ModelConfig { head_dim: 64, ..config }, seed)
+    }
+
     /// With content importance, as NOSA models have it.
     pub fn nosa(seed: u64, n_layers: usize) -> Tiny {
         let config = Tiny::deep(Arch::Llama, false, seed, n_layers).config;

@@ -90,13 +90,12 @@ pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Kernels {
-    /// `LONGSIGHT_CUDA_OVERLAP=off` runs every kernel after the one before.
-    pub fn new(ctx: Arc<CudaContext>, limits: Limits) -> Self {
-        let off = std::env::var("LONGSIGHT_CUDA_OVERLAP").is_ok_and(|v| v == "off");
+    /// Without `overlap` every kernel runs after the one before.
+    pub fn new(ctx: Arc<CudaContext>, limits: Limits, overlap: bool) -> Self {
         Kernels {
             ctx,
             limits,
-            overlap: limits.cc == (9, 0) && !off,
+            overlap: limits.cc == (9, 0) && overlap,
             modules: Mutex::default(),
             functions: Mutex::default(),
             clusters: Mutex::default(),

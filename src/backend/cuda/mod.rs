@@ -5,13 +5,14 @@
 //! sized from the bounds in the parameter structs. Environment variables:
 //!
 //! * `LONGSIGHT_CUBLAS=off` keeps cuBLASLt out;
-//! * `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel (`replay.rs`);
+//! * `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel (`replay.rs`, `options.rs`);
 //! * `LONGSIGHT_CUDA_OVERLAP=off` places no block of a kernel before the kernel before has ended (`launch.rs`);
 //! * `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of older GPUs (`hopper.rs`);
 //! * `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
 mod attend;
+mod bandwidth;
 mod blas;
 mod blocks;
 mod clock;
@@ -25,11 +26,14 @@ mod linear;
 mod lists;
 mod memory;
 mod nvrtc;
+mod options;
 mod parts;
 mod replay;
 mod score;
 mod tiles;
 mod top_k;
+
+pub use options::CudaOptions;
 
 use super::ops::check_forced;
 use super::{
@@ -96,12 +100,20 @@ pub fn list() -> Result<Vec<Capabilities>> {
 }
 
 impl CudaBackend {
-    /// Opens device `ordinal` (0 is the first).
+    /// Opens device `ordinal` (0 is the first), with what the environment says.
+    ///
+    /// # Errors
+    /// Those of [`CudaBackend::open_with`].
+    pub fn open(ordinal: usize) -> Result<CudaBackend> {
+        CudaBackend::open_with(ordinal, CudaOptions::from_environment())
+    }
+
+    /// Opens device `ordinal`.
     ///
     /// # Errors
     /// [`BackendError::Unavailable`] with a sentence that says what is missing; [`BackendError::Driver`] when
     /// the driver fails.
-    pub fn open(ordinal: usize) -> Result<CudaBackend> {
+    pub fn open_with(ordinal: usize, options: CudaOptions) -> Result<CudaBackend> {
         let (caps, limits) = driver::describe(ordinal)?;
         let ctx = CudaContext::new(ordinal).said("opening the device")?;
         // SAFETY: one stream orders everything; no slice of cudarc's own is ever shared between streams.
@@ -112,11 +124,11 @@ impl CudaBackend {
             arrived,
             caps,
             limits,
-            kernels: Kernels::new(ctx.clone(), limits),
+            kernels: Kernels::new(ctx.clone(), limits, options.overlap),
             blas: Blas::open(&stream),
             staging: Mutex::new(Staging::new(&stream)),
             scratch: Mutex::default(),
-            replays: Replays::new(&ctx)?,
+            replays: Replays::new(&ctx, options.graphs)?,
             ctx,
             stream,
         })
@@ -174,24 +186,6 @@ impl CudaBackend {
         let ptr = memory.ptr();
         *held = Some(memory);
         Ok(Scratch { ptr, _turn: held })
-    }
-
-    /// GB/s of a kernel that reads as much memory as fits, up to 8 GiB.
-    fn read_bandwidth(&self) -> Result<f64> {
-        let free = self.free_memory().unwrap_or(0) as usize;
-        let bytes = (8usize << 30).min(free / 2).max(1 << 20) / 64 * 64;
-        let memory = Memory::new(&self.stream, bytes, "the bandwidth test")?;
-        let sink = self.scratch(4)?;
-        let mut best = f64::INFINITY;
-        for _ in 0..4 {
-            let ms = timed(&self.stream, &mut || {
-                let args = Args::new().with(memory.ptr()).with((bytes / 16) as u64).with(sink.ptr);
-                let shape = Shape::new([self.limits.sms * 8, 1, 1], 256);
-                self.launch("bandwidth", "bandwidth", shape, args)
-            })?;
-            best = best.min(ms);
-        }
-        Ok(bytes as f64 / best / 1e6)
     }
 }
 

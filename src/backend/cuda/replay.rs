@@ -125,13 +125,13 @@ const LEAST: usize = 8;
 const PART: [usize; 3] = [8, 24, 48];
 
 impl Replays {
-    /// `LONGSIGHT_CUDA_GRAPHS=off` keeps graphs out.
-    pub fn new(ctx: &Arc<CudaContext>) -> Result<Self> {
+    /// `on`: there are graphs.
+    pub fn new(ctx: &Arc<CudaContext>, on: bool) -> Result<Self> {
         Ok(Replays {
             capture: ctx.new_stream().said("creating a stream")?,
             known: Mutex::default(),
             replayed: AtomicU64::new(0),
-            on: !std::env::var("LONGSIGHT_CUDA_GRAPHS").is_ok_and(|v| v == "off"),
+            on,
         })
     }
 
