@@ -128,8 +128,8 @@ pub struct AttendRows<'a> {
     pub rows_per_seq: usize,
     /// u32 `[kv_heads]`, the list of each KV head. None: lists are in head order.
     pub head_map: Option<&'a Tensor>,
-    /// Lists and their counts were written before the op right before this one, so that a backend may read them while
-    /// that op still runs. `false` is always right.
+    /// Lists, their counts and `head_map` were written before the op right before this one, so that a backend may read
+    /// them while that op still runs. `false` is always right.
     pub settled: bool,
     /// Pieces that each list is cut into, at least 1.
     pub splits: usize,

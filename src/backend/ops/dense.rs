@@ -79,7 +79,7 @@ impl GatherRows<'_> {
 pub struct RmsNorm<'a> {
     /// f32 `[rows, cols]`.
     pub x: &'a Tensor,
-    /// f32 `[cols]`; not written by the op right before.
+    /// f32 `[cols]`; not written by the op right before, which may still run when it is read.
     pub weight: &'a Tensor,
     /// act `[rows, cols]`, not `x`.
     pub out: &'a Tensor,
@@ -197,9 +197,9 @@ pub struct Rope<'a> {
     pub x: &'a Tensor,
     /// Elements between rows of `x`.
     pub x_stride: usize,
-    /// u32 `[rows]`.
+    /// u32 `[rows]`; not written by the op right before, which may still run when `rope_append` reads them.
     pub positions: &'a Tensor,
-    /// f32 `[heads / heads_per_freq, head_dim / 2]`.
+    /// f32 `[heads / heads_per_freq, head_dim / 2]`; not written by the op right before either.
     pub inv_freq: &'a Tensor,
     /// Query heads per frequency row (the GQA group size for queries, 1 for keys).
     pub heads_per_freq: usize,

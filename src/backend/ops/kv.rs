@@ -31,9 +31,10 @@ impl Meta {
 /// `pages[meta.PAGES + j / 64]`, row `j % 64`.
 #[derive(Debug, Clone, Copy)]
 pub struct Seqs<'a> {
-    /// u32 `[n, META_WORDS]`.
+    /// u32 `[n, META_WORDS]`; not written by the op right before, which may still run when they are read (an upload may
+    /// write them: it has ended by then).
     pub meta: &'a Tensor,
-    /// u32 page lists.
+    /// u32 page lists; not written by the op right before either.
     pub pages: &'a Tensor,
     /// Number of sequences.
     pub n: usize,
@@ -44,7 +45,8 @@ pub struct Seqs<'a> {
     /// Rows of the whole ragged batch (`q_start + q_len` of every sequence stays below).
     pub rows: usize,
     /// All tokens of a sequence but its last `q_len` were in the cache before this step, so that a backend may read them
-    /// while the op before still runs. `false` is always right.
+    /// while the op before still runs: keys and values, and the int8 copy with its scales, but no slice. `false` is always
+    /// right.
     pub settled: bool,
 }
 
