@@ -89,6 +89,20 @@ pub(super) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// The driver found nothing to run in a fatbin, nor could make anything of its PTX: NVRTC can. After any other error (no
+/// memory, a fault of an earlier kernel) it would not help.
+fn no_code(e: sys::CUresult) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        e,
+        CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_INVALID_PTX
+            | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | CUDA_ERROR_JIT_COMPILATION_DISABLED
+    )
+}
+
 impl Kernels {
     /// Without `overlap` every kernel runs after the one before.
     pub fn new(ctx: Arc<CudaContext>, limits: Limits, overlap: bool) -> Self {
@@ -112,15 +126,19 @@ impl Kernels {
             reason: "no such kernel file in this build".into(),
         })?;
         let embedded = source.fatbin.map(|f| self.ctx.load_module(Ptx::from_binary(f.to_vec())));
-        let module = match embedded {
-            Some(Ok(m)) => m,
+        let loaded = match embedded {
+            Some(Err(e)) if no_code(e.0) => None,
+            loaded => loaded,
+        };
+        let loaded = match loaded {
+            Some(loaded) => loaded,
             // No machine code for this GPU in the fatbin, or none at all: compile for it now.
-            _ => {
+            None => {
                 let cubin = nvrtc::cubin(source, self.limits.cc)?;
-                let loaded = self.ctx.load_module(Ptx::from_binary(cubin));
-                loaded.said(&format!("loading the kernels of {op}"))?
+                self.ctx.load_module(Ptx::from_binary(cubin))
             }
         };
+        let module = loaded.said(&format!("loading the kernels of {op}"))?;
         lock(&self.modules).insert(op, module.clone());
         Ok(module)
     }
@@ -280,6 +298,13 @@ mod tests {
         assert_eq!(a.words[1..3], [1, 2]);
         assert_eq!(a.words[0] as u32, 7);
         assert_eq!(f32::from_bits(a.words[3] as u32), 0.5);
+    }
+
+    #[test]
+    fn only_missing_code_is_compiled() {
+        use sys::CUresult::*;
+        assert!(no_code(CUDA_ERROR_NO_BINARY_FOR_GPU) && no_code(CUDA_ERROR_INVALID_PTX));
+        assert!(!no_code(CUDA_ERROR_OUT_OF_MEMORY) && !no_code(CUDA_ERROR_ILLEGAL_ADDRESS));
     }
 
     #[test]
