@@ -330,6 +330,33 @@ mod tests {
         }
     }
 
+    /// The body of the function `name`, without comments.
+    fn body(text: &str, name: &str) -> String {
+        let head = text.lines().position(|l| {
+            l.contains("DEVICE ") && l.contains(&format!(" {name}(")) && !l.starts_with(' ')
+        });
+        let head = head.unwrap_or_else(|| panic!("no function {name}"));
+        let lines = text.lines().skip(head).take_while(|l| *l != "}");
+        let code = lines.map(|l| l.split("//").next().unwrap_or_default());
+        code.collect::<Vec<_>>().join("\n")
+    }
+
+    /// What an `early_` function does before it has waited for certain, or before it hands on to one of `WAITING`, leaves
+    /// the kernel only by `depend()`.
+    fn waits_later(text: &str, name: &str) -> bool {
+        const WAITING: [(&str, &str); 2] =
+            [("score_mma", "score_mma<"), ("read_keys", "read_keys<")];
+        let code = body(text, name);
+        let certain = code.find("\n    depend();").map(|at| (at, true));
+        let handed = WAITING.iter().filter_map(|(f, call)| {
+            let at = code.find(call)?;
+            // It waits in the end if it has not before.
+            Some((at, body(text, f).contains("\n    if (early) depend();")))
+        });
+        let Some((at, waits)) = certain.or(handed.min()) else { return false };
+        waits && code[..at].split("return").skip(1).all(|rest| rest.starts_with(" depend();"))
+    }
+
     #[test]
     fn every_kernel_waits_for_the_one_before() {
         for s in SOURCES {
@@ -340,16 +367,22 @@ mod tests {
                 let first = lines.clone().find(|l| *l != "clear_histograms()").unwrap_or_default();
                 let name = first.split(['<', '(']).next().unwrap_or_default();
                 let waits = match name.starts_with("early_") {
-                    true => {
-                        let made = s.text.split_once(&format!("DEVICE void {name}("));
-                        let made = made.and_then(|m| m.1.split_once("\n}")).map_or("", |m| m.0);
-                        made.contains("depend()")
-                    }
+                    true => waits_later(s.text, name),
                     false => first == "depend()",
                 };
                 assert!(waits, "{}: {:?} begins with {first}", s.op, entry.lines().next());
             }
         }
+    }
+
+    #[test]
+    fn kernels_that_may_not_wait_are_seen() {
+        let early =
+            |code: &str| waits_later(&format!("DEVICE void early_x() {{\n{code}\n}}\n"), "early_x");
+        assert!(early("    if (a) return depend();\n    depend();\n    if (b) return;"));
+        assert!(!early("    if (a) return;\n    depend();"));
+        assert!(!early("    if (a) depend();"));
+        assert!(!early("    // depend();\n    // as\n    //depend();"));
     }
 
     #[test]
