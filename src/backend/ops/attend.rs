@@ -27,6 +27,10 @@ pub struct Logits<'a> {
 /// (required) f32 `[splits, rows, heads]`, -infinity where a split is empty (its `out` is then ignored by
 /// [`Merge`], but finite). Rows outside the group's sequences are left alone, in every split. With `splits == 1`
 /// the layout is that of the final result. `lse` is a natural logarithm.
+///
+/// Values of a sequence's tokens are finite: one that a row does not see (a later row's, or before its window) may be
+/// multiplied by a weight of 0, and that row's `out` is unspecified where the value is not finite. What lies behind
+/// `kv_len` reaches nothing.
 #[derive(Debug)]
 pub struct AttendDense<'a> {
     /// act `[rows, heads, head_dim]`.
