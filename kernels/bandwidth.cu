@@ -2,6 +2,7 @@
 //
 // Plan: grid-stride, four 16-byte loads in flight a thread. The sum is written only if it matches a value that
 // cannot be known beforehand, so the loads stay.
+// Bytes: 16 * count.
 #include "common.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) bandwidth(const uint4* p, u64 count, u32* sink) {

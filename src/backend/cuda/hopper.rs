@@ -1,5 +1,5 @@
 //! When the kernels for Hopper's own matrix instructions (`wgmma.cuh`, `score_wgmma.cuh`) read a prompt, and how they
-//! are launched.
+//! are launched; and what the copy engine is told of the pages, for these and for decode attention (`decode_keys.cuh`).
 
 use super::args::{PoolArg, word};
 use super::driver::Limits;

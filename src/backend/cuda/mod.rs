@@ -7,7 +7,8 @@
 //! * `LONGSIGHT_CUBLAS=off` keeps cuBLASLt out;
 //! * `LONGSIGHT_CUDA_GRAPHS=off` runs steps kernel by kernel (`replay.rs`, `options.rs`);
 //! * `LONGSIGHT_CUDA_OVERLAP=off` places no block of a kernel before the kernel before has ended (`launch.rs`);
-//! * `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of older GPUs (`hopper.rs`);
+//! * `LONGSIGHT_CUDA_WGMMA=off` reads prompts by the kernels of older GPUs, and in decode steps does without the copy
+//!   engine (`hopper.rs`);
 //! * `LONGSIGHT_CACHE` moves the cache of kernels compiled at run time.
 
 mod args;
