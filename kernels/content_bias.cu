@@ -18,6 +18,7 @@ struct BiasArgs {
     float high, low;                          // what a query holds for it
     u32 pad;
 };
+static_assert(sizeof(BiasArgs) == 80, "as BiasArgs of kv.rs");
 
 template <class T> DEVICE void content_bias(const BiasArgs& p) {
     u32 item = blockIdx.x * WARPS + (threadIdx.x >> 5), lane = threadIdx.x & 31;

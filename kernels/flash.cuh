@@ -187,3 +187,4 @@ struct AttendArgs {
     u32 settled;          // decode: all tokens but the newest may be read before depend()
     u32 lists_settled;    // attend_rows: so may lists and counts
 };
+static_assert(sizeof(AttendArgs) == 184, "as AttendArgs of attend.rs");

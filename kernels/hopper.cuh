@@ -11,6 +11,7 @@
 struct __align__(128) TensorMap {
     u64 words[16];
 };
+static_assert(sizeof(TensorMap) == 128, "as TensorMap of hopper.rs");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define WGMMA 1

@@ -20,6 +20,7 @@ struct AppendArgs {
     const u32* slice_dims;
     u32 int8_dims, slice_n, capacity, pad;
 };
+static_assert(sizeof(AppendArgs) == 128, "as AppendArgs of kv.rs");
 
 template <class A, class T>
 DEVICE void append_int8(const AppendArgs& a, const float (&key)[8], u32 row, u32 lane) {

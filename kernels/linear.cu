@@ -17,6 +17,7 @@ struct LinearArgs {
     void* y;
     u32 rows, inputs, outputs, y_f32, accumulate, pad;
 };
+static_assert(sizeof(LinearArgs) == 56, "as LinearArgs of linear.rs");
 
 template <class X> DEVICE void finish(const LinearArgs& a, u32 r, u32 o, float sum) {
     if (a.bias) sum += a.bias[o];

@@ -16,6 +16,7 @@ struct MeanValueArgs {
     u64 stride;
     u32 k, lists, heads, kv_heads, head_dim, slots;
 };
+static_assert(sizeof(MeanValueArgs) == 88, "as MeanValueArgs of attend.rs");
 
 template <class T> DEVICE void mean_value(const MeanValueArgs& a) {
     __shared__ float maxes[32], scratch[33];

@@ -13,6 +13,7 @@ struct MergeArgs {
     float* lse;
     u32 out_f32, splits, rows, heads, head_dim, pad;
 };
+static_assert(sizeof(MergeArgs) == 72, "as MergeArgs of attend.rs");
 
 template <class T> DEVICE void merge(const MergeArgs& a) {
     Seq seq = a.seqs.get(blockIdx.y);

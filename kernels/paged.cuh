@@ -29,6 +29,7 @@ struct Seqs {
         return r;
     }
 };
+static_assert(sizeof(Seqs) == 16, "as SeqsArg of args.rs");
 
 // One layer's K and V pages; page lists name only such as exist. A K tile of 64 tokens is [64][lead] followed by
 // [64][head_dim - lead].
@@ -49,6 +50,7 @@ struct Pool {
     }
     DEVICE u64 v_at(u32 row, u32 i) const { return (u64)row * head_dim + i; }
 };
+static_assert(sizeof(Pool) == 32, "as PoolArg of args.rs");
 
 // Keys [begin, end) that split `split` of `splits` reads out of [low, high), cut at pages.
 struct Range {

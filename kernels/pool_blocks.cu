@@ -22,6 +22,7 @@ struct PoolBlocksArgs {
     u32 beyond;  // summaries that reach into a block from behind it
     u32 sinks, recent;
 };
+static_assert(sizeof(PoolBlocksArgs) == 88, "as PoolArgs of blocks.rs");
 
 extern "C" __global__ void pool_blocks_lse(PoolBlocksArgs a) {
     depend();

@@ -15,6 +15,7 @@ struct ProjectArgs {
     u32* done;
     u32 n, heads, capacity, slots;
 };
+static_assert(sizeof(ProjectArgs) == 104, "as ProjectArgs of kv.rs");
 
 template <class T> DEVICE void project_queries(const ProjectArgs& a) {
     Seq seq = a.seqs.get(blockIdx.y);

@@ -15,6 +15,7 @@ struct QuantiseArgs {
     u32* done;
     u32 n, four, capacity, slots;
 };
+static_assert(sizeof(QuantiseArgs) == 96, "as QuantiseArgs of kv.rs");
 
 DEVICE int number(float x, float scale, float most) {
     float q = scale > 0.0f ? rintf(x / scale) : 0.0f;

@@ -13,6 +13,7 @@ struct SliceArgs {
     const u32* changed;
     u32 n_dims, capacity;
 };
+static_assert(sizeof(SliceArgs) == 80, "as SliceArgs of kv.rs");
 
 template <class T> DEVICE void rebuild_slice(const SliceArgs& a) {
     __shared__ u32 column[256], dim[256];

@@ -13,6 +13,7 @@ struct RopeArgs {
     float eps;
     float factor;  // of the result
 };
+static_assert(sizeof(RopeArgs) == 72, "as RopeArgs of dense.rs");
 
 // Sines and cosines of four pairs.
 struct Angles {

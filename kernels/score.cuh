@@ -33,6 +33,7 @@ struct ScoreArgs {
     u32 settled, pad;     // score_dims: all tokens but the newest may be read before depend()
     float2* sums;         // score_mma without a pool: [n, heads, blocks], see `Powers`; or null
 };
+static_assert(sizeof(ScoreArgs) == 168, "as ScoreArgs of score.rs");
 
 // Value `i` of the query at `src` as the keys' dimensions are listed (`dims`, or null for the leading ones).
 DEVICE float query_of(const ScoreArgs& a, const u32* dims, u64 src, u32 i) {

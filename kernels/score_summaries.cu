@@ -20,6 +20,7 @@ struct SummaryScoreArgs {
     u32 first, dims;  // the dimensions that count
     u32 pad;
 };
+static_assert(sizeof(SummaryScoreArgs) == 96, "as ScoreArgs of blocks.rs");
 
 template <class T, int G> DEVICE void score(const SummaryScoreArgs& a) {
     extern __shared__ uint4 shared4[];

@@ -19,6 +19,7 @@ struct ScoreTilesArgs {
     float scale;
     u32 heads, lists, pad;
 };
+static_assert(sizeof(ScoreTilesArgs) == 96, "as ScoreTilesArgs of tiles.rs");
 
 // What a launch covers: tiles, tiles a job takes (2, or 1 of up to 256 vectors), jobs over the tiles, ranges of keys and
 // their length in tiles of 128.
@@ -26,6 +27,7 @@ struct Jobs {
     u32 tiles, per, groups, ranges, length;
     u32 mapped;  // K lies in one piece, and `keys` of the kernel describes it
 };
+static_assert(sizeof(Jobs) == 24, "as Jobs of hopper.rs");
 
 #if WGMMA
 

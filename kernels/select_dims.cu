@@ -25,6 +25,7 @@ struct SelectArgs {
     u32 refresh, every_or_min, phase_or_max;
     float beta;
 };
+static_assert(sizeof(SelectArgs) == 104, "as SelectArgs of kv.rs");
 
 template <class A> DEVICE float importance(const SelectArgs& a, const Seq& seq, u32 kvh, u32 i) {
     u32 d = a.head_dim, g = a.heads / a.kv_heads;

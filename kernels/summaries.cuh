@@ -22,3 +22,4 @@ struct Summaries {
         return row * vectors * head_dim;
     }
 };
+static_assert(sizeof(Summaries) == 24, "as SummariesArg of blocks.rs");

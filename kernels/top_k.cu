@@ -30,6 +30,7 @@ struct TopKArgs {
     u32 sinks, recent;        // tokens that are forced first, see `force`
     u32 room;                 // candidates that shared memory holds
 };
+static_assert(sizeof(TopKArgs) == 104, "as TopKArgs of top_k.rs");
 
 // Scores that the first bound is guessed from.
 #define SAMPLE (4 * THREADS)

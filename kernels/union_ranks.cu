@@ -18,6 +18,7 @@ struct UnionArgs {
     u64 stride;
     u32 heads, k;
 };
+static_assert(sizeof(UnionArgs) == 72, "as UnionArgs of lists.rs");
 
 extern "C" __global__ void union_ranks_places(UnionArgs a) {
     depend();

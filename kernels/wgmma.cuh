@@ -37,7 +37,7 @@ struct Items {
     u32 tiles, parts, planes, near;
     u32 mapped;  // K lies in one piece, and the kernel's maps describe K and V
 };
-
+static_assert(sizeof(Items) == 20, "as Items of hopper.rs");
 struct Item {
     u32 q_start, v0, vectors, g, head0, offset, split;
     u32 t0, t1;                         // tiles of keys; t0 = ~0: the CTA is done
