@@ -5,7 +5,7 @@
 // Plan: two kernels. `pool_lse` (softmax modes only, where `score_dims` has not left the same): a CTA per (CHUNK scores,
 // head, sequence) leaves their maximum and sum, in powers of two; `pool_scores`: grid (token blocks, output rows, sequences) joins those of its heads and pools,
 // four tokens a thread.
-// Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4.
+// Bytes: 2 * heads * kv_len * 4 + rows * kv_len * 4; heads * kv_len * 4 fewer without `pool_lse`.
 #include "lse.cuh"
 #include "paged.cuh"
 
