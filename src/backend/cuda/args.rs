@@ -48,3 +48,25 @@ pub(super) fn word(op: &'static str, name: &str, n: usize) -> Result<u32> {
         reason: format!("{name} = {n} does not fit 32 bits"),
     })
 }
+
+/// A test that structs here are as large as those that the kernels of an op assert.
+#[cfg(test)]
+macro_rules! same_sizes {
+    ($($op:literal $kernel:literal $here:ty,)*) => {
+        #[test]
+        fn structs_are_as_large_as_the_kernels() {
+            $($crate::backend::cuda::launch::holds(
+                $op,
+                &format!("static_assert(sizeof({}) == {}, ", $kernel, size_of::<$here>()),
+            );)*
+        }
+    };
+}
+#[cfg(test)]
+pub(super) use same_sizes;
+
+#[cfg(test)]
+same_sizes! {
+    "key_stats" "Seqs" SeqsArg,
+    "key_stats" "Pool" PoolArg,
+}

@@ -327,3 +327,10 @@ impl CudaBackend {
         self.launch(OP, &format!("mean_value_{}", p.out.dtype()), shape, Args::new().with(args))
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "attend_dense" "AttendArgs" AttendArgs,
+    "merge" "MergeArgs" MergeArgs,
+    "mean_value" "MeanValueArgs" MeanValueArgs,
+}

@@ -198,3 +198,10 @@ impl CudaBackend {
         self.launch(OP, OP, Shape::new(grid, 256), args)
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "kv_summaries" "Summaries" SummariesArg,
+    "score_summaries" "SummaryScoreArgs" ScoreArgs,
+    "pool_blocks" "PoolBlocksArgs" PoolArgs,
+}

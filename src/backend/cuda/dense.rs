@@ -120,3 +120,8 @@ impl CudaBackend {
         self.launch(OP, &format!("rope_{}", first.x.dtype()), shape, args)
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "rope" "RopeArgs" RopeArgs,
+}

@@ -210,6 +210,13 @@ fn shape(limits: &Limits, items: usize, shared: usize) -> Shape {
 }
 
 #[cfg(test)]
+super::args::same_sizes! {
+    "attend_rows" "Items" Items,
+    "score_tiles" "Jobs" Jobs,
+    "attend_dense" "TensorMap" TensorMap,
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::cuda::launch::holds;

@@ -325,3 +325,13 @@ impl CudaBackend {
 fn mark(threads: usize) -> Shape {
     Shape::new([threads.div_ceil(128), 1, 1], 128)
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "kv_append" "AppendArgs" AppendArgs,
+    "content_bias" "BiasArgs" BiasArgs,
+    "select_dims" "SelectArgs" SelectArgs,
+    "rebuild_slice" "SliceArgs" SliceArgs,
+    "project" "ProjectArgs" ProjectArgs,
+    "quantise_keys" "QuantiseArgs" QuantiseArgs,
+}

@@ -121,3 +121,8 @@ impl CudaBackend {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "linear" "LinearArgs" LinearArgs,
+}

@@ -63,3 +63,8 @@ impl CudaBackend {
         self.launch(OP, OP, Shape::new(grid, 256), args)
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "union_ranks" "UnionArgs" UnionArgs,
+}

@@ -333,6 +333,11 @@ impl CudaBackend {
 }
 
 #[cfg(test)]
+super::args::same_sizes! {
+    "score_dims" "ScoreArgs" ScoreArgs,
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::cuda::launch::holds;

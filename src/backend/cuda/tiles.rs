@@ -69,3 +69,8 @@ impl CudaBackend {
         self.launch(OP, &entry, shape, Args::new().with(args))
     }
 }
+
+#[cfg(test)]
+super::args::same_sizes! {
+    "score_tiles" "ScoreTilesArgs" ScoreTilesArgs,
+}

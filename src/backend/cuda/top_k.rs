@@ -155,6 +155,11 @@ impl CudaBackend {
 }
 
 #[cfg(test)]
+super::args::same_sizes! {
+    "top_k" "TopKArgs" TopKArgs,
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::backend::cuda::launch::holds;
