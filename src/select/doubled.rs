@@ -1,6 +1,6 @@
 //! A plan with twice the budget.
 
-use super::{Budget, Follow, LayerPlan, Plan, Role};
+use super::{Budget, Follow, LayerPlan, Plan, Role, Scorer};
 use crate::backend::Share;
 
 impl Plan {
@@ -11,11 +11,25 @@ impl Plan {
         let double: fn(&LayerPlan) -> LayerPlan = match self.layers.iter().any(all) {
             true => |_| LayerPlan::dense(),
             false => {
-                |l| LayerPlan { role: wider(&l.role), budget: l.budget.doubled(), ..l.clone() }
+                |l| {
+                    let mut wide =
+                        LayerPlan { role: wider(&l.role), budget: l.budget.doubled(), ..l.clone() };
+                    // Without scores there is nothing but what is kept: the window takes all that is new.
+                    if l.selects() && l.scorer == Scorer::None {
+                        let grown = least(&wide.budget) - least(&l.budget);
+                        wide.keep.recent = l.keep.recent.saturating_add(grown);
+                    }
+                    wide
+                }
             }
         };
         Plan { layers: self.layers.iter().map(double).collect(), ..self.clone() }
     }
+}
+
+/// Tokens that a list has in every sequence that is not read densely.
+fn least(b: &Budget) -> usize {
+    b.share.map_or(b.tokens, |s| b.tokens.min(s.at_least as usize))
 }
 
 /// With twice the candidates.
@@ -72,6 +86,22 @@ mod tests {
             }
             assert_eq!(budgets, want, "{name}");
             assert!(plan.layers.iter().all(|l| *l == super::LayerPlan::dense()));
+        }
+    }
+
+    #[test]
+    fn a_window_that_doubles_is_a_longer_window() {
+        let windows = [None; 4];
+        let model = ModelShape::of_layers(&windows, 64);
+        let spec = "window:budget=100:dense-below=0".parse::<MethodSpec>().unwrap();
+        let before = spec.plan(&model, 700).unwrap();
+        let after = before.doubled(700);
+        after.check(&model).unwrap();
+        let layers = || after.layers.iter().zip(&before.layers).filter(|(l, _)| l.selects());
+        assert!(layers().count() > 1);
+        for (l, was) in layers() {
+            assert_eq!(l.keep.sinks, was.keep.sinks);
+            assert_eq!((l.keep.sinks + l.keep.recent, l.budget.tokens), (200, 200));
         }
     }
 }
