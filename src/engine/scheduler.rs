@@ -107,7 +107,9 @@ impl<'e> Scheduler<'e> {
             self.finish(i, Finish::Cancelled);
         }
         self.waiting.retain(|(request, spec, tokens)| {
-            if cancelled(spec) {
+            // Read once: a request that leaves the queue is always said to have ended.
+            let gone = cancelled(spec);
+            if gone {
                 let stats = Stats {
                     prompt_tokens: tokens.len(),
                     finish: Some(Finish::Cancelled),
@@ -116,7 +118,7 @@ impl<'e> Scheduler<'e> {
                 let text = String::new();
                 self.events.push(Event::Finished { request: *request, text, stats });
             }
-            !cancelled(spec)
+            !gone
         });
     }
 
