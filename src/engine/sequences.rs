@@ -161,13 +161,14 @@ impl Engine {
         // What one plan has read sparsely is not what another would have read.
         let old = self.attention.plan();
         let sparsely = old.reads_prompts_sparsely() || plan.reads_prompts_sparsely();
-        if sparsely && *old != plan {
-            self.forget_kept();
-        }
+        let stale = sparsely && *old != plan;
         let shape = self.decoder.layer_shape(0, s.dtype);
         let b = self.decoder.backend().clone();
         let given = Given { custom: self.custom.as_ref(), profile: self.profile.as_ref() };
         let attention = Attention::new(&*b, plan, shape, given)?;
+        if stale {
+            self.forget_kept();
+        }
         let before = std::mem::replace(&mut self.attention, attention);
         self.attention.probe = before.probe;
         Ok(())

@@ -1,6 +1,6 @@
 //! Ragged steps over open sequences: prefill and decode.
 
-use super::{Engine, EngineError, SeqId};
+use super::{AuditConfig, Engine, EngineError, SeqId};
 use crate::backend::Backend;
 use crate::model::{Observer, StepSeq};
 
@@ -94,11 +94,15 @@ impl Engine {
         }
         let rows: Vec<usize> = wanted.iter().map(|w| w.2).collect();
         self.decoder.logits(&rows, |i, logits| each(wanted[i].0, wanted[i].1, logits))?;
-        if audit.is_some_and(|a| a.too_little(&self.attention.audits[audited..])) {
+        if let Some(a) = audit.filter(|a| a.too_little(&self.attention.audits[audited..])) {
             let audits = self.take_audits();
-            self.set_plan(self.plan().doubled(self.context()))?;
+            let widened = self.set_plan(self.plan().doubled(self.context()));
             self.attention.audits = audits;
-            self.doubled += 1;
+            match widened {
+                Ok(()) => self.doubled += 1,
+                // No room for longer lists: the answer goes on with the budget that it has.
+                Err(_) => self.audit = Some(AuditConfig { min_recall: None, ..a }),
+            }
         }
         Ok(())
     }
