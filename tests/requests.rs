@@ -12,7 +12,7 @@ use longsight::engine::{
 };
 use longsight::kv::PageError;
 use longsight::model::{Arch, Quant, Weight};
-use longsight::select::Variant;
+use longsight::select::{METHODS, Variant};
 
 /// What became of a request.
 #[derive(Default)]
@@ -309,6 +309,14 @@ fn limits_hold_to_the_token() {
         let mut engine = model.builder(&dev, &dense()).kv_tokens(70).build().unwrap();
         too_long(engine.generate(request(&prompt(1, 70), 4)).map(|_| ()), 70);
         run(&mut engine, request(&prompt(1, 69), 4));
+
+        // No list is longer than a sequence, whatever the budget.
+        for m in METHODS.iter().filter(|m| m.variant != Variant::Nosa) {
+            let spec = sparse(m.variant, 1 << 40).with_read_options_only();
+            if let Err(e) = model.builder(&dev, &spec).context(100).build() {
+                panic!("{}: {e}", m.name);
+            }
+        }
 
         let build = || model.builder(&dev, &dense());
         is_bad_option(build().sequences(usize::MAX).build(), "more than");

@@ -59,7 +59,7 @@ impl Attention {
         let stride = shape.capacity.next_multiple_of(64);
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
         let united = not_dense().filter(|p| p.pool == HeadPool::Union && p.selects());
-        let united = united.map(|p| p.budget.tokens).max();
+        let united = united.map(|p| p.budget.tokens.min(stride)).max();
         let per_head = united.is_some()
             || not_dense().any(|p| p.pool.softmax() || p.correct || p.summary().is_some());
         // What a sequence or a tile needs for its scores; scores of tiles by their rows need none per head.

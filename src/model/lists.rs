@@ -125,14 +125,16 @@ pub(super) fn layer_lists(
         let users = || plan.layers.iter().filter(|u| reused(u) == Some(l));
         let lists = p.lists(shape.heads, shape.kv_heads);
         let mut made = |k| own.get(b, shape, k, lists);
+        // No list is longer than a sequence, whatever the budget.
+        let budget = p.budget.tokens.min(most);
         all.push(match &p.role {
             Role::Dense => None,
             Role::Select | Role::DenseAnchor => {
                 // Held lists grow by a token a step.
-                let room = |k: usize| k.saturating_add(p.reuse - 1).min(most).max(k);
+                let room = |k: usize| k.saturating_add(p.reuse.saturating_sub(1)).min(most);
                 let attend = match users().next() {
-                    Some(_) => selection(b, shape, room(p.budget.tokens), lists)?,
-                    None => made(room(p.budget.tokens))?,
+                    Some(_) => selection(b, shape, room(budget), lists)?,
+                    None => made(room(budget))?,
                 };
                 let wanted = users().filter_map(candidates).max().map(|k| k.min(most));
                 let longer = wanted.map(|k| selection(b, shape, room(k), lists)).transpose()?;
@@ -141,7 +143,7 @@ pub(super) fn layer_lists(
                     let Some(k) = k.filter(|_| p.reuse > 1) else { return Ok(None) };
                     Held::new(b, shape, chosen.get(b, shape, k, lists)?).map(Some)
                 };
-                let held = (held(Some(p.budget.tokens))?, held(wanted)?);
+                let held = (held(Some(budget))?, held(wanted)?);
                 Some(LayerLists { attend, head_map, candidates: longer, handed: None, held })
             }
             Role::Reuse { from, head_map, refine } => {
@@ -162,7 +164,7 @@ pub(super) fn layer_lists(
                         };
                         let handed = Handed { refine: refine.clone(), from: from.clone(), mapped };
                         let head_map = map_of(b, shape, lists, None)?;
-                        let attend = made(p.budget.tokens)?;
+                        let attend = made(budget)?;
                         let handed = Some(handed);
                         LayerLists {
                             attend,

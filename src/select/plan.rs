@@ -178,7 +178,7 @@ impl LayerPlan {
             _ => None,
         };
         // Between two choices lists grow by a token a step.
-        let grown = |tokens: usize| (tokens + (self.reuse.max(1) - 1) / 2).min(n);
+        let grown = |tokens: usize| tokens.saturating_add((self.reuse.max(1) - 1) / 2).min(n);
         let score = match refine {
             Some(refine) => score_bytes(&refine.scorer, grown(refine.candidates), row, elem),
             // The logits of its attention.

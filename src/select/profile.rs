@@ -97,7 +97,7 @@ impl MethodSpec {
             keep.recent = self.recent.unwrap_or(tokens.saturating_sub(keep.sinks));
         }
         let budget_tokens = match self.variant {
-            Variant::Window => keep.sinks + keep.recent,
+            Variant::Window => keep.sinks.saturating_add(keep.recent),
             _ => tokens,
         };
         let scored = self.variant.takes("mass");

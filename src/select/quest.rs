@@ -15,7 +15,8 @@ pub(super) fn layer(spec: &MethodSpec, tokens: usize) -> LayerPlan {
     let page = spec.unit.unwrap_or(PAGE);
     let arkvale = spec.variant == Variant::Arkvale;
     // Quest's code keeps the newest page (`recent=0` lets it go), ArkVale's two pages at either end.
-    let (sinks, recent) = if arkvale { (2 * page, page.saturating_add(1)) } else { (0, 1) };
+    let (sinks, recent) =
+        if arkvale { (page.saturating_mul(2), page.saturating_add(1)) } else { (0, 1) };
     LayerPlan {
         role: Role::Select,
         tile: None,
