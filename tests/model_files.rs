@@ -145,6 +145,36 @@ fn rotary_factors_of_gguf_files_divide_the_frequencies() {
 }
 
 #[test]
+fn linear_scaling_of_gguf_files_needs_no_type_and_takes_no_factors() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    let tiny = Tiny::new(Arch::Llama, true, 3);
+    let scaled = |typed: bool| {
+        let mut metadata = tiny.gguf_metadata();
+        metadata.push(("llama.rope.scaling.factor", Meta::F32(4.0)));
+        if typed {
+            metadata.push(("llama.rope.scaling.type", Meta::Str("linear".into())));
+        }
+        metadata
+    };
+    for typed in [true, false] {
+        let mut tensors = tiny.gguf_tensors(Quant::F32);
+        gguf_file::write(&path, &scaled(typed), &tensors);
+        let scaling = Checkpoint::open(&path).unwrap().config().rope_scaling.clone();
+        assert_eq!(scaling, RopeScaling::Linear { factor: 4.0 });
+        tensors.push(Tensor {
+            name: "rope_freqs.weight".into(),
+            dims: vec![8],
+            quant: Quant::F32,
+            bytes: [1f32; 8].iter().flat_map(|f| f.to_le_bytes()).collect(),
+        });
+        gguf_file::write(&path, &scaled(typed), &tensors);
+        let e = Checkpoint::open(&path).unwrap_err();
+        assert!(e.to_string().contains("linear beside rope_freqs.weight"), "{e}");
+    }
+}
+
+#[test]
 fn fingerprints_follow_the_model_not_its_place() {
     let dir = tempfile::tempdir().unwrap();
     let print = |name: &str, tiny: &Tiny| {

@@ -182,15 +182,20 @@ fn factors(k: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>> {
 
 fn scaling(k: &Keys<'_>) -> Result<RopeScaling> {
     let path = k.gguf.path();
+    let factor = k.float("rope.scaling.factor").unwrap_or(1.0);
+    // Files of before the type had a key of its own say a factor alone.
+    let untyped = if factor == 1.0 { "none" } else { "linear" };
+    let kind = k.gguf.string(&k.key("rope.scaling.type")).unwrap_or(untyped);
     if let Some(factors) = factors(k, ROPE_FREQS)? {
+        if kind != "none" && !(kind == "linear" && factor == 1.0) {
+            let what = format!("rotary scaling of the kind {kind} beside {ROPE_FREQS}");
+            return Err(ModelError::unsupported(path, what));
+        }
         return Ok(RopeScaling::Factors(factors));
     }
-    let kind = k.gguf.string(&k.key("rope.scaling.type"));
-    match kind.unwrap_or("none") {
+    match kind {
         "none" => Ok(RopeScaling::None),
-        "linear" => {
-            Ok(RopeScaling::Linear { factor: k.float("rope.scaling.factor").unwrap_or(1.0) })
-        }
+        "linear" => Ok(RopeScaling::Linear { factor }),
         "longrope" => {
             let [short, long] = ROPE_FACTORS;
             let need = |name| {
