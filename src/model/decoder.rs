@@ -85,12 +85,11 @@ impl Decoder {
     /// When the device is full; the limits are as before.
     pub fn set_limits(&mut self, limits: DecoderLimits) -> Result<()> {
         let act = self.backend.caps().activations(self.weight_dtype());
-        self.ws = Workspace::new(&*self.backend, &self.config, act, limits.rows)?;
+        let ws = Workspace::new(&*self.backend, &self.config, act, limits.rows)?;
         if let Some(f) = &mut self.forecaster {
             f.resize(&*self.backend, &self.config, limits.rows)?;
         }
-        self.step_words = None;
-        self.limits = limits;
+        (self.ws, self.step_words, self.limits) = (ws, None, limits);
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! One ragged step as the device sees it: tokens, positions, sequence records and page lists.
 
-use crate::backend::{Backend, META_WORDS, Meta, Result, Seqs, Tensor};
+use crate::backend::{Backend, BackendError, META_WORDS, Meta, Result, Seqs, Tensor};
 
 /// One sequence's share of a step.
 #[derive(Debug, Clone, Copy)]
@@ -198,6 +198,9 @@ impl Step {
     ///
     /// `capacity`: most tokens of a sequence, in whole pages; `cuts`: one for each pace of the plan's sparse layers;
     /// `tilings`: those of layers that read prompts sparsely.
+    ///
+    /// # Errors
+    /// [`BackendError::BadArgument`] for a step that does not fit `buffer` or `capacity`.
     pub fn upload(
         b: &dyn Backend,
         buffer: &Tensor,
@@ -287,6 +290,14 @@ impl Step {
         let tiled: Vec<_> = tiled.collect();
         let meta_len = words.0.len() - meta_start;
         let pages = words.section(order.iter().flat_map(|&i| seqs[i].pages.iter().copied()));
+        if words.0.len() > buffer.len() || seqs.iter().any(|s| s.kv_len() > capacity) {
+            let most = seqs.iter().map(StepSeq::kv_len).max().unwrap_or(0);
+            let reason = format!(
+                "{} sequences with {rows} rows and up to {most} tokens are more than the limits allow",
+                seqs.len()
+            );
+            return Err(BackendError::BadArgument { op: "step", reason });
+        }
         let part = |(start, len): (usize, usize)| buffer.slice(start, len);
         b.upload(&buffer.slice(0, words.0.len()), bytemuck::cast_slice(&words.0))?;
         Ok(Step {
