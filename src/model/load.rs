@@ -16,7 +16,7 @@ pub struct LayerWeights {
     pub attn_norm: Tensor,
     /// `[(heads + 2 kv_heads) * kv_dim, hidden]`: q, k and v stacked, q and k rows in [`KeyOrder`].
     pub qkv: Tensor,
-    /// f32 `[(heads + 2 kv_heads) * head_dim]`.
+    /// f32 `[(heads + 2 kv_heads) * kv_dim]`, in the order of the rows of `qkv`.
     pub qkv_bias: Option<Tensor>,
     /// f32 `[heads, head_dim]` and `[kv_heads, head_dim]`.
     pub qk_norm: Option<(Tensor, Tensor)>,
