@@ -53,7 +53,7 @@ pub struct Selection {
     pub indices: Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: Tensor,
-    /// Room of a list, in tokens.
+    /// Room of a list, in tokens; at most [`LayerShape::capacity`] in whole blocks of 64.
     pub k: usize,
     /// Lists of a sequence: one per KV head, one per query head, or one for all.
     pub rows_per_seq: usize,

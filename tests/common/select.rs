@@ -101,16 +101,14 @@ fn select_then(
     let given = Given { profile: Some(&profile), ..Given::default() };
     let mut selector = build(&*l.dev, &shape, plan, given).unwrap().expect("a sparse layer");
     let rows = l.rows(plan.pool);
+    // No list is longer than a sequence.
+    let k = plan.budget.tokens.min(l.capacity);
     let scratch = Scratch {
         scores: l.alloc(DType::F32, rows * l.capacity),
         head_scores: Some(l.alloc(DType::F32, heads.query * l.capacity)),
-        head_lists: Some((
-            l.alloc(DType::U32, heads.query * plan.budget.tokens),
-            l.alloc(DType::U32, heads.query),
-        )),
+        head_lists: Some((l.alloc(DType::U32, heads.query * k), l.alloc(DType::U32, heads.query))),
         stride: l.capacity,
     };
-    let k = plan.budget.tokens;
     let out = Selection {
         indices: l.alloc(DType::U32, rows * k),
         counts: l.alloc(DType::U32, rows),
