@@ -56,7 +56,7 @@ impl Attention {
         given: Given<'_>,
     ) -> std::result::Result<Self, SelectError> {
         let not_dense = || plan.layers.iter().filter(|p| p.role != Role::Dense);
-        let stride = shape.capacity.next_multiple_of(64);
+        let stride = shape.stride();
         let rows = not_dense().map(|p| p.lists(shape.heads, shape.kv_heads)).max().unwrap_or(0);
         let united = not_dense().filter(|p| p.pool == HeadPool::Union && p.selects());
         let united = united.map(|p| p.budget.tokens.min(stride)).max();

@@ -130,7 +130,7 @@ impl BlockSelector {
             return Err(bad("keys hold no content importance to rank blocks by".into()));
         }
         let lists = shape.at_once * plan.lists(shape.heads, shape.kv_heads);
-        let tokens = plan.budget.tokens.min(shape.capacity.next_multiple_of(64));
+        let tokens = plan.budget.tokens.min(shape.stride());
         let blocks = b.alloc(DType::U32, lists * (tokens / unit), "block lists")?;
         let counts = b.alloc(DType::U32, lists, "block counts")?;
         Ok(BlockSelector { plan: plan.clone(), summary, unit, query, by_query, blocks, counts })

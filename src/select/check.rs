@@ -58,16 +58,10 @@ impl LayerPlan {
         }
         let Keep { sinks, recent } = self.keep;
         let budget = &self.budget;
-        let least = match budget.share {
-            Some(s) => {
-                ensure(s.permille <= 1000, || format!("a share of {} thousandths", s.permille))?;
-                budget.tokens.min(s.at_least as usize)
-            }
-            None => match budget.follow {
-                Some(Follow::Shared { mean, .. }) => mean,
-                _ => budget.tokens,
-            },
-        };
+        if let Some(s) = budget.share {
+            ensure(s.permille <= 1000, || format!("a share of {} thousandths", s.permille))?;
+        }
+        let least = budget.least();
         let forced = sinks.checked_add(recent);
         ensure(recent > 0, || {
             "0 recent tokens: the newest one is always kept, take 1 or more".into()
@@ -123,8 +117,7 @@ impl LayerPlan {
             "only exact scores pooled by mean-softmax or all-softmax are shared by the rows of a tile; take tile 1"
                 .into()
         })?;
-        let (Keep { sinks, .. }, budget) = (self.keep, &self.budget);
-        let least = budget.share.map_or(budget.tokens, |s| budget.tokens.min(s.at_least as usize));
+        let (Keep { sinks, .. }, least) = (self.keep, self.budget.least());
         ensure(sinks.saturating_add(tile) <= least, || {
             format!("{sinks} sinks and a tile of {tile} do not fit a budget of {least} tokens")
         })

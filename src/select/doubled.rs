@@ -16,7 +16,7 @@ impl Plan {
                         LayerPlan { role: wider(&l.role), budget: l.budget.doubled(), ..l.clone() };
                     // Without scores there is nothing but what is kept: the window takes all that is new.
                     if l.selects() && l.scorer == Scorer::None {
-                        let grown = least(&wide.budget) - least(&l.budget);
+                        let grown = wide.budget.least() - l.budget.least();
                         wide.keep.recent = l.keep.recent.saturating_add(grown);
                     }
                     wide
@@ -25,11 +25,6 @@ impl Plan {
         };
         Plan { layers: self.layers.iter().map(double).collect(), ..self.clone() }
     }
-}
-
-/// Tokens that a list has in every sequence that is not read densely.
-fn least(b: &Budget) -> usize {
-    b.share.map_or(b.tokens, |s| b.tokens.min(s.at_least as usize))
 }
 
 /// With twice the candidates.

@@ -163,6 +163,15 @@ impl Budget {
         self.share.map_or(self.tokens, |s| s.of(n).min(self.tokens)).min(n)
     }
 
+    /// Tokens that a list has room for in every sequence that is not attended to densely.
+    pub(super) fn least(&self) -> usize {
+        match (self.share, self.follow) {
+            (Some(s), _) => self.tokens.min(s.at_least as usize),
+            (None, Some(Follow::Shared { mean, .. })) => mean,
+            _ => self.tokens,
+        }
+    }
+
     /// Longest sequence that is still attended to densely: its tokens all fit the budget.
     pub fn dense_until(&self) -> usize {
         let all_fit = match (self.share, self.follow) {

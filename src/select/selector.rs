@@ -32,6 +32,13 @@ pub struct LayerShape {
     pub capacity: usize,
 }
 
+impl LayerShape {
+    /// Tokens that a row of scores, and so a list, has room for: `capacity` in whole blocks of 64.
+    pub fn stride(&self) -> usize {
+        self.capacity.next_multiple_of(64)
+    }
+}
+
 /// Score buffers that all layers share.
 #[derive(Debug)]
 pub struct Scratch {
@@ -53,7 +60,7 @@ pub struct Selection {
     pub indices: Tensor,
     /// u32 `[n, rows_per_seq]`.
     pub counts: Tensor,
-    /// Room of a list, in tokens; at most [`LayerShape::capacity`] in whole blocks of 64.
+    /// Room of a list, in tokens; at most [`LayerShape::stride`].
     pub k: usize,
     /// Lists of a sequence: one per KV head, one per query head, or one for all.
     pub rows_per_seq: usize,
