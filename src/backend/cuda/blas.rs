@@ -2,6 +2,7 @@
 
 use super::error::Said;
 use super::memory::Memory;
+use super::options::switched_off;
 use crate::backend::{BackendError, DType, Result};
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::CudaStream;
@@ -62,7 +63,7 @@ pub(super) fn missing() -> BackendError {
 impl Blas {
     /// None when the library is missing, does not start, or `LONGSIGHT_CUBLAS=off`.
     pub fn open(stream: &Arc<CudaStream>) -> Option<Self> {
-        if std::env::var("LONGSIGHT_CUBLAS").is_ok_and(|v| v == "off") {
+        if switched_off("LONGSIGHT_CUBLAS") {
             return None;
         }
         let handle = catch_unwind(|| {

@@ -1,6 +1,7 @@
 //! Looking for the driver and its devices, without panics where there are none.
 
 use super::error::Said;
+use super::options::switched_off;
 use crate::backend::{BackendError, Capabilities, DType, Result, Topology};
 use cudarc::driver::result::{device, init};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
@@ -132,7 +133,7 @@ pub(super) fn describe(ordinal: usize) -> Result<(Capabilities, Limits)> {
             .max(0) as usize,
         // Newer architectures run the machine-independent code for 8.0, which knows no clusters.
         cluster: if cc == (9, 0) { 8 } else { 1 },
-        wgmma: cc == (9, 0) && !std::env::var("LONGSIGHT_CUDA_WGMMA").is_ok_and(|v| v == "off"),
+        wgmma: cc == (9, 0) && !switched_off("LONGSIGHT_CUDA_WGMMA"),
     };
     Ok((caps, limits))
 }

@@ -13,7 +13,14 @@ impl CudaOptions {
     /// Everything that the device can, but what `LONGSIGHT_CUDA_OVERLAP` and `LONGSIGHT_CUDA_GRAPHS` switch off.
     #[must_use]
     pub fn from_environment() -> Self {
-        let on = |name: &str| !std::env::var(name).is_ok_and(|v| v == "off");
-        CudaOptions { overlap: on("LONGSIGHT_CUDA_OVERLAP"), graphs: on("LONGSIGHT_CUDA_GRAPHS") }
+        CudaOptions {
+            overlap: !switched_off("LONGSIGHT_CUDA_OVERLAP"),
+            graphs: !switched_off("LONGSIGHT_CUDA_GRAPHS"),
+        }
     }
+}
+
+/// The environment says `off` of what the variable names.
+pub(super) fn switched_off(variable: &str) -> bool {
+    std::env::var(variable).is_ok_and(|v| v == "off")
 }
