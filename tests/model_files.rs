@@ -122,6 +122,16 @@ fn biases_of_llama_files_are_put_in_order() {
     assert_eq!(bias(LayerWeight::VBias)[16..20], [16.0, 17.0, 18.0, 19.0]);
 }
 
+/// A divisor for each rotary pair.
+fn rope_freqs(factors: &[f32]) -> Tensor {
+    Tensor {
+        name: "rope_freqs.weight".into(),
+        dims: vec![factors.len()],
+        quant: Quant::F32,
+        bytes: factors.iter().flat_map(|f| f.to_le_bytes()).collect(),
+    }
+}
+
 #[test]
 fn rotary_factors_of_gguf_files_divide_the_frequencies() {
     let dir = tempfile::tempdir().unwrap();
@@ -129,12 +139,7 @@ fn rotary_factors_of_gguf_files_divide_the_frequencies() {
     let tiny = Tiny::new(Arch::Llama, true, 3);
     let factors: Vec<f32> = (0..8).map(|i| 1.0 + i as f32).collect();
     let mut tensors = tiny.gguf_tensors(Quant::F32);
-    tensors.push(Tensor {
-        name: "rope_freqs.weight".into(),
-        dims: vec![8],
-        quant: Quant::F32,
-        bytes: factors.iter().flat_map(|f| f.to_le_bytes()).collect(),
-    });
+    tensors.push(rope_freqs(&factors));
     gguf_file::write(&path, &tiny.gguf_metadata(), &tensors);
     let checkpoint = Checkpoint::open(&path).unwrap();
     assert_eq!(checkpoint.config().rope_scaling, RopeScaling::Factors(factors.clone()));
@@ -162,12 +167,7 @@ fn linear_scaling_of_gguf_files_needs_no_type_and_takes_no_factors() {
         gguf_file::write(&path, &scaled(typed), &tensors);
         let scaling = Checkpoint::open(&path).unwrap().config().rope_scaling.clone();
         assert_eq!(scaling, RopeScaling::Linear { factor: 4.0 });
-        tensors.push(Tensor {
-            name: "rope_freqs.weight".into(),
-            dims: vec![8],
-            quant: Quant::F32,
-            bytes: [1f32; 8].iter().flat_map(|f| f.to_le_bytes()).collect(),
-        });
+        tensors.push(rope_freqs(&[1.0; 8]));
         gguf_file::write(&path, &scaled(typed), &tensors);
         let e = Checkpoint::open(&path).unwrap_err();
         assert!(e.to_string().contains("linear beside rope_freqs.weight"), "{e}");

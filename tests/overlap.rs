@@ -44,10 +44,14 @@ struct Step<'a> {
     scores: Tensor,
 }
 
-fn filled(dev: &dyn Backend, dtype: DType, values: &[f64]) -> Tensor {
-    let t = dev.alloc(dtype, values.len(), "test").unwrap();
-    dev.upload(&t, &encode(dtype, values)).unwrap();
+fn put(dev: &dyn Backend, dtype: DType, n: usize, bytes: &[u8]) -> Tensor {
+    let t = dev.alloc(dtype, n, "test").unwrap();
+    dev.upload(&t, bytes).unwrap();
     t
+}
+
+fn filled(dev: &dyn Backend, dtype: DType, values: &[f64]) -> Tensor {
+    put(dev, dtype, values.len(), &encode(dtype, values))
 }
 
 impl<'a> Step<'a> {
@@ -77,11 +81,8 @@ impl<'a> Step<'a> {
             poison(D, DType::I8, 127.0, 127.0),
             poison(1, DType::F32, 0.01, f64::NAN),
         ];
-        let words = |values: &[u32]| {
-            let t = dev.alloc(DType::U32, values.len(), "test").unwrap();
-            dev.upload(&t, bytemuck::cast_slice(values)).unwrap();
-            t
-        };
+        let words =
+            |values: &[u32]| put(dev, DType::U32, values.len(), bytemuck::cast_slice(values));
         let mut record = [0; META_WORDS];
         (record[Meta::Q_LEN], record[Meta::KV_LEN]) = (1, len as u32);
         let list: Vec<u32> = (0..PAGES as u32).rev().collect();

@@ -74,9 +74,6 @@ impl Iterator for Generation<'_> {
                 self.failed = stats.finish == Some(Finish::NoFiniteLogit);
                 return self.failed.then_some(Err(EngineError::NoFiniteLogit));
             }
-            if self.scheduler.is_idle() {
-                return None;
-            }
             let events = match self.scheduler.step() {
                 Ok(events) => events,
                 Err(e) => {

@@ -290,8 +290,8 @@ impl Step {
         let tiled: Vec<_> = tiled.collect();
         let meta_len = words.0.len() - meta_start;
         let pages = words.section(order.iter().flat_map(|&i| seqs[i].pages.iter().copied()));
-        if words.0.len() > buffer.len() || seqs.iter().any(|s| s.kv_len() > capacity) {
-            let most = seqs.iter().map(StepSeq::kv_len).max().unwrap_or(0);
+        let most = seqs.iter().map(StepSeq::kv_len).max().unwrap_or(0);
+        if words.0.len() > buffer.len() || most > capacity {
             let reason = format!(
                 "{} sequences with {rows} rows and up to {most} tokens are more than the limits allow",
                 seqs.len()
