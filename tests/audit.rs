@@ -5,10 +5,15 @@ mod common;
 use common::cache::backends;
 use common::model::{Model, dense, prompt, sparse};
 use common::tiny::Tiny;
-use longsight::backend::HeadPool;
-use longsight::engine::{AuditConfig, Engine, Request, SeqId, WantLogits};
+use longsight::backend::{Backend, BackendError, HeadPool};
+use longsight::engine::{AuditConfig, Doubling, Engine, EngineError, Request, SeqId, WantLogits};
 use longsight::model::{Arch, LayerAudit, LayerWeight, Weight};
-use longsight::select::{Anchors, MethodSpec, Variant};
+use longsight::select::{
+    Anchors, Given, LayerPlan, LayerShape, MethodSpec, Scorer, SelectError, SelectorFactory,
+    Variant, build,
+};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const EVERY_STEP: Option<AuditConfig> = Some(AuditConfig::every(1));
 
@@ -35,7 +40,7 @@ fn too_little_mass_doubles_the_budget() {
                 let got: Vec<_> = answer.by_ref().filter_map(|p| p.unwrap().token).collect();
                 let audit = answer.audit();
                 drop(answer);
-                (got, audit.doubled, engine.plan().clone())
+                (got, audit.doubling.doubled, engine.plan().clone())
             };
             let (plain, never, plan) = run(None);
             assert_eq!((never, run(Some(1e-6)).1), (0, 0));
@@ -47,6 +52,61 @@ fn too_little_mass_doubles_the_budget() {
             assert!(dense.layers.iter().all(|l| !l.sparse()), "{dense:?}");
         }
     }
+}
+
+/// Lists of more than so many tokens are refused: by a device that is full, or by one that fails.
+fn lists_up_to(most: Arc<AtomicUsize>, full: bool) -> SelectorFactory {
+    Arc::new(move |b: &dyn Backend, shape: &LayerShape, plan: &LayerPlan| {
+        if plan.budget.tokens > most.load(Ordering::Relaxed) {
+            let what = "token lists".to_string();
+            return Err(SelectError::Backend(match full {
+                true => BackendError::OutOfMemory { what, need: 2, free: 1 },
+                false => BackendError::Driver { backend: "cpu", reason: what },
+            }));
+        }
+        let plan = LayerPlan { scorer: Scorer::Exact, ..plan.clone() };
+        Ok(build(b, shape, &plan, Given::default())?.expect("a layer that selects"))
+    })
+}
+
+#[test]
+fn a_full_device_keeps_the_budget_and_says_so() {
+    let model = Model::new();
+    let dev = &backends()[0];
+    let method = MethodSpec { sinks: Some(0), recent: Some(1), ..sparse(Variant::Oracle, 20) };
+    let mut plan = model.engine(dev, &method).plan().clone();
+    for layer in &mut plan.layers {
+        layer.scorer = Scorer::Custom { name: "limited".into() };
+    }
+    let build = |most: &Arc<AtomicUsize>, full: bool| {
+        let audit = AuditConfig { min_recall: Some(1.0), ..AuditConfig::every(2) };
+        let builder = model.builder(dev, &method).plan(plan.clone()).audit(audit);
+        builder.selector(lists_up_to(most.clone(), full)).build().unwrap()
+    };
+    let answer = |engine: &mut Engine| {
+        let mut answer = engine.generate(Request::tokens(prompt(4, 200)).max_tokens(12)).unwrap();
+        let pieces: Result<Vec<_>, EngineError> = answer.by_ref().collect();
+        (pieces.map(|p| p.iter().filter(|p| p.token.is_some()).count()), answer.audit().doubling)
+    };
+    let most = Arc::new(AtomicUsize::new(40));
+    let mut engine = build(&most, true);
+    let (tokens, found) = answer(&mut engine);
+    assert_eq!(tokens.unwrap(), 12);
+    // 20, 40, and no 80 in the other five audits.
+    assert_eq!(found, Doubling { doubled: 1, unmeasured: false, no_room: 5 });
+    assert!(engine.plan().layers.iter().all(|l| l.budget.tokens == 40));
+    // Later there is room.
+    most.store(80, Ordering::Relaxed);
+    let (tokens, found) = answer(&mut engine);
+    assert_eq!((tokens.unwrap(), found.doubled), (12, 1));
+    assert!(engine.plan().layers.iter().all(|l| l.budget.tokens == 80));
+
+    let (tokens, _) = answer(&mut build(&Arc::new(AtomicUsize::new(40)), false));
+    let driver = |e: &BackendError| matches!(e, BackendError::Driver { .. });
+    assert!(
+        matches!(&tokens, Err(EngineError::Select(SelectError::Backend(e))) if driver(e)),
+        "{tokens:?}"
+    );
 }
 
 /// What the model's first layer does for the last of some tokens.

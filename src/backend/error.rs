@@ -76,5 +76,12 @@ pub enum BackendError {
     },
 }
 
+impl BackendError {
+    /// The device has no room, or none in a single buffer: something smaller may fit.
+    pub fn is_full(&self) -> bool {
+        matches!(self, BackendError::OutOfMemory { .. } | BackendError::BufferLimit { .. })
+    }
+}
+
 /// Result of a backend call.
 pub type Result<T> = std::result::Result<T, BackendError>;

@@ -162,7 +162,7 @@ fn model(e: &ModelError) -> Option<&'static str> {
 
 fn backend(e: &BackendError) -> Option<&'static str> {
     match e {
-        BackendError::OutOfMemory { .. } | BackendError::BufferLimit { .. } => {
+        e if e.is_full() => {
             Some("--ctx sets the context, --dtype and --kv-dtype the storage, --device the device")
         }
         BackendError::Unavailable { .. } => Some("--device chooses, `longsight devices` lists"),

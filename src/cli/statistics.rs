@@ -1,7 +1,7 @@
 //! What is said of a finished answer.
 
 use super::ui;
-use crate::engine::{AuditConfig, AuditSummary, Finish, Stats};
+use crate::engine::{AuditConfig, AuditSummary, Doubling, Finish, Stats};
 use crate::select::{AllDense, Plan};
 
 /// A finished answer.
@@ -55,7 +55,7 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
                 _ => String::new(),
             };
             // Texts only grow, so that the steps before were dense too, but for a budget that was smaller.
-            let when = if a.audit.doubled > 0 { " in the last step" } else { "" };
+            let when = if a.audit.doubling.doubled > 0 { " in the last step" } else { "" };
             parts.push(format!("{method}: every token attended to{when} ({kv} of KV{why})"));
         }
     }
@@ -68,9 +68,7 @@ pub fn statistics(a: &Answer, plan: &Plan) -> String {
             ui::count(audited(&a.audit), "step")
         ));
     }
-    if a.audit.doubled > 0 {
-        parts.push(doubled(&a.audit));
-    }
+    parts.extend(doubling(&a.audit.doubling, plan.all_dense(s.prompt_tokens + s.decode_steps)));
     match s.finish {
         Some(Finish::Cancelled) => parts.push("interrupted".into()),
         Some(Finish::Length) => parts.push("cut at the most tokens of an answer (-n)".into()),
@@ -86,19 +84,28 @@ fn audited(a: &AuditSummary) -> usize {
     a.layers.iter().map(|l| l.samples).max().unwrap_or(0)
 }
 
-/// How often the budget was doubled, and whether what the audit says is of the budget before.
-fn doubled(a: &AuditSummary) -> String {
-    let times = match a.doubled {
-        1 => "once".into(),
-        n => format!("{n} times"),
-    };
-    match audited(a) <= a.doubled {
-        // The last measurement, too, was answered with a larger budget.
-        true => format!(
-            "then the budget was doubled ({times}), and not measured since; --audit N measures every N steps"
-        ),
-        false => format!("budget doubled {times} on the way, measured before and after"),
+/// How often the budget was doubled, whether what the audit says is of the budget before, and whether it stayed too small.
+/// `dense`: why nothing is left to measure.
+fn doubling(d: &Doubling, dense: Option<AllDense>) -> Vec<String> {
+    let times = |n| if n == 1 { "once".into() } else { format!("{n} times") };
+    let mut said = Vec::new();
+    match (d.doubled, d.unmeasured) {
+        (0, _) => {}
+        (n, true) => {
+            let why = match dense {
+                Some(_) => "every token is attended to since",
+                None => "not measured since; --audit N measures every N steps",
+            };
+            said.push(format!("then the budget was doubled ({}), and {why}", times(n)));
+        }
+        (n, false) => {
+            said.push(format!("budget doubled {} on the way, measured before and after", times(n)));
+        }
     }
+    if d.no_room > 0 {
+        said.push(format!("the device had no room for a doubled budget ({})", times(d.no_room)));
+    }
+    said
 }
 
 /// Why an audit measured nothing; none where it did, or where none was asked for.
@@ -127,6 +134,7 @@ pub fn unaudited(a: &Answer, plan: &Plan, audit: Option<AuditConfig>) -> Option<
 mod tests {
     use super::*;
     use crate::engine::LayerSummary;
+    use crate::select::{LayerPlan, Role};
 
     #[test]
     fn an_interrupted_prompt_claims_no_more_than_was_read() {
@@ -180,17 +188,37 @@ mod tests {
             worst_recall: 0.5,
             output_error: 0.1,
         };
-        let said = |samples, doubled| {
+        let layers = vec![LayerPlan { role: Role::Select, ..LayerPlan::dense() }];
+        let sparse = Plan { layers, ..Plan::dense(1) };
+        let of = |plan: &Plan, samples, doubling| {
             let layers = vec![LayerSummary { samples, ..layer.clone() }];
-            let audit = AuditSummary { layers, doubled };
-            let stats = Stats { kv_bytes: 1, kv_bytes_dense: 2, ..Stats::default() };
-            statistics(&Answer { text: String::new(), stats, audit }, &Plan::dense(1))
+            let stats =
+                Stats { kv_bytes: 1, kv_bytes_dense: 2, decode_steps: 99, ..Stats::default() };
+            let audit = AuditSummary { layers, doubling };
+            statistics(&Answer { text: String::new(), stats, audit }, plan)
         };
-        let once = said(1, 1);
+        let doubled = |doubled, unmeasured| Doubling { doubled, unmeasured, no_room: 0 };
+        let once = of(&sparse, 1, doubled(1, true));
         assert!(once.contains("in 1 step |") && once.contains("doubled (once)"), "{once}");
         assert!(once.contains("not measured since; --audit N"), "{once}");
-        let twice = said(4, 2);
+        // Which audits doubled it cannot be told from how many there were.
+        let last = of(&sparse, 9, doubled(2, true));
+        assert!(last.contains("doubled (2 times), and not measured since"), "{last}");
+        let twice = of(&sparse, 4, doubled(2, false));
         assert!(twice.contains("in 4 steps |") && twice.contains("doubled 2 times on"), "{twice}");
+        let all = of(&Plan::dense(1), 4, doubled(2, true));
+        assert!(
+            all.contains("every token is attended to since") && !all.contains("--audit"),
+            "{all}"
+        );
+    }
+
+    #[test]
+    fn a_budget_that_found_no_room_is_said() {
+        let said = |no_room| doubling(&Doubling { no_room, ..Doubling::default() }, None);
+        assert_eq!(said(0), [""; 0]);
+        assert_eq!(said(1), ["the device had no room for a doubled budget (once)"]);
+        assert_eq!(said(2), ["the device had no room for a doubled budget (2 times)"]);
     }
 
     #[test]

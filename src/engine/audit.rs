@@ -8,8 +8,9 @@ use serde::Serialize;
 pub struct AuditConfig {
     /// The first decode step and every n-th after it, all sparse layers; 0 = never.
     pub every: usize,
-    /// The budget is doubled for the steps after one whose selections held less attention mass than this share, in the
-    /// mean over layers and query heads.
+    /// The budget is doubled for the steps after one whose selections held less attention mass than this share (0 to 1), in
+    /// the mean over layers and query heads. Where the device has no room for that, decoding goes on with the budget that
+    /// there is ([`Doubling::no_room`]), and the next audit may ask again.
     pub min_recall: Option<f32>,
 }
 
@@ -29,6 +30,17 @@ impl AuditConfig {
         let found = AuditSummary::new(audits);
         self.min_recall.is_some_and(|least| !found.is_empty() && found.recall() < f64::from(least))
     }
+}
+
+/// What audits did to the budget ([`AuditConfig::min_recall`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Doubling {
+    /// Times that the budget was doubled.
+    pub doubled: usize,
+    /// The last audit doubled it: nothing has been measured with the budget that there is now.
+    pub unmeasured: bool,
+    /// Times that the device had no room for a doubled budget.
+    pub no_room: usize,
 }
 
 /// Audit results of one layer.
@@ -51,8 +63,9 @@ pub struct LayerSummary {
 pub struct AuditSummary {
     /// Audited layers in ascending order.
     pub layers: Vec<LayerSummary>,
-    /// Times that the budget was doubled ([`AuditConfig::min_recall`]).
-    pub doubled: usize,
+    /// What they did to the budget.
+    #[serde(flatten)]
+    pub doubling: Doubling,
 }
 
 impl AuditSummary {
@@ -74,7 +87,7 @@ impl AuditSummary {
                     / of.len().max(1) as f64,
             }
         };
-        AuditSummary { layers: ids.into_iter().map(layer).collect(), doubled: 0 }
+        AuditSummary { layers: ids.into_iter().map(layer).collect(), ..AuditSummary::default() }
     }
 
     /// Nothing was sparse, or nothing was audited.

@@ -3,7 +3,7 @@
 use super::calibrate::{calibrated_order, order_limits, order_source};
 use super::key_profile::Profiling;
 use super::sizes::check_memory;
-use super::{AuditConfig, Engine, EngineError};
+use super::{AuditConfig, Doubling, Engine, EngineError};
 use crate::backend::{Backend, DType, open};
 use crate::kv::{KvCache, KvShape};
 use crate::model::{
@@ -359,7 +359,7 @@ impl<'a> EngineBuilder<'a> {
             sequences: (0..limits.seqs).map(|_| None).collect(),
             kept: Vec::new(),
             audit_steps: 0,
-            doubled: 0,
+            doubling: Doubling::default(),
         })
     }
 

@@ -85,6 +85,16 @@ pub enum EngineError {
     Interrupted,
 }
 
+impl EngineError {
+    /// The device has no room for what was asked for ([`BackendError::is_full`]).
+    pub fn is_full(&self) -> bool {
+        match self {
+            EngineError::Backend(e) | EngineError::Select(SelectError::Backend(e)) => e.is_full(),
+            _ => false,
+        }
+    }
+}
+
 impl From<LoadError> for EngineError {
     fn from(e: LoadError) -> Self {
         match e {

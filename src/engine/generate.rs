@@ -54,8 +54,8 @@ impl Generation<'_> {
     /// Audit results so far (taken from the engine).
     pub fn audit(&mut self) -> AuditSummary {
         let engine = self.scheduler.engine();
-        let doubled = engine.take_doubled();
-        AuditSummary { doubled, ..AuditSummary::new(&engine.take_audits()) }
+        let doubling = engine.take_doubling();
+        AuditSummary { doubling, ..AuditSummary::new(&engine.take_audits()) }
     }
 }
 

@@ -29,7 +29,7 @@ mod step;
 mod stop;
 mod trace;
 
-pub use audit::{AuditConfig, AuditSummary, LayerSummary};
+pub use audit::{AuditConfig, AuditSummary, Doubling, LayerSummary};
 pub use builder::{EngineBuilder, Progress};
 pub use error::EngineError;
 pub use generate::Generation;

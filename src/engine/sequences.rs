@@ -1,6 +1,6 @@
 //! The engine: a model, its cache, and the open sequences.
 
-use super::{AuditConfig, EngineError};
+use super::{AuditConfig, Doubling, EngineError};
 use crate::backend::Backend;
 use crate::kv::{KvCache, PageTable};
 use crate::model::{
@@ -49,8 +49,7 @@ pub struct Engine {
     pub(super) kept: Vec<(SeqId, Vec<u32>)>,
     /// Decode steps since the audit was set.
     pub(super) audit_steps: usize,
-    /// Times that the audit doubled the budget.
-    pub(super) doubled: usize,
+    pub(super) doubling: Doubling,
 }
 
 impl std::fmt::Debug for Engine {
@@ -185,9 +184,9 @@ impl Engine {
         std::mem::take(&mut self.attention.audits)
     }
 
-    /// How often the budget was doubled since the last call ([`AuditConfig::min_recall`]).
-    pub fn take_doubled(&mut self) -> usize {
-        std::mem::take(&mut self.doubled)
+    /// Takes what the audit did to the budget since the last call ([`AuditConfig::min_recall`]).
+    pub fn take_doubling(&mut self) -> Doubling {
+        std::mem::take(&mut self.doubling)
     }
 
     /// Stops the audit and forgets what it has collected: an engine that goes on must neither measure nor keep it.

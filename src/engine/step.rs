@@ -1,6 +1,6 @@
 //! Ragged steps over open sequences: prefill and decode.
 
-use super::{AuditConfig, Engine, EngineError, SeqId};
+use super::{Engine, EngineError, SeqId};
 use crate::backend::Backend;
 use crate::model::{Observer, StepSeq};
 
@@ -34,8 +34,9 @@ impl Engine {
     /// # Errors
     /// Before anything has run: [`EngineError::NoSequence`], [`EngineError::ContextTooLong`],
     /// [`EngineError::Cache`], and [`EngineError::BadOption`] for tokens outside the vocabulary, a sequence that
-    /// occurs twice, and wrong numbers of tokens. [`EngineError::Backend`] when the device fails, after which the
-    /// step's sequences should be closed.
+    /// occurs twice, and wrong numbers of tokens. [`EngineError::Backend`] and
+    /// [`EngineError::Select`] when the device fails, in the step or while the budget is doubled after it
+    /// ([`AuditConfig::min_recall`](super::AuditConfig::min_recall)): the step's sequences should then be closed.
     pub fn step(
         &mut self,
         work: &[Work<'_>],
@@ -94,15 +95,26 @@ impl Engine {
         }
         let rows: Vec<usize> = wanted.iter().map(|w| w.2).collect();
         self.decoder.logits(&rows, |i, logits| each(wanted[i].0, wanted[i].1, logits))?;
-        if let Some(a) = audit.filter(|a| a.too_little(&self.attention.audits[audited..])) {
-            let audits = self.take_audits();
-            let widened = self.set_plan(self.plan().doubled(self.context()));
-            self.attention.audits = audits;
-            match widened {
-                Ok(()) => self.doubled += 1,
-                // No room for longer lists: the answer goes on with the budget that it has.
-                Err(_) => self.audit = Some(AuditConfig { min_recall: None, ..a }),
+        let found = &self.attention.audits[audited..];
+        self.doubling.unmeasured &= found.is_empty();
+        match audit {
+            Some(a) if a.too_little(found) => self.double_budget(),
+            _ => Ok(()),
+        }
+    }
+
+    fn double_budget(&mut self) -> Result<(), EngineError> {
+        let audits = self.take_audits();
+        let widened = self.set_plan(self.plan().doubled(self.context()));
+        self.attention.audits = audits;
+        match widened {
+            Ok(()) => {
+                self.doubling.doubled += 1;
+                self.doubling.unmeasured = true;
             }
+            // A smaller budget still answers.
+            Err(e) if e.is_full() => self.doubling.no_room += 1,
+            Err(e) => return Err(e),
         }
         Ok(())
     }

@@ -60,7 +60,7 @@ impl Budget {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{MethodSpec, ModelShape};
+    use super::super::{METHODS, MethodSpec, ModelShape, Variant};
 
     #[test]
     fn budgets_double_until_every_layer_is_dense() {
@@ -81,6 +81,20 @@ mod tests {
             }
             assert_eq!(budgets, want, "{name}");
             assert!(plan.layers.iter().all(|l| *l == super::LayerPlan::dense()));
+        }
+    }
+
+    #[test]
+    fn every_method_has_a_plan_with_twice_the_budget() {
+        let windows = [None; 16];
+        let model = ModelShape::of_layers(&windows, 64);
+        for m in METHODS.iter().filter(|m| m.variant != Variant::Nosa) {
+            let mut plan = MethodSpec::from(m.variant).plan(&model, 1 << 16).unwrap();
+            for times in 0..12 {
+                plan = plan.doubled(1 << 16);
+                plan.check(&model).unwrap_or_else(|e| panic!("{times}: {e}"));
+            }
+            assert!(plan.layers.iter().all(|l| !l.sparse()), "{}", m.name);
         }
     }
 

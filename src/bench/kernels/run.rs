@@ -105,7 +105,7 @@ impl KernelBench {
 /// The sentence of an error that means "too large for this device"; other errors stay errors.
 fn no_room(e: BackendError) -> std::result::Result<String, BackendError> {
     match e {
-        BackendError::OutOfMemory { .. } | BackendError::BufferLimit { .. } => Ok(e.to_string()),
+        e if e.is_full() => Ok(e.to_string()),
         e => Err(e),
     }
 }
