@@ -96,6 +96,7 @@ fn no_code(e: sys::CUresult) -> bool {
     matches!(
         e,
         CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUDA_ERROR_INVALID_IMAGE
             | CUDA_ERROR_INVALID_PTX
             | CUDA_ERROR_UNSUPPORTED_PTX_VERSION
             | CUDA_ERROR_JIT_COMPILER_NOT_FOUND
@@ -304,6 +305,8 @@ mod tests {
     fn only_missing_code_is_compiled() {
         use sys::CUresult::*;
         assert!(no_code(CUDA_ERROR_NO_BINARY_FOR_GPU) && no_code(CUDA_ERROR_INVALID_PTX));
+        assert!(no_code(CUDA_ERROR_INVALID_IMAGE));
+        assert!(no_code(CUDA_ERROR_INVALID_IMAGE));
         assert!(!no_code(CUDA_ERROR_OUT_OF_MEMORY) && !no_code(CUDA_ERROR_ILLEGAL_ADDRESS));
     }
 
