@@ -154,14 +154,22 @@ fn linear_scaling_of_gguf_files_needs_no_type_and_takes_no_factors() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
     let tiny = Tiny::new(Arch::Llama, true, 3);
-    let scaled = |typed: bool| {
+    let keyed = |key, factor, typed: bool| {
         let mut metadata = tiny.gguf_metadata();
-        metadata.push(("llama.rope.scaling.factor", Meta::F32(4.0)));
+        metadata.push((key, Meta::F32(factor)));
         if typed {
             metadata.push(("llama.rope.scaling.type", Meta::Str("linear".into())));
         }
         metadata
     };
+    let scaled = |typed| keyed("llama.rope.scaling.factor", 4.0, typed);
+    let read = |metadata: &[_]| {
+        gguf_file::write(&path, metadata, &tiny.gguf_tensors(Quant::F32));
+        Checkpoint::open(&path).unwrap().config().rope_scaling.clone()
+    };
+    let older = keyed("llama.rope.scale_linear", 2.0, false);
+    assert_eq!(read(&older), RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(read(&keyed("llama.rope.scaling.factor", 0.0, false)), RopeScaling::None);
     for typed in [true, false] {
         let mut tensors = tiny.gguf_tensors(Quant::F32);
         gguf_file::write(&path, &scaled(typed), &tensors);

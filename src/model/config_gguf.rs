@@ -182,8 +182,9 @@ fn factors(k: &Keys<'_>, name: &str) -> Result<Option<Vec<f32>>> {
 
 fn scaling(k: &Keys<'_>) -> Result<RopeScaling> {
     let path = k.gguf.path();
-    let factor = k.float("rope.scaling.factor").unwrap_or(1.0);
-    // Files of before the type had a key of its own say a factor alone.
+    // 0 is none; older files have the second key, and a factor alone means "linear".
+    let factor = k.float("rope.scaling.factor").or_else(|| k.float("rope.scale_linear"));
+    let factor = factor.filter(|&f| f != 0.0).unwrap_or(1.0);
     let untyped = if factor == 1.0 { "none" } else { "linear" };
     let kind = k.gguf.string(&k.key("rope.scaling.type")).unwrap_or(untyped);
     if let Some(factors) = factors(k, ROPE_FREQS)? {
