@@ -3,12 +3,14 @@
 
 use super::args::PlanFile;
 use crate::backend::BackendError;
+use crate::bench::BenchError;
 use crate::calibrate::CalibrateError;
 use crate::engine::EngineError;
 use crate::eval::SampleError;
 use crate::files::cache_dir;
 use crate::model::{LoadError, ModelError};
 use crate::select::{METHODS, SelectError};
+use std::error::Error;
 
 /// A line for the first cause that options can change; `calibrates`: the command is `calibrate`, whose pieces have other
 /// options than those of `train-forecast`.
@@ -22,7 +24,7 @@ pub fn hint(e: &anyhow::Error, calibrates: bool) -> Option<String> {
             None => options_of(method),
         });
     }
-    e.chain().find_map(|cause| match (cause.downcast_ref(), cause.downcast_ref()) {
+    e.chain().map(inner).find_map(|cause| match (cause.downcast_ref(), cause.downcast_ref()) {
         (Some(e), _) => calibrate(e, calibrates),
         (None, Some(EngineError::BadContext { most, .. })) => Some(format!(
             "--ctx takes up to {most} with this model; for longer texts name one that was trained for them (-m)"
@@ -33,11 +35,46 @@ pub fn hint(e: &anyhow::Error, calibrates: bool) -> Option<String> {
 
 /// What is wrong with a plan, where that is what `e` says.
 pub fn bad_plan(e: &anyhow::Error) -> Option<&SelectError> {
-    let about = e.chain().find_map(|cause| match cause.downcast_ref() {
-        Some(EngineError::Select(e)) => Some(e),
-        _ => cause.downcast_ref(),
-    });
-    about.filter(|e| matches!(e, SelectError::BadPlan { .. } | SelectError::WrongModel { .. }))
+    e.chain()
+        .find_map(|cause| inner(cause).downcast_ref())
+        .filter(|e| matches!(e, SelectError::BadPlan { .. } | SelectError::WrongModel { .. }))
+}
+
+/// The error that others hold in transparent variants, which leave it out of their chains of causes.
+fn inner<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) {
+    let held: Option<&'e (dyn Error + 'static)> = if let Some(e) = cause.downcast_ref() {
+        match e {
+            CalibrateError::Engine(e) => Some(e),
+            CalibrateError::Model(e) => Some(e),
+            _ => None,
+        }
+    } else if let Some(e) = cause.downcast_ref() {
+        match e {
+            BenchError::Backend(e) => Some(e),
+            BenchError::Engine(e) => Some(e),
+            BenchError::Select(e) => Some(e),
+            BenchError::BadOption(_) => None,
+        }
+    } else if let Some(e) = cause.downcast_ref() {
+        match e {
+            EngineError::Backend(e) => Some(e),
+            EngineError::Select(e) => Some(e),
+            EngineError::Model(e) => Some(e),
+            _ => None,
+        }
+    } else if let Some(e) = cause.downcast_ref() {
+        match e {
+            LoadError::Backend(e) => Some(e),
+            LoadError::Model(e) => Some(e),
+        }
+    } else if let Some(SelectError::Backend(e)) = cause.downcast_ref() {
+        Some(e)
+    } else if let Some(SampleError::Model(e)) = cause.downcast_ref() {
+        Some(e)
+    } else {
+        None
+    };
+    held.map_or(cause, inner)
 }
 
 /// The options that change a method: one of them is at fault.
@@ -49,17 +86,13 @@ fn options_of(method: &str) -> String {
     format!("{options} change this method; see --help")
 }
 
-fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
+fn fixed(cause: &(dyn Error + 'static)) -> Option<&'static str> {
     if let Some(e) = cause.downcast_ref() {
         engine(e)
     } else if let Some(e) = cause.downcast_ref() {
         select(e)
     } else if let Some(e) = cause.downcast_ref() {
         backend(e)
-    } else if let Some(LoadError::Backend(e)) = cause.downcast_ref() {
-        backend(e)
-    } else if let Some(LoadError::Model(e)) = cause.downcast_ref() {
-        model(e)
     } else if let Some(e) = cause.downcast_ref() {
         model(e)
     } else if let Some(SampleError::TextTooShort { .. }) = cause.downcast_ref() {
@@ -76,7 +109,6 @@ fn fixed(cause: &(dyn std::error::Error + 'static)) -> Option<&'static str> {
 
 fn calibrate(e: &CalibrateError, calibrates: bool) -> Option<String> {
     match e {
-        CalibrateError::Engine(e) => engine(e).map(String::from),
         CalibrateError::TooLittleText { .. } => Some(format!(
             "--text gives the texts, --tokens the tokens of a piece, {} how many",
             if calibrates { "--prompts" } else { "--pieces and --held-out" }
@@ -126,9 +158,6 @@ fn option(setting: &str, calibrates: bool) -> String {
 
 fn engine(e: &EngineError) -> Option<&'static str> {
     match e {
-        EngineError::Backend(e) => backend(e),
-        EngineError::Select(e) => select(e),
-        EngineError::Model(e) => model(e),
         // Where the model itself ends, no option helps.
         EngineError::ContextTooLong { trained: true, .. } => None,
         EngineError::ContextTooLong { .. } => Some("--ctx sets the context, in tokens"),
@@ -143,7 +172,6 @@ fn engine(e: &EngineError) -> Option<&'static str> {
 
 fn select(e: &SelectError) -> Option<&'static str> {
     match e {
-        SelectError::Backend(e) => backend(e),
         SelectError::WrongModel { .. } => Some("`longsight plan --save` writes a plan"),
         _ => None,
     }
@@ -177,14 +205,13 @@ mod tests {
 
     #[test]
     fn errors_name_no_option_and_hints_do() {
-        let what = || "key cache".to_string();
+        let full = || BackendError::OutOfMemory { what: "key cache".into(), need: 2, free: 1 };
+        let bad_plan = |method: &str| {
+            EngineError::from(SelectError::BadPlan { method: method.into(), reason: "r".into() })
+        };
         let cases: Vec<(anyhow::Error, &str)> = vec![
-            (BackendError::OutOfMemory { what: what(), need: 2, free: 1 }.into(), "--ctx"),
-            (
-                EngineError::from(BackendError::OutOfMemory { what: what(), need: 2, free: 1 })
-                    .into(),
-                "--ctx",
-            ),
+            (full().into(), "--ctx"),
+            (EngineError::from(full()).into(), "--ctx"),
             (
                 EngineError::from(SelectError::from(BackendError::Unavailable {
                     backend: "cuda",
@@ -207,14 +234,7 @@ mod tests {
             ),
             (EngineError::from(PageError { need: 2, free: 1, total: 9 }).into(), "--ctx"),
             (SelectError::BadPlan { method: "m".into(), reason: "r".into() }.into(), "--dims"),
-            (
-                EngineError::from(SelectError::BadPlan {
-                    method: "sparcas".into(),
-                    reason: "r".into(),
-                })
-                .into(),
-                "--mass, --floor",
-            ),
+            (bad_plan("sparcas").into(), "--mass, --floor"),
             (
                 SelectError::WrongModel {
                     plan_model: "a".into(),
@@ -234,6 +254,15 @@ mod tests {
                 "at least 13 for",
             ),
             (CalibrateError::TooLittleText { have: 1, tokens: 9, need: 2 }.into(), "--tokens"),
+            (CalibrateError::from(bad_plan("sparcas")).into(), "--mass, --floor"),
+            (BenchError::from(bad_plan("sparcas")).into(), "--mass, --floor"),
+            (BenchError::from(full()).into(), "--ctx"),
+            (BenchError::Select(full().into()).into(), "--ctx"),
+            (CalibrateError::from(EngineError::from(full())).into(), "--ctx"),
+            (
+                CalibrateError::from(EngineError::BadContext { context: 9, most: 8 }).into(),
+                "--ctx takes up to 8",
+            ),
             (SampleError::TooFewTokens { tokens: 1, least: 2 }.into(), "--lengths"),
             (SampleError::TextTooShort { text: "a.txt".into(), have: 1, need: 2 }.into(), "--text"),
         ];
