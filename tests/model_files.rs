@@ -4,11 +4,15 @@ mod common;
 
 use common::gguf_file::{self, Meta, Tensor};
 use common::tiny::{Tiny, VOCAB};
+use longsight::backend::DType;
+use longsight::engine::{Engine, EngineError};
 use longsight::model::quant::Quant;
 use longsight::model::{
     Arch, ChatTemplate, Checkpoint, EncodeOptions, LayerWeight, Message, ModelError, RopeScaling,
     Tokenizer, Weight,
 };
+use longsight::select::Variant;
+use serde_json::Value;
 
 const ARCHS: [Arch; 4] = [Arch::Llama, Arch::Mistral, Arch::Qwen2, Arch::Qwen3];
 
@@ -228,6 +232,33 @@ fn tokenizer_and_template_come_from_either_format() {
         let prompt = template.render(&[Message::new("user", "hi")], true);
         assert_eq!(prompt.unwrap(), "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
     }
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, other) = (dir.path().join("model"), dir.path().join("other"));
+    for at in [&folder, &other] {
+        Tiny::new(Arch::Llama, true, 3).write_hf(at, Quant::F32, 1);
+    }
+    let build = || {
+        let tokenizer = Tokenizer::from_folder(&other).unwrap();
+        let model = Engine::builder().model(folder.display().to_string()).device("cpu");
+        let engine = model.dtype(DType::F32).method(Variant::Dense.into()).tokenizer(tokenizer);
+        engine.build()
+    };
+    assert!(build().is_ok());
+    let path = other.join("tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    let mut one_more = added[0].clone();
+    (one_more["id"], one_more["content"]) = (VOCAB.into(), "<|one more|>".into());
+    added.push(one_more);
+    std::fs::write(&path, json.to_string()).unwrap();
+    let e = build().unwrap_err();
+    assert!(matches!(e, EngineError::Model(ModelError::Tokenizer { .. })), "{e}");
+    let both = format!("it has {} ids but the model's embedding only {VOCAB} rows", VOCAB + 1);
+    assert!(e.to_string().contains(&both), "{e}");
 }
 
 #[test]

@@ -106,7 +106,8 @@ impl<'a> EngineBuilder<'a> {
         self.checkpoint = Some(checkpoint);
         self
     }
-    /// The model's tokenizer where it is already there. Default: the one that comes with the model's files.
+    /// The model's tokenizer where it is already there; [`ModelError::Tokenizer`] where it has more ids than the model's
+    /// embedding has rows. Default: the one that comes with the model's files.
     pub fn tokenizer(mut self, tokenizer: Tokenizer) -> Self {
         self.tokenizer = Some(tokenizer);
         self
@@ -225,7 +226,10 @@ impl<'a> EngineBuilder<'a> {
         // Random keys have no order to find.
         self.calibrate &= !checkpoint.is_random();
         let tokenizer = match self.tokenizer.take() {
-            Some(there) => there,
+            Some(there) => {
+                there.check_rows(checkpoint.config().vocab)?;
+                there
+            }
             None => Tokenizer::for_checkpoint(&checkpoint)?,
         };
         let template = match ChatTemplate::for_checkpoint(&checkpoint, &tokenizer) {

@@ -73,15 +73,19 @@ impl Tokenizer {
             }
             None => Self::from_folder(checkpoint.path())?,
         };
-        let rows = checkpoint.config().vocab;
-        if tokenizer.vocab_size > rows {
-            return Err(tokenizer.fault(format!(
-                "it has {} ids but the model's embedding only {rows} rows",
-                tokenizer.vocab_size
-            )));
-        }
+        tokenizer.check_rows(checkpoint.config().vocab)?;
         tokenizer.bos = tokenizer.bos.or(checkpoint.config().bos);
         Ok(tokenizer)
+    }
+
+    /// Every id has a row in an embedding of `rows` rows.
+    pub(crate) fn check_rows(&self, rows: usize) -> Result<()> {
+        let ids = self.vocab_size;
+        if ids > rows {
+            let what = format!("it has {ids} ids but the model's embedding only {rows} rows");
+            return Err(self.fault(what));
+        }
+        Ok(())
     }
 
     /// The tokenizer of a Hugging Face folder: `tokenizer.json`, and `tokenizer_config.json`
