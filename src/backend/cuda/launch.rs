@@ -306,7 +306,6 @@ mod tests {
         use sys::CUresult::*;
         assert!(no_code(CUDA_ERROR_NO_BINARY_FOR_GPU) && no_code(CUDA_ERROR_INVALID_PTX));
         assert!(no_code(CUDA_ERROR_INVALID_IMAGE));
-        assert!(no_code(CUDA_ERROR_INVALID_IMAGE));
         assert!(!no_code(CUDA_ERROR_OUT_OF_MEMORY) && !no_code(CUDA_ERROR_ILLEGAL_ADDRESS));
     }
 
